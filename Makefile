@@ -1,0 +1,49 @@
+# Both commands set up one .venv by themselves; a second call starts at once.
+# pip's own environment variables (PIP_INDEX_URL, PIP_PROXY, ...) are honoured.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow check bench docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo ## train on handwritten digits under watch; an alarm goes off
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/.dev ## run the tests
+	GRADWATCH_STRICT=1 $(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.dev ## run the long checks that make test leaves out
+	GRADWATCH_STRICT=1 $(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev ## lint, types, and the docs' links and examples
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/check.py
+
+bench: $(VENV)/.dev ## measure what a watch costs
+	$(BIN)/python benchmarks/overhead.py
+
+docs: $(VENV)/.dev ## write the pages that come from the catalogues
+	$(BIN)/python docs/generate.py
+
+clean: ## remove the environment
+	rm -rf $(VENV)
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,29 @@
+"""Watch recurrent networks train: gradients, weights, and what goes wrong with them.
+
+One call attaches to every nn.RNN, nn.LSTM, nn.GRU and their cells in a model:
+
+    import gradwatch
+
+    gradwatch.watch(model)
+"""
+
+from gradwatch import sinks
+from gradwatch._version import __version__
+from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, TrainingAlert
+from gradwatch.runs import Run, load
+from gradwatch.watcher import Watch, watch
+
+__all__ = [
+    "Alert",
+    "Incident",
+    "Records",
+    "Run",
+    "StepRecord",
+    "Stream",
+    "TrainingAlert",
+    "Watch",
+    "__version__",
+    "load",
+    "sinks",
+    "watch",
+]

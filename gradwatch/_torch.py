@@ -1,0 +1,90 @@
+"""Every private name of torch that gradwatch uses, each with what replaces it.
+
+torch 2.6 to 2.13 have all of them; a later torch that lacks one loses what the
+docstring says, and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def graph_task_id() -> int:
+    """Return the number of the backward pass in progress, -1 outside one.
+
+    Without the private call: -1, and gradients are read in the optimizer's hooks alone.
+    """
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current() if current is not None else -1
+
+
+def after_backward(callback: Callable[[], None]) -> bool:
+    """Call back once the backward pass in progress has finished, DDP's part included.
+
+    The callback is queued from a queued callback: what is queued directly runs before
+    DDP has averaged the gradients.
+
+    Returns:
+        False where the engine has no such queue or is in no backward pass.
+    """
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    queue = getattr(engine, "queue_callback", None)
+    if queue is None or graph_task_id() == -1:
+        return False
+    queue(lambda: queue(callback))
+    return True
+
+
+def flat_weights(module: nn.Module) -> list[Tensor] | None:
+    """Return the weights that the last forward of an ``nn.RNNBase`` used, in its order.
+
+    Reading this list runs no parametrization; reading ``module.weight_hh_l0`` does.
+    Without the private list: None, and attributes are read.
+    """
+    flat = getattr(module, "_flat_weights", None)
+    return flat if isinstance(flat, list) else None
+
+
+def flat_weight_names(module: nn.Module) -> list[str]:
+    """Return the names that belong to :func:`flat_weights`."""
+    return list(getattr(module, "_flat_weights_names", ()))
+
+
+def loss_scale(scaler: Any) -> Tensor | None:
+    """Return a copy of a GradScaler's present factor; None where there is none yet.
+
+    A copy, because ``scaler.update()`` changes it before it would be read.
+    Without the private tensor: the factor as the public ``get_scale`` gives it.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scale = getattr(scaler, "_scale", None)
+    if isinstance(scale, Tensor):
+        return scale.detach().clone()
+    return torch.tensor(scaler.get_scale())
+
+
+def calling_scaler(depth: int = 16) -> Any | None:
+    """Return the GradScaler among the callers of this function, or None.
+
+    ``scaler.step(optimizer)`` calls the optimizer, whose hook calls us: the scaler is
+    the ``self`` of a frame above. Without frames (no CPython): None, and the user
+    passes ``scaler=``.
+    """
+    frame = getattr(sys, "_getframe", lambda: None)()
+    while frame is not None and depth:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.amp.GradScaler):
+            return owner
+        frame, depth = frame.f_back, depth - 1
+    return None
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """Return the forward hooks of a module. Without the private dict: none."""
+    return list(getattr(module, "_forward_hooks", {}).values())

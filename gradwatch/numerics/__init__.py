@@ -1,0 +1,1 @@
+"""Functions on tensors: no modules, no hooks, no input or output."""

@@ -1,0 +1,62 @@
+"""Running statistics as pure functions: ``(state, value) -> state``.
+
+A state is a tuple of plain floats, so that it can be saved as JSON and restored.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+Window = tuple[float, ...]
+
+
+def push(window: Window, value: float, size: int) -> Window:
+    """Return the window with a value added and the oldest beyond ``size`` dropped.
+
+    Args:
+        window: Past values, oldest first.
+        value: The new value; a non-finite one is left out, because one NaN would stay
+            in every statistic for ``size`` steps.
+        size: How many values to keep, at least 1.
+
+    Returns:
+        The new window.
+    """
+    if not math.isfinite(value):
+        return window
+    return (*window[-(size - 1) :], value) if size > 1 else (value,)
+
+
+def median(window: Window) -> float:
+    """Return the median, NaN for an empty window."""
+    return statistics.median(window) if window else math.nan
+
+
+def robust_z(window: Window, value: float, floor: float = 0.0) -> float:
+    r"""Return how far a value lies from a window, in robust standard deviations.
+
+    :math:`z = (v - \mathrm{med}) / (1.4826\,\mathrm{MAD} + \mathrm{floor})`.
+
+    Args:
+        window: Past values, oldest first.
+        value: The value to judge.
+        floor: Added to the scale, so that a constant window does not make every
+            change infinite; in the values' own unit.
+
+    Returns:
+        The score; NaN for an empty window, Inf where the scale is 0 and the value
+        differs.
+
+    Example:
+        >>> robust_z((1.0, 2.0, 3.0), 2.0)
+        0.0
+
+    References:
+        Rousseeuw & Croux (1993), J. Am. Stat. Assoc. 88.
+    """
+    centre = median(window)
+    scale = 1.4826 * median(tuple(abs(v - centre) for v in window)) + floor
+    if scale == 0:
+        return 0.0 if value == centre else math.copysign(math.inf, value - centre)
+    return (value - centre) / scale

@@ -1,0 +1,1 @@
+"""All that touches the user's objects while they train."""

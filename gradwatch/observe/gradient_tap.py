@@ -1,0 +1,469 @@
+"""The hooks on parameters and optimizers: gradient norms, and the clock.
+
+Gradients are read at the end of backward, before clipping, and as each optimizer is
+about to use them, after clipping. A step opens at the first backward after the last
+step and closes when the optimizers that stepped in the previous step have stepped, or
+at the next backward. Which backward goes on with an open step, and which gradients
+were thrown away, is told from the gradients' identity and version.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from gradwatch import _torch
+from gradwatch.health import Guard
+from gradwatch.observe.measure import Numbers, norms
+from gradwatch.recurrent import clean_path
+
+
+@dataclass(slots=True)
+class Step:
+    """One optimiser step as the tap saw it; its numbers may still be on the device.
+
+    Attributes:
+        number: The step, from 0.
+        names: Names of all watched parameters, wrappers left out.
+        live: Indices of the parameters that had a gradient.
+        order: The same in the order in which backward reached them.
+        numbers: ``pre`` and ``post``: norms of ``live``; ``scale`` of a loss scaler;
+            ``change`` and ``weight``: norms by index in ``changed``.
+        post_live: Indices that ``post`` belongs to.
+        changed: Names of the streams whose weight was compared before and after.
+        backwards: Backward passes in it.
+        events: Such as ``skipped_step``.
+        stepped: Whether an optimizer stepped in it.
+        skipped_by: Who skipped a skipped step: ``scaler``, ``clipper``, ``user``,
+            ``refused`` (ourselves), or ``unknown`` while no step has been taken.
+    """
+
+    number: int
+    names: list[str] = field(default_factory=list)
+    live: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    numbers: Numbers = field(default_factory=dict)
+    post_live: list[int] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    backwards: int = 0
+    events: tuple[str, ...] = ()
+    stepped: bool = False
+    skipped_by: str = ""
+
+
+class GradientTap:
+    """Reads gradients and counts steps.
+
+    Args:
+        model: The watched model; not kept alive.
+        weights: Name of a stream -> its plain W_hh, for the change of a step.
+        on_backward: Called at the end of every backward with the step's number.
+        on_step: Called when a step closes.
+        on_return: Called as each optimizer hook returns; the only place to raise.
+        refuse: Whether an optimizer is kept from using gradients that are not finite:
+            its step then closes as skipped, and ``on_step`` is to raise. It costs one
+            synchronisation a step on an accelerator.
+        due: Tells whether the gradients of a step are read.
+        guard: Absorbs and reports what fails in the tap's own work.
+        scaler: The GradScaler, where the user passed it.
+        start: Number of the first step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weights: Callable[[], dict[str, nn.Parameter]],
+        on_backward: Callable[[int], None],
+        on_step: Callable[[Step], None],
+        on_return: Callable[[], None],
+        refuse: bool = False,
+        due: Callable[[int], bool],
+        guard: Guard,
+        scaler: Any = None,
+        start: int = 0,
+    ) -> None:
+        self.number = start
+        self.scaler = scaler
+        self.names: list[str] = []
+        self.closed = False
+        self._model = weakref.ref(model)
+        self._weights_of = weights
+        self._on_backward, self._on_step = on_backward, on_step
+        self._on_return = on_return
+        self._refuse, self._due, self._guard = refuse, due, guard
+        self._searched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._task = -1
+        self._depth = self._outermost = 0
+        self._any_optimizer = False
+        self._any_step = False
+        self._expected: set[int] = set()
+        self._hooks: list[Any] = []
+        self._params: list[nn.Parameter] = []
+        self._fresh()
+        self.rescan()
+        on_pre, on_post = _weakly(self, "_on_pre"), _weakly(self, "_on_post")
+        self.global_hooks = [
+            register_optimizer_step_pre_hook(on_pre),
+            register_optimizer_step_post_hook(on_post),
+        ]
+
+    # ---- what is watched
+
+    def rescan(self) -> None:
+        """Look at the model's parameters anew; they may have been replaced."""
+        model = self._model()
+        if model is None:
+            return
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        params = [p for _, p in named]
+        if len(params) == len(self._params) and all(
+            a is b for a, b in zip(params, self._params, strict=True)
+        ):
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self.names, self._params = [clean_path(n) for n, _ in named], params
+        self._index = {id(p): i for i, p in enumerate(params)}
+        self._mine: dict[int, tuple[int, list[int]]] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._tracked = {id(w): (name, w) for name, w in self._weights_of().items()}
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        trigger = _weakly(self, "_on_grad")
+        self._hooks = [p.register_post_accumulate_grad_hook(trigger) for p in params]
+
+    def close(self) -> None:
+        """Settle the open step and take every hook off. Safe to call twice."""
+        if self.closed:
+            return
+        self.settle(final=True)
+        self.closed = True
+        for hook in (*self._hooks, *self.global_hooks):
+            hook.remove()
+        self._hooks.clear()
+        self._params, self._seen, self._before, self._tracked = [], {}, {}, {}
+
+    @property
+    def upcoming(self) -> tuple[int, ...]:
+        """The steps that a forward now may belong to."""
+        return (self.number, self.number + 1) if self._open else (self.number,)
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The parameters that are watched, in the order of ``names``."""
+        return self._params
+
+    def _fresh(self) -> None:
+        """Forget the step that has closed."""
+        self._open = False
+        self._backwards = 0
+        self._live: list[int] = []
+        self._order: list[int] = []
+        self._pre: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._post: list[tuple[list[int], Tensor]] = []
+        self._changes: list[tuple[list[str], Tensor]] = []
+        self._stepped: set[int] = set()
+
+    # ---- backward
+
+    def _on_grad(self, param: Tensor) -> None:
+        task = _torch.graph_task_id()
+        if task == self._task and task != -1:
+            self._order.append(self._index.get(id(param), -1))
+            return
+        with self._guard:
+            self._begin(task, param)
+
+    def _begin(self, task: int, param: Tensor | None) -> None:
+        """A backward pass has begun: go on with the open step, or open one."""
+        # The task's number, not a flag: an exception in backward leaves it set.
+        self._task = task
+        if self._depth == 0 and self._open and self._goes_not_on(param):
+            self.settle()
+        self._open = True
+        self._order = [] if param is None else [self._index.get(id(param), -1)]
+        _torch.after_backward(self._end_of_backward)
+
+    def _goes_not_on(self, param: Tensor | None) -> bool:
+        """Tell whether a backward does not go on with the open step."""
+        return bool(self._stepped) or (param is not None and self._thrown_away(param))
+
+    def _thrown_away(self, param: Tensor) -> bool:
+        seen = self._seen.get(self._index.get(id(param), -1))
+        if seen is None:
+            return False
+        grad = param.grad
+        return grad is None or seen[0]() is not grad or grad._version >= seen[1] + 2
+
+    def _end_of_backward(self) -> None:
+        if self.closed or self._guard.failed:
+            return
+        with self._guard:
+            live = [(i, p.grad) for i, p in enumerate(self._params)]
+            found = [(i, g) for i, g in live if g is not None]
+            if not found:
+                if self._post:  # the optimizers stepped inside backward
+                    self._live = sorted(i for index, _ in self._post for i in index)
+                    self._close(())
+                return
+            self._backwards += 1
+            self._live = [i for i, _ in found]
+            self._seen = {i: (weakref.ref(g), g._version) for i, g in found}
+            self._pre = None
+            if self._due(self.number):
+                self._pre = norms([g for _, g in found])
+                self._scale = _torch.loss_scale(self.scaler)
+            self._on_backward(self.number)
+
+    # ---- optimizers
+
+    def _held(self, optimizer: Optimizer) -> list[int]:
+        """Return which watched parameters an optimizer holds; kept by its size."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._mine.get(id(optimizer))
+        if known is None or known[0] != size or optimizer not in self.optimizers:
+            held = self._look_up(optimizer)
+            if not held and size:
+                self.rescan()  # its parameters may be new to us
+                held = self._look_up(optimizer)
+            if held:
+                self.optimizers.add(optimizer)
+            known = self._mine[id(optimizer)] = (size, held)
+        return known[1]
+
+    def _look_up(self, optimizer: Optimizer) -> list[int]:
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        return [self._index[id(p)] for p in params if id(p) in self._index]
+
+    def _on_pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.closed or self._guard.failed:
+            return
+        with self._guard:
+            held = self._held(optimizer)
+            if not held:
+                return
+            self._any_optimizer = True
+            if self._outermost == id(optimizer):
+                self._depth = 0  # its last step did not return
+            self._depth += 1
+            if self._depth > 1:  # ZeRO steps an optimizer inside: the outermost counts
+                return
+            self._outermost = id(optimizer)
+            self._find_scaler(optimizer)
+            task = _torch.graph_task_id()
+            if task not in (
+                -1,
+                self._task,
+            ):  # it steps inside backward, before our hook
+                self._begin(task, None)
+            if not self._open and id(optimizer) in self._expected:
+                self._open = True  # it steps again, and we saw no backward
+            if not self._open or not self._due(self.number):
+                return
+            self._remember(held)
+            if _closure(args, kwargs) is None:
+                self._read(optimizer, held)
+                if self._refuse and not all(_all_finite(r) for _, r in self._post):
+                    self._depth = 0
+                    self._close(("skipped_step",), by="refused")
+        self._on_return()
+
+    def _on_post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.closed or self._guard.failed:
+            return
+        with self._guard:
+            held = self._held(optimizer)
+            if not held:
+                return
+            self._depth = max(self._depth - 1, 0)
+            if self._depth:
+                return
+            self._outermost = 0
+            if (
+                not self._open
+            ):  # another optimizer after the close: next time waited for
+                self._expected.add(id(optimizer))
+                return
+            if self._due(self.number):
+                if _closure(args, kwargs) is not None:  # backward ran inside step()
+                    self._read(optimizer, held)
+                self._compare(held)
+            self._stepped.add(id(optimizer))
+            if _torch.graph_task_id() == -1 and (
+                self._expected <= self._stepped or id(optimizer) not in self._expected
+            ):
+                if self._refused():
+                    self._close(("skipped_step",), by="clipper")
+                else:
+                    self._close(())
+        self._on_return()
+
+    def _refused(self) -> bool:
+        """Tell whether a clipper took non-finite gradients away before the step."""
+        if self._pre is None or self._post:
+            return False
+        gone = all(self._params[i].grad is None for i in self._live)
+        return gone and not _all_finite(self._pre)
+
+    def _find_scaler(self, optimizer: Optimizer) -> None:
+        if self.scaler is None and optimizer not in self._searched:
+            self._searched.add(optimizer)
+            self.scaler = _torch.calling_scaler()
+            if self.scaler is not None and self._pre is not None:
+                self._scale = _torch.loss_scale(self.scaler)
+
+    def _read(self, optimizer: Optimizer, held: list[int]) -> None:
+        """Read the gradients that an optimizer is about to use."""
+        index: Iterable[int] = held
+        alone = not self._post and self._expected <= {id(optimizer)}
+        if alone and _torch.graph_task_id() == -1:
+            index = range(len(self._params))  # parameters in no optimizer count too
+        found = [(i, self._params[i].grad) for i in index]
+        live = [(i, g) for i, g in found if g is not None]
+        if not live:
+            return
+        if self._pre is not None and self.scaler is None and self._untouched(live):
+            self._post.append((self._live, self._pre))
+            return
+        read = norms([g for _, g in live])
+        if (factor := getattr(optimizer, "grad_scale", None)) is not None:
+            read = read / factor.to(read.device)  # a fused optimizer unscales by itself
+        self._post.append(([i for i, _ in live], read))
+
+    def _untouched(self, live: list[tuple[int, Tensor]]) -> bool:
+        """Tell whether the gradients are those that the end of backward read."""
+        if [i for i, _ in live] != self._live:
+            return False
+        for i, grad in live:
+            ref, version = self._seen[i]
+            if ref() is not grad or grad._version != version:
+                return False
+        return True
+
+    def _remember(self, held: list[int]) -> None:
+        """Copy the recurrent weights that this optimizer is about to change."""
+        for i in held:
+            known = self._tracked.get(id(self._params[i]))
+            if known is None:
+                continue
+            name, weight = known
+            copy = self._before.get(name)
+            if copy is None or copy[0].shape != weight.shape:
+                fresh = torch.empty_like(weight, requires_grad=False)
+                copy = self._before[name] = (fresh, torch.empty_like(fresh))
+            copy[0].copy_(weight.detach())
+
+    def _compare(self, held: list[int]) -> None:
+        """Measure how far the recurrent weights have moved."""
+        tracked = [self._tracked.get(id(self._params[i])) for i in held]
+        pairs = [(n, w, *self._before[n]) for n, w in filter(None, tracked)]
+        if not pairs:
+            return
+        read: list[Tensor] = []
+        for _, weight, before, change in pairs:
+            torch.sub(weight.detach(), before, out=change)
+            read += [change, before]
+        self._changes.append(([name for name, *_ in pairs], norms(read)))
+
+    # ---- the end of a step
+
+    def settle(self, final: bool = False) -> None:
+        """Close the open step as the next backward would, or drop it.
+
+        Args:
+            final: Whether nothing more will come, so that what cannot be closed is
+                dropped; else it stays open.
+        """
+        if not self._open:
+            return
+        if self._stepped:  # an optimizer that was expected never came
+            self._close(())
+        elif self._pre is not None and not _all_finite(self._pre):
+            by = "scaler" if self.scaler is not None else "user"
+            if by == "user" and not self._any_step and not self._any_optimizer:
+                by = "unknown"  # it may be a scaler's that nobody has named
+            self._close(("skipped_step",), by=by)
+        elif not self._any_optimizer and self._backwards:
+            self._close(())  # hand-written updates: one backward, one step
+        elif final or self._thrown_away_all():
+            self._fresh()  # a finite gradient that was thrown away is not a step
+
+    def _thrown_away_all(self) -> bool:
+        return any(self._thrown_away(self._params[i]) for i in self._live)
+
+    def finish_step(self) -> None:
+        """Close the step by hand, or count one of which nothing was seen."""
+        if not self._open or self._pre is None:
+            live = [(i, p.grad) for i, p in enumerate(self._params)]
+            found = [(i, g) for i, g in live if g is not None]
+            self._live = [i for i, _ in found]
+            if found:
+                self._pre = norms([g for _, g in found])
+        self._close(())
+
+    def _close(self, events: tuple[str, ...], by: str = "") -> None:
+        step = Step(
+            number=self.number,
+            names=self.names,
+            live=self._live,
+            order=[i for i in self._order if i >= 0],
+            post_live=[i for index, _ in self._post for i in index],
+            changed=[name for names, _ in self._changes for name in names],
+            backwards=self._backwards,
+            events=events,
+            stepped=bool(self._stepped),
+            skipped_by=by,
+        )
+        if self._pre is not None:
+            step.numbers["pre"] = self._pre
+        if self._scale is not None:
+            step.numbers["scale"] = self._scale
+        if self._post:
+            step.numbers["post"] = _joined([read for _, read in self._post])
+        if self._changes:
+            step.numbers["change"] = _joined([read for _, read in self._changes])
+        if self._stepped:
+            self._expected = self._stepped
+        self._any_step = self._any_step or not by
+        self.number += 1
+        self._fresh()
+        self._on_step(step)
+
+
+def _joined(reads: list[Tensor]) -> Tensor:
+    where = reads[0].device
+    return reads[0] if len(reads) == 1 else torch.cat([r.to(where) for r in reads])
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the closure given to ``step``; args[0] is the optimizer itself."""
+    return args[1] if len(args) > 1 else kwargs.get("closure")
+
+
+def _all_finite(read: Tensor) -> bool:
+    return all(map(math.isfinite, read.tolist()))
+
+
+def _weakly(owner: GradientTap, name: str) -> Callable[..., None]:
+    """Return a hook that does not keep the tap alive: torch's registries are global."""
+    ref = weakref.ref(owner)
+
+    def hook(*args: Any) -> None:
+        tap = ref()
+        if tap is not None:
+            getattr(tap, name)(*args)
+
+    return hook

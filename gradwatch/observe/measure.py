@@ -1,0 +1,189 @@
+"""From gradients and weights to numbers that stay on the device, and their drain.
+
+Nothing here waits for the device; :class:`Drain` moves a step's numbers to the host in
+one transfer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradwatch.numerics import spectral
+from gradwatch.record import Stream
+from gradwatch.recurrent import gate_matrices
+
+Numbers = dict[str, Tensor]
+"""Names -> tensors of any shape, on any device."""
+
+HostNumbers = Mapping[str, np.ndarray]
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of each tensor, without waiting for the device.
+
+    A norm that would overflow float32 does not: where the device has float64 it is
+    accumulated there, on the CPU only for those that need it. A norm that is not finite
+    therefore means a tensor that is not.
+
+    Args:
+        tensors: Gradients or weights: dense, sparse or sharded (then: of the local
+            shard), of any dtype and on any devices. At least one.
+
+    Returns:
+        Shape ``(len(tensors),)``, float32 or float64, on the first tensor's device.
+    """
+    local = [_local(t) for t in tensors]
+    if len({(t.device, t.dtype) for t in local}) == 1:
+        return _alike(local)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(local):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    device = local[0].device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    result = torch.empty(len(local), dtype=wide, device=device)
+    for index in groups.values():
+        # No gather from the host: slots are filled one by one, on the device.
+        for i, norm in zip(index, _alike([local[i] for i in index]), strict=True):
+            result[i] = norm.to(device, wide, non_blocking=True)
+    return result
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if hasattr(tensor, "to_local"):  # a DTensor's own norm would be a collective
+        tensor = tensor.to_local()
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _alike(tensors: list[Tensor]) -> Tensor:
+    device = tensors[0].device.type
+    if device == "mps":
+        return torch.stack([n.float() for n in torch._foreach_norm(tensors)])
+    if device != "cpu":
+        return torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
+    if tensors[0].dtype in (torch.float16, torch.bfloat16):
+        tensors = [t.float() for t in tensors]
+    read = torch.stack(torch._foreach_norm(tensors))
+    for i, norm in enumerate(read.tolist()):
+        if norm == math.inf:  # overflow, or an Inf inside: float64 tells which
+            read = read.double()
+            read[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float64)
+    return read
+
+
+@dataclass(slots=True)
+class Spectrum:
+    """A spectrum run whose numbers may still be on the device.
+
+    Attributes:
+        groups: For each size: the streams in order, and what was launched for all
+            their gates.
+        numbers: All blocks, named ``<group>.<block>``.
+        seconds: What the launch cost on the host's clock.
+    """
+
+    groups: list[tuple[list[Stream], spectral.Launched]]
+    numbers: Numbers
+    seconds: float = 0.0
+
+
+def spectrum(
+    weights: Sequence[tuple[Stream, Tensor, Tensor | None]], *, gram: bool
+) -> Spectrum:
+    """Launch rho for every gate, all gates and layers of one size in one batch.
+
+    Args:
+        weights: Streams with their W_hh and, where there is one, their W_hr.
+        gram: Whether to measure ``sigma_max`` and ``orthogonality`` too.
+
+    Returns:
+        The run; its numbers are still on the device.
+    """
+    by_size: dict[tuple[int, torch.device], list[tuple[Stream, Tensor]]] = {}
+    for stream, weight, projection in weights:
+        gates = gate_matrices(stream, weight, projection)
+        key = (stream.hidden_size, weight.device)
+        by_size.setdefault(key, []).append((stream, gates))
+    run = Spectrum([], {})
+    for number, members in enumerate(by_size.values()):
+        alike = members[0][1].dtype
+        stacked = torch.cat(
+            [g if g.dtype == alike else g.to(alike) for _, g in members]
+        )
+        launched = spectral.launch(stacked)
+        blocks = dict(launched.blocks)
+        if gram:
+            blocks |= spectral.launch_gram(stacked)
+        run.numbers |= {f"{number}.{name}": t for name, t in blocks.items()}
+        run.groups.append(([stream for stream, _ in members], launched))
+    return run
+
+
+def too_large(sizes: Sequence[tuple[int, int]], device: torch.device) -> bool:
+    """Tell whether a spectrum run would surely take over a second.
+
+    Args:
+        sizes: ``(H, gates)`` of each stream.
+        device: Where the weights are.
+    """
+    products = 2 * (spectral.SQUARINGS + 1)
+    work = sum(products * gates * hidden**3 for hidden, gates in sizes)
+    return work > (1e11 if device.type == "cpu" else 2e13)
+
+
+class Drain:
+    """The numbers of one step on their way to the host.
+
+    On the CPU they are there at once. On an accelerator one packed copy into pinned
+    memory is started, and :meth:`wait` is called a sampled step later.
+    """
+
+    def __init__(self, numbers: Numbers) -> None:
+        self._shapes = {name: t.shape for name, t in numbers.items()}
+        self._event: Any = None
+        devices = {t.device for t in numbers.values()}
+        if all(d.type == "cpu" for d in devices):
+            self._host: HostNumbers | None = {
+                name: t.detach().numpy() for name, t in numbers.items()
+            }
+            return
+        self._host = None
+        target = next(d for d in devices if d.type != "cpu")
+        wide = torch.float32 if target.type == "mps" else torch.float64
+        packed = torch.cat(
+            [
+                t.detach().reshape(-1).to(target, wide, non_blocking=True)
+                for t in numbers.values()
+            ]
+        )
+        pinned = target.type == "cuda"
+        self._flat = torch.empty(packed.shape, dtype=wide, pin_memory=pinned)
+        self._flat.copy_(packed, non_blocking=pinned)
+        if pinned:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(target))
+
+    @property
+    def immediate(self) -> bool:
+        """Whether the numbers are on the host already."""
+        return self._host is not None
+
+    def wait(self) -> HostNumbers:
+        """Return the numbers, waiting for the transfer where it is not over."""
+        if self._host is None:
+            if self._event is not None:
+                self._event.synchronize()
+            flat, host, start = self._flat.numpy(), {}, 0
+            for name, shape in self._shapes.items():
+                size = math.prod(shape)
+                host[name] = flat[start : start + size].reshape(tuple(shape))
+                start += size
+            self._host = host
+        return self._host

@@ -1,0 +1,247 @@
+"""A read-only view of nn.RNN, nn.LSTM, nn.GRU and their cells.
+
+It finds the streams of a model, knows how PyTorch stacks the gates, and reads weights
+without running a parametrization: some of them change at every read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from torch import Tensor, nn
+
+from gradwatch import _torch
+from gradwatch.record import Stream
+
+RECURRENT: Final = (nn.RNNBase, nn.RNNCellBase)
+GATES: Final[Mapping[str, tuple[str, ...]]] = {
+    "RNN_TANH": (),
+    "RNN_RELU": (),
+    "LSTM": ("i", "f", "g", "o"),
+    "GRU": ("r", "z", "n"),
+}
+_WRAPPERS: Final = ("module", "_orig_mod", "_fsdp_wrapped_module")
+_BEHIND: Final = ("", "_orig", "_g", "_v")
+"""What pruning, the old spectral_norm and the old weight_norm call the real weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrence:
+    """A stream together with the module that runs it.
+
+    Attributes:
+        stream: What is known of it without the module.
+        module: The nn.RNNBase or nn.RNNCellBase.
+        suffix: End of its weights' names: ``_l0``, ``_l1_reverse``; empty for a cell.
+    """
+
+    stream: Stream
+    module: nn.Module
+    suffix: str
+
+
+def recurrences(model: nn.Module) -> list[Recurrence]:
+    """Return every recurrence of a model, in the order of its modules.
+
+    Args:
+        model: A recurrent module, or any module that contains some.
+
+    Returns:
+        At least one recurrence. A module that is registered twice counts once.
+
+    Raises:
+        TypeError: If ``model`` is no ``nn.Module``.
+        ValueError: If it contains no recurrent module, or one on the device ``meta``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"gradwatch.watch() got {_of_type(model)}; expected an nn.Module that is "
+            "or contains an nn.RNN, nn.LSTM, nn.GRU or one of their cells."
+        )
+    found: list[Recurrence] = []
+    for path, module in model.named_modules():
+        if isinstance(module, RECURRENT):
+            found.extend(_of_module(clean_path(path), module))
+    if not found:
+        raise ValueError(_nothing_found(model))
+    empty = [r.stream.name for r in found if _on_meta(r.module)]
+    if empty:
+        raise ValueError(
+            f"the weights of {', '.join(empty)} are on the device 'meta' and hold no "
+            "values yet; call model.to_empty(device=...) and initialise, then watch."
+        )
+    return found
+
+
+def clean_path(path: str) -> str:
+    """Return a module path or parameter name without the names of wrappers."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _of_module(path: str, module: nn.Module) -> Iterator[Recurrence]:
+    path = path or type(module).__name__.lower()
+    if isinstance(module, nn.RNNCellBase):
+        yield Recurrence(
+            _stream(path, path, _cell_kind(module), 0, 0, module), module, ""
+        )
+        return
+    assert isinstance(module, nn.RNNBase)
+    for layer in range(module.num_layers):
+        for direction in range(2 if module.bidirectional else 1):
+            suffix = f"_l{layer}" + ("_reverse" if direction else "")
+            name = f"{path}.{suffix[1:]}"
+            stream = _stream(name, path, module.mode, layer, direction, module)
+            yield Recurrence(stream, module, suffix)
+
+
+def _stream(
+    name: str, path: str, kind: str, layer: int, direction: int, module: nn.Module
+) -> Stream:
+    proj = int(getattr(module, "proj_size", 0))
+    hidden = int(getattr(module, "hidden_size", 0))
+    reads = int(getattr(module, "input_size", 0))
+    if layer:
+        reads = (proj or hidden) * (2 if getattr(module, "bidirectional", False) else 1)
+    way: Literal["forward", "reverse"] = "reverse" if direction else "forward"
+    return Stream(
+        name=name,
+        module=path,
+        kind=kind,
+        layer=layer,
+        direction=way,
+        input_size=reads,
+        hidden_size=hidden,
+        proj_size=proj,
+        gates=GATES[kind],
+    )
+
+
+def _cell_kind(cell: nn.RNNCellBase) -> str:
+    if isinstance(cell, nn.LSTMCell):
+        return "LSTM"
+    if isinstance(cell, nn.GRUCell):
+        return "GRU"
+    return "RNN_RELU" if getattr(cell, "nonlinearity", "tanh") == "relu" else "RNN_TANH"
+
+
+def recurrent_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return the recurrent weights that the last forward used, detached, by suffix.
+
+    Args:
+        module: An nn.RNNBase or nn.RNNCellBase, right after its forward.
+
+    Returns:
+        ``{suffix: W_hh}``, each of shape ``(gates * H, H)``; with a projection also
+        ``{suffix + ".hr": W_hr}`` of shape ``(P, H)`` while W_hh is ``(4 * H, P)``.
+        What is not readable without side effects is left out.
+    """
+    found: dict[str, Tensor] = {}
+    if isinstance(module, nn.RNNCellBase):
+        weight = _attribute(module, "weight_hh")
+        return {} if weight is None else {"": weight.detach()}
+    flat = _torch.flat_weights(module)
+    names = _torch.flat_weight_names(module)
+    values = flat if flat is not None else [_attribute(module, n) for n in names]
+    for name, value in zip(names, values, strict=False):
+        if not isinstance(value, Tensor):
+            continue
+        if name.startswith("weight_hh"):
+            found[name.removeprefix("weight_hh")] = value.detach()
+        elif name.startswith("weight_hr"):
+            found[name.removeprefix("weight_hr") + ".hr"] = value.detach()
+    return found
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor | None:
+    """Read a weight where that runs nothing: a parametrized one would be computed."""
+    value = module._parameters.get(name)
+    if value is None:
+        value = module.__dict__.get(name)  # the old weight_norm and pruning put it here
+    return value if isinstance(value, Tensor) else None
+
+
+def gate_matrices(stream: Stream, weight: Tensor, projection: Tensor | None) -> Tensor:
+    """Return the recurrent matrix of each gate, the one that maps h to h.
+
+    Args:
+        stream: The stream that the weight belongs to.
+        weight: W_hh, shape ``(gates * H, H)``, or ``(gates * H, P)`` with projection.
+        projection: W_hr, shape ``(P, H)``, or None.
+
+    Returns:
+        Shape ``(gates, H, H)``; with a projection ``W_g W_hr``.
+    """
+    count = max(len(stream.gates), 1)
+    blocks = weight.detach().reshape(count, stream.hidden_size, -1)
+    return blocks if projection is None else blocks @ projection.detach()
+
+
+def parameter_names(recurrence: Recurrence) -> dict[str, list[str]]:
+    """Return the parameters behind a stream's weights, inside its module.
+
+    Returns:
+        ``{"hh": [...], "ih": [...], "bias": [...]}``: names as the module's own
+        ``named_parameters`` gives them. A parametrised weight has the parameters
+        behind it, such as ``parametrizations.weight_hh_l0.original0``.
+    """
+    own = [name for name, _ in recurrence.module.named_parameters()]
+    groups = {"hh": ["weight_hh"], "ih": ["weight_ih"], "bias": ["bias_ih", "bias_hh"]}
+    return {
+        group: [
+            name
+            for weight in weights
+            for name in own
+            if name in {weight + recurrence.suffix + end for end in _BEHIND}
+            or name.startswith(f"parametrizations.{weight}{recurrence.suffix}.")
+        ]
+        for group, weights in groups.items()
+    }
+
+
+def plain_weight(recurrence: Recurrence) -> nn.Parameter | None:
+    """Return W_hh where it is the parameter itself; None where it is parametrised."""
+    return recurrence.module._parameters.get("weight_hh" + recurrence.suffix)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(p.device.type == "meta" for p in module.parameters())
+
+
+def _of_type(value: object) -> str:
+    kind = type(value)
+    return f"a {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
+
+
+def _nothing_found(model: nn.Module) -> str:
+    kinds = sorted({type(m).__name__ for m in model.modules()} - {type(model).__name__})
+    shown = ", ".join(kinds[:8]) + (", ..." if len(kinds) > 8 else "")
+    return (
+        f"{type(model).__name__} contains no nn.RNN, nn.LSTM, nn.GRU nor one of their "
+        f"cells, the modules that can be watched"
+        + (f"; it contains {shown}." if shown else ".")
+        + " Watch the module that does the recurrence; for one written by hand there "
+        "is gradwatch.numerics.spectral.spectral_radius(weight)."
+    )
+
+
+def shape_of(module: nn.Module, given: object) -> tuple[int, int] | None:
+    """Return ``(T, B)`` of what a recurrent module was given; None where unknown.
+
+    A packed sequence has the longest T; a cell has T = 1.
+    """
+    if isinstance(given, nn.utils.rnn.PackedSequence):
+        batches = given.batch_sizes
+        return (len(batches), int(batches[0])) if len(batches) else (0, 0)
+    if not isinstance(given, Tensor):
+        return None
+    sizes = list(given.shape)
+    if isinstance(module, nn.RNNCellBase):
+        return 1, (sizes[0] if len(sizes) == 2 else 1)
+    if len(sizes) == 2:
+        return sizes[0], 1
+    if len(sizes) != 3:
+        return None
+    batch_first = bool(getattr(module, "batch_first", False))
+    return (sizes[1], sizes[0]) if batch_first else (sizes[0], sizes[1])

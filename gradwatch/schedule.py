@@ -1,0 +1,157 @@
+"""When each depth runs: a pure function of the step and of measured times.
+
+It has no clock of its own: times are given to it, so that it can be tested with made
+ones and two runs with the same times have the same cadences.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final
+
+DEPTHS: Final = ("gradients", "state", "spectrum", "flow")
+
+_CADENCE: Final = {"gradients": 1, "state": 50, "spectrum": 50, "flow": 100}
+_EARLY: Final = {
+    "gradients": frozenset[int](),
+    "state": frozenset({0, 1, 2, 4, 8}),
+    "spectrum": frozenset({0, 1, 2, 4, 8}),
+    "flow": frozenset({0, 1, 2, 4, 8, 16, 32, 64}),
+}
+_STRETCH: Final = (1, 2, 5, 10, 20)
+_TOO_LONG: Final = 1.0
+"""Seconds that one probe may take; a longer one is left out."""
+_STEPS_KEPT: Final = 64
+_RUNS_KEPT: Final = 5
+
+
+class Schedule:
+    """The cadence of each depth, kept within a budget.
+
+    Args:
+        every: One int for state, spectrum and flow, a mapping from depth to steps, or
+            None for the defaults.
+        budget: Share of the training time that state, spectrum and flow may take, a
+            third each; None fixes the cadences.
+
+    Raises:
+        TypeError: If ``every`` is neither an int, a mapping nor None.
+        ValueError: If a depth is unknown, a cadence is below 1 or the budget is not
+            above 0.
+    """
+
+    def __init__(
+        self,
+        every: int | Mapping[str, int] | None = None,
+        budget: float | None = 0.03,
+    ) -> None:
+        if budget is not None and not budget > 0:
+            raise ValueError(
+                f"budget is {budget!r}; expected a share of the training time above 0, "
+                "such as budget=0.03, or None to fix the cadences."
+            )
+        chosen = _explicit(every)
+        self.budget = budget
+        self._every = {**_CADENCE, **chosen}
+        self._early = {d: frozenset() if d in chosen else _EARLY[d] for d in DEPTHS}
+        self._stretch = dict.fromkeys(DEPTHS, 1)
+        self._left_out: set[str] = set()
+        self._costs = {d: deque[float](maxlen=_RUNS_KEPT) for d in DEPTHS}
+        self._steps = deque[float](maxlen=_STEPS_KEPT)
+        self._asked: dict[str, int] = {}
+
+    def due(self, depth: str, step: int) -> bool:
+        """Tell whether a depth runs at a step."""
+        if depth in self._left_out:
+            return False
+        if step in self._early[depth] or self._asked.get(depth) == step:
+            return True
+        return step % (self._every[depth] * self._stretch[depth]) == 0
+
+    def cadence(self, depth: str) -> int:
+        """Return every how many steps a depth runs now; 0 where it is left out."""
+        if depth in self._left_out:
+            return 0
+        return self._every[depth] * self._stretch[depth]
+
+    def ask(self, depth: str, step: int) -> None:
+        """Have a depth run at one coming step, whatever its cadence."""
+        self._asked[depth] = step
+
+    def stepped(self, seconds: float) -> None:
+        """Take note of how long a training step took."""
+        self._steps.append(seconds)
+
+    def ran(self, depth: str, seconds: float) -> str | None:
+        """Take note of what a run of a depth cost, and adapt its cadence.
+
+        Args:
+            depth: The depth that ran.
+            seconds: What it cost, from the same clock as :meth:`stepped`.
+
+        Returns:
+            The new cadence in words where it changed, else None.
+        """
+        if self.budget is None or depth == "gradients":
+            return None
+        if seconds > _TOO_LONG:
+            self._left_out.add(depth)
+            return f"{depth} took {seconds:.1f} s and is left out from now on"
+        self._costs[depth].append(seconds)
+        if len(self._steps) < _RUNS_KEPT:
+            return None
+        share = statistics.median(self._costs[depth]) / max(
+            statistics.median(self._steps), 1e-9
+        )
+        allowed = self.budget / 3
+        fits = [s for s in _STRETCH if share / (self._every[depth] * s) <= allowed]
+        stretch = fits[0] if fits else _STRETCH[-1]
+        if stretch == self._stretch[depth]:
+            return None
+        self._stretch[depth] = stretch
+        return f"{depth} every {self.cadence(depth)} steps"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain values."""
+        return {
+            "stretch": dict(self._stretch),
+            "left_out": sorted(self._left_out),
+            "costs": {d: list(c) for d, c in self._costs.items()},
+            "steps": list(self._steps),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; the early steps are not run again."""
+        self._stretch.update(state["stretch"])
+        self._left_out = set(state["left_out"])
+        for depth, costs in state["costs"].items():
+            self._costs[depth].extend(costs)
+        self._steps.extend(state["steps"])
+
+
+def _explicit(every: int | Mapping[str, int] | None) -> dict[str, int]:
+    if every is None:
+        return {}
+    if isinstance(every, Mapping):
+        chosen = dict(every)
+    elif isinstance(every, int):
+        chosen = dict.fromkeys(("state", "spectrum", "flow"), every)
+    else:
+        raise TypeError(
+            f"every is {every!r}; expected an int, a mapping such as "
+            '{"spectrum": 100}, or None.'
+        )
+    if unknown := sorted(set(chosen) - set(DEPTHS)):
+        raise ValueError(
+            f"every names {', '.join(map(repr, unknown))}; the depths are "
+            f"{', '.join(DEPTHS)}."
+        )
+    for depth, steps in chosen.items():
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(
+                f"every={{{depth!r}: {steps!r}}}; expected a number of steps of at "
+                "least 1. To leave W&B or the files out, see sinks=, wandb=, dir=."
+            )
+    return chosen

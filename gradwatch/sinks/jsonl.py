@@ -1,0 +1,181 @@
+"""The run folder: meta.json, records.jsonl, alerts.jsonl and incidents.
+
+Every line is flushed as it is written, so that it survives a killed process, and an
+alert is on disk before it is sent anywhere. ``records.jsonl`` never outgrows the disk:
+one row a step for the first 64 MB, then rows folded by 10 for the next, and so on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, final
+
+from gradwatch.record import Alert, Incident, StepRecord, dump_line
+from gradwatch.sinks.fold import Fold
+
+_SECTION: Final = 64 * 2**20
+_AROUND_INCIDENT: Final = 64
+
+
+class FolderError(OSError):
+    """No folder could be made; the message names the places that were tried."""
+
+
+def make_folder(parent: Path, name: str) -> tuple[Path, str | None]:
+    """Make a new run folder, never one that exists.
+
+    Args:
+        parent: Where it goes; falls back to the system's folder for temporary files.
+        name: Name wished for; a number is added where it is taken, and what could
+            lead out of ``parent`` is replaced.
+
+    Returns:
+        The folder, and why it is not under ``parent`` (None where it is).
+
+    Raises:
+        FolderError: If neither place can be written.
+    """
+    tried = []
+    for place in (parent, Path(tempfile.gettempdir()) / "gradwatch-runs"):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            ignore = place / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n", encoding="ascii")
+            folder = _fresh(place, _safe(name))
+        except OSError as error:
+            tried.append(f"{place} ({error.strerror or error})")
+            continue
+        return folder, f"cannot write in {tried[0]}" if tried else None
+    raise FolderError(f"no run folder could be made; tried {' and '.join(tried)}")
+
+
+def _safe(name: str) -> str:
+    kept = "".join(
+        c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name
+    )
+    kept = kept.strip(".")[:100] or "run"
+    return f"{kept}_" if kept.upper() in {"CON", "PRN", "AUX", "NUL"} else kept
+
+
+def _fresh(place: Path, name: str) -> Path:
+    number = 1
+    while True:
+        folder = place / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if not folder.is_dir() and number > 1000:
+                raise
+            number += 1
+            continue
+        return folder
+
+
+@final
+class Jsonl:
+    """Writes one run's folder.
+
+    Args:
+        folder: An empty folder of its own.
+        meta: What never changes; written at once, and again at close with the health.
+        section: Bytes after which rows are folded ten times coarser.
+    """
+
+    def __init__(
+        self, folder: Path, meta: Mapping[str, Any], *, section: int = _SECTION
+    ) -> None:
+        self.folder = folder
+        self._meta = dict(meta)
+        self._section = section
+        self._written = 0
+        self._step_size = 1
+        self._fold = Fold()
+        self._recent: deque[StepRecord] = deque(maxlen=_AROUND_INCIDENT)
+        self._pid = os.getpid()
+        self._closed = False
+        self._records = self._open("records.jsonl")
+        self._alerts = self._open("alerts.jsonl")
+        self._write_meta()
+
+    def _open(self, name: str) -> Any:
+        # Line buffering: what is written survives the process.
+        return open(
+            self.folder / name, "a", buffering=1, encoding="ascii", newline="\n"
+        )
+
+    @property
+    def _ours(self) -> bool:
+        return not self._closed and os.getpid() == self._pid  # not in a forked child
+
+    def write(self, record: StepRecord, alerts: Sequence[Alert] = ()) -> None:
+        """Append one record, alerts first."""
+        if not self._ours:
+            return
+        for alert in alerts:
+            self._alerts.write(dump_line(alert) + "\n")
+        self._recent.append(record)
+        if self._step_size == 1:
+            self._append(record)
+            return
+        self._fold.add(record)
+        if self._fold.count >= self._step_size:
+            self._append(self._fold.row())
+            self._fold.clear()
+
+    def _append(self, row: StepRecord) -> None:
+        line = dump_line(row) + "\n"
+        self._records.write(line)
+        self._written += len(line)
+        if self._written >= self._section:
+            self._written, self._step_size = 0, self._step_size * 10
+
+    def write_incident(self, incident: Incident) -> None:
+        """Write an incident's file, with the last 64 records whole."""
+        if not self._ours:
+            return
+        folder = self.folder / "incidents"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{incident.since}-{_safe(incident.kind)}.json"
+        content = {
+            f.name: getattr(incident, f.name) for f in dataclasses.fields(incident)
+        }
+        content["records"] = [json.loads(dump_line(r)) for r in self._recent]
+        _replace(path, dump_line(content))
+
+    def update_meta(self, values: Mapping[str, Any]) -> None:
+        """Add to ``meta.json``."""
+        if self._ours:
+            self._meta |= values
+            self._write_meta()
+
+    def _write_meta(self) -> None:
+        _replace(self.folder / "meta.json", dump_line(self._meta))
+
+    def close(self, health: Mapping[str, Any] | None = None) -> None:
+        """Write what is folded and the health, and close. Safe to call twice."""
+        if not self._ours:
+            return
+        self._closed = True
+        try:
+            if self._fold.count:
+                self._append(self._fold.row())
+            if health is not None:
+                self._meta["health"] = dict(health)
+            self._write_meta()
+        finally:
+            for file in (self._records, self._alerts):
+                file.close()
+
+
+def _replace(path: Path, line: str) -> None:
+    """Write a small file so that a reader never sees half of it."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(line + "\n", encoding="ascii", newline="\n")
+    os.replace(draft, path)
