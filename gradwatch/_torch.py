@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+graph_task_id: Callable[[], int] = getattr(
+    torch._C, "_current_graph_task_id", lambda: -1
+)
+"""Return the number of the backward pass in progress, -1 outside one.
 
-def graph_task_id() -> int:
-    """Return the number of the backward pass in progress, -1 outside one.
-
-    Without the private call: -1, and gradients are read in the optimizer's hooks alone.
-    """
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current() if current is not None else -1
+Without the private call: -1, and gradients are read in the optimizer's hooks alone.
+"""
 
 
 def after_backward(callback: Callable[[], None]) -> bool:
@@ -69,6 +68,9 @@ def loss_scale(scaler: Any) -> Tensor | None:
     return torch.tensor(scaler.get_scale())
 
 
+_SCALER_FILE = torch.amp.GradScaler.step.__code__.co_filename
+
+
 def calling_scaler(depth: int = 16) -> Any | None:
     """Return the GradScaler among the callers of this function, or None.
 
@@ -78,9 +80,12 @@ def calling_scaler(depth: int = 16) -> Any | None:
     """
     frame = getattr(sys, "_getframe", lambda: None)()
     while frame is not None and depth:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.amp.GradScaler):
-            return owner
+        # Reading f_locals of a user's frame would keep its variables alive, before
+        # Python 3.13: only a frame of the scaler's own code is asked.
+        if frame.f_code.co_filename == _SCALER_FILE:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.amp.GradScaler):
+                return owner
         frame, depth = frame.f_back, depth - 1
     return None
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics import spectral
@@ -22,7 +22,12 @@ from gradwatch.record import StepRecord, Stream
 _NORMS_KEPT: Final = 25
 _SUSPICIOUS: Final = 10.0
 """Times the running median from which on the heaviest parameters are named."""
+_FEW: Final = 5
 _NAMED: Final = 3
+
+_NORM, _CLIPPED, _RATIO = map(run_key, ("grad_norm", "grad_norm_clipped", "clip_ratio"))
+_NONFINITE, _LOSS = map(run_key, ("nonfinite", "loss"))
+_SKIPPED, _OVERHEAD = map(run_key, ("skipped", "overhead"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +39,29 @@ class Memory:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Layout(NamedTuple):
+    """Which parameters are behind which key; made once for a set of parameters.
+
+    Attributes:
+        norms: Key -> indices of the parameters whose norms are joined under it.
+        ratios: Name of a stream -> key of its update ratio.
+    """
+
+    norms: Sequence[tuple[str, Sequence[int]]]
+    ratios: Mapping[str, str]
+
+    @classmethod
+    def of(cls, groups: Sequence[tuple[Stream, Mapping[str, Sequence[int]]]]) -> Layout:
+        """Return the layout for streams and their ``hh``, ``ih``, ``bias`` groups."""
+        norms = [
+            (stream_key(stream, f"grad_norm_{group}"), tuple(index))
+            for stream, parts in groups
+            for group, index in parts.items()
+            if index
+        ]
+        return cls(norms, {s.name: stream_key(s, "update_ratio") for s, _ in groups})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """One step's numbers on the host, with what they belong to.
@@ -41,7 +69,7 @@ class Reading:
     Attributes:
         step: The step as the tap saw it.
         host: Its numbers.
-        groups: Stream -> ``hh``, ``ih``, ``bias`` -> indices of the parameters.
+        layout: Which parameters are behind which key.
         spectrum: The spectrum run of this step, its numbers under ``spectrum.``.
         time: Seconds since the epoch.
         loss: The last value given to ``watch.log``, or None.
@@ -52,7 +80,7 @@ class Reading:
 
     step: Step
     host: HostNumbers
-    groups: Sequence[tuple[Stream, Mapping[str, Sequence[int]]]] = ()
+    layout: Layout = field(default_factory=lambda: Layout((), {}))
     spectrum: Spectrum | None = None
     time: float = 0.0
     loss: float | None = None
@@ -66,82 +94,87 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
     step = reading.step
     skipped = memory.skipped + ("skipped_step" in step.events)
     before = _gradients(reading)
-    metrics = _run_metrics(reading, before)
-    metrics[run_key("skipped")] = float(skipped)
-    metrics |= _stream_metrics(reading, before)
+    metrics = _gradient_metrics(reading, before)
+    metrics[_SKIPPED] = float(skipped)
     if reading.spectrum is not None:
         metrics |= _spectrum_metrics(reading.spectrum, reading.host)
-    facts = dict(reading.facts)
+    norm = metrics.get(_NORM, math.nan)
+    known, changed = _facts(memory, reading)
     if step.skipped_by:
-        facts["skipped_by"] = step.skipped_by
-    norm = metrics.get(run_key("grad_norm"), math.nan)
-    passing = _naming(step, before, norm, memory.norms)
-    stale = [key for key in ("nonfinite", "carriers") if key in memory.facts]
-    known = {k: v for k, v in memory.facts.items() if k not in stale}
-    changed = {k: v for k, v in facts.items() if known.get(k) != v} | passing
-    known |= {k: v for k, v in facts.items() if k != "skipped_by"}
+        changed["skipped_by"] = step.skipped_by
+    usual = math.isfinite(norm) and (
+        len(memory.norms) < _FEW or norm <= _SUSPICIOUS * median(memory.norms)
+    )
+    if before and not usual:
+        changed |= _naming(step, before, norm)
     record = StepRecord(
         step=step.number,
         time=reading.time,
         metrics=metrics,
         facts=changed,
-        events=(*step.events, *reading.events),
+        events=step.events + reading.events,
     )
-    norms = memory.norms
-    if math.isfinite(norm) and not _above(norm, norms):
-        norms = push(norms, norm, _NORMS_KEPT)
-    return replace(memory, skipped=skipped, norms=norms, facts=known), record
+    norms = push(memory.norms, norm, _NORMS_KEPT) if usual else memory.norms
+    return Memory(skipped=skipped, norms=norms, facts=known), record
 
 
 def _gradients(reading: Reading) -> dict[int, float]:
     """Return the gradient norms before clipping, unscaled, by parameter."""
     host, step = reading.host, reading.step
     if "pre" not in host:  # backward was not seen: what the optimizer saw stands in
-        values = host["post"].tolist() if "post" in host else []
-        return dict(zip(step.post_live, values, strict=True))
-    values = host["pre"].tolist()
+        return dict(zip(step.post_live, _floats(host.get("post")), strict=True))
+    values = _floats(host["pre"])
     if "scale" in host and (scale := float(host["scale"])) != 1.0:
         values = [value / scale for value in values]
     return dict(zip(step.live, values, strict=True))
 
 
-def _run_metrics(reading: Reading, before: Mapping[int, float]) -> dict[str, float]:
-    metrics = {run_key("overhead"): min(reading.overhead, 1.0)}
+def _floats(values: Any) -> list[float]:
+    if values is None:
+        return []
+    return values if isinstance(values, list) else values.tolist()
+
+
+def _gradient_metrics(
+    reading: Reading, before: Mapping[int, float]
+) -> dict[str, float]:
+    metrics = {_OVERHEAD: reading.overhead}
     if reading.loss is not None:
-        metrics[run_key("loss")] = reading.loss
-    if not before:
-        return metrics
-    norm = math.hypot(*before.values())
-    metrics[run_key("grad_norm")] = norm
-    broken = sum(not math.isfinite(value) for value in before.values())
-    metrics[run_key("nonfinite")] = float(broken)
-    if "post" not in reading.host:
-        return metrics
-    seen = dict(zip(reading.step.post_live, reading.host["post"].tolist(), strict=True))
-    clipped = math.hypot(*(seen.get(i, value) for i, value in before.items()))
-    metrics[run_key("grad_norm_clipped")] = clipped
-    if math.isfinite(norm) and math.isfinite(clipped):
-        metrics[run_key("clip_ratio")] = min(clipped / norm, 1.0) if norm else 1.0
+        metrics[_LOSS] = reading.loss
+    if before:
+        norm = math.hypot(*before.values())
+        metrics[_NORM] = norm
+        broken = 0
+        if not math.isfinite(norm):
+            broken = sum(not math.isfinite(value) for value in before.values())
+        metrics[_NONFINITE] = float(broken)
+        if "post" in reading.host:
+            post = _floats(reading.host["post"])
+            seen = dict(before) | dict(zip(reading.step.post_live, post, strict=True))
+            clipped = math.hypot(*(seen[i] for i in before))
+            metrics[_CLIPPED] = clipped
+            if math.isfinite(norm) and math.isfinite(clipped):
+                metrics[_RATIO] = min(clipped / norm, 1.0) if norm else 1.0
+    for key, index in reading.layout.norms:
+        found = [before[i] for i in index if i in before]
+        if found:
+            metrics[key] = math.hypot(*found)
+    if "change" in reading.host:
+        pairs = iter(_floats(reading.host["change"]))
+        for name, change in zip(reading.step.changed, pairs, strict=False):
+            metrics[reading.layout.ratios[name]] = change / (next(pairs) + 1e-12)
     return metrics
 
 
-def _stream_metrics(reading: Reading, before: Mapping[int, float]) -> dict[str, float]:
-    metrics = {}
-    change = reading.host.get("change")
-    moved: dict[str, float] = {}
-    if change is not None:
-        pairs = change.reshape(-1, 2).tolist()
-        names = reading.step.changed
-        moved = {n: c / (w + 1e-12) for n, (c, w) in zip(names, pairs, strict=True)}
-    for stream, groups in reading.groups:
-        for group, index in groups.items():
-            found = [before[i] for i in index if i in before]
-            if found:
-                key = stream_key(stream, f"grad_norm_{group}")
-                metrics[key] = math.hypot(*found)
-        if stream.name in moved:
-            metrics[stream_key(stream, "update_ratio")] = moved[stream.name]
-    return metrics
+def _facts(
+    memory: Memory, reading: Reading
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return all facts as they are now, and those that have changed."""
+    if not reading.facts:
+        return memory.facts, {}
+    known = memory.facts
+    changed = {k: v for k, v in reading.facts.items() if known.get(k) != v}
+    return ({**known, **changed} if changed else known), changed
 
 
 def _spectrum_metrics(run: Spectrum, host: HostNumbers) -> dict[str, float]:
@@ -185,20 +218,12 @@ def _largest(values: Sequence[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
-def _above(norm: float, norms: Window) -> bool:
-    return len(norms) >= 5 and norm > _SUSPICIOUS * median(norms)
-
-
-def _naming(
-    step: Step, before: Mapping[int, float], norm: float, norms: Window
-) -> dict[str, Any]:
+def _naming(step: Step, before: Mapping[int, float], norm: float) -> dict[str, Any]:
     """Name the tensors that broke first, or those that carry a suspicious norm."""
-    if not math.isfinite(norm) and before:
+    if not math.isfinite(norm):
         order = [i for i in step.order if i in before] or list(before)
         broken = [i for i in order if not math.isfinite(before[i])]
         return {"nonfinite": [step.names[i] for i in broken[:_NAMED]]}
-    if _above(norm, norms):
-        heavy = sorted(before, key=before.__getitem__, reverse=True)[:_NAMED]
-        shares = {step.names[i]: (before[i] / norm) ** 2 for i in heavy}
-        return {"carriers": {n: round(s, 4) for n, s in shares.items() if s >= 0.05}}
-    return {}
+    heavy = sorted(before, key=before.__getitem__, reverse=True)[:_NAMED]
+    shares = {step.names[i]: (before[i] / norm) ** 2 for i in heavy}
+    return {"carriers": {n: round(s, 4) for n, s in shares.items() if s >= 0.05}}

@@ -128,8 +128,15 @@ class Pipeline:
                 with self._callback_guard:
                     self._on_alert(alert)
 
+    def handed_on(self) -> None:
+        """Have the folder write the records that it was given."""
+        if self._folder is not None and not self._folder_guard.failed:
+            with self._folder_guard:
+                self._folder.flush()
+
     def flush(self) -> None:
-        """Have every sink that can hand on what it holds."""
+        """Have the folder, and every sink that can, hand on what it holds."""
+        self.handed_on()
         for name, sink in self._sinks.items():
             flush = getattr(sink, "flush", None)
             if flush is not None and not self._sink_guards[name].failed:

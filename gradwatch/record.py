@@ -222,6 +222,7 @@ class Records(Sequence[StepRecord]):
 # ---- the file format of design.md section 5
 
 _Plain = TypeVar("_Plain", StepRecord, Alert, Incident, Stream)
+_FAST = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -248,7 +249,7 @@ def dump_line(value: StepRecord | Alert | Incident | Mapping[str, Any]) -> str:
             if content := getattr(value, part):
                 row[part] = content
         try:  # nearly every row is finite, and the C encoder alone is 4 times faster
-            return json.dumps(row, allow_nan=False, separators=(",", ":"))
+            return _FAST.encode(row)
         except ValueError:
             value = row
     return json.dumps(_to_json(value), separators=(",", ":"), default=str)

@@ -37,7 +37,8 @@ class Schedule:
             third each; None fixes the cadences.
 
     Raises:
-        TypeError: If ``every`` is neither an int, a mapping nor None.
+        TypeError: If ``every`` is neither an int, a mapping nor None, or ``budget``
+            neither a number nor None.
         ValueError: If a depth is unknown, a cadence is below 1 or the budget is not
             above 0.
     """
@@ -47,34 +48,29 @@ class Schedule:
         every: int | Mapping[str, int] | None = None,
         budget: float | None = 0.03,
     ) -> None:
-        if budget is not None and not budget > 0:
-            raise ValueError(
-                f"budget is {budget!r}; expected a share of the training time above 0, "
-                "such as budget=0.03, or None to fix the cadences."
-            )
         chosen = _explicit(every)
-        self.budget = budget
+        self.budget = _share(budget)
         self._every = {**_CADENCE, **chosen}
         self._early = {d: frozenset() if d in chosen else _EARLY[d] for d in DEPTHS}
         self._stretch = dict.fromkeys(DEPTHS, 1)
         self._left_out: set[str] = set()
+        self._cadence = dict(self._every)
         self._costs = {d: deque[float](maxlen=_RUNS_KEPT) for d in DEPTHS}
         self._steps = deque[float](maxlen=_STEPS_KEPT)
         self._asked: dict[str, int] = {}
 
     def due(self, depth: str, step: int) -> bool:
         """Tell whether a depth runs at a step."""
-        if depth in self._left_out:
-            return False
-        if step in self._early[depth] or self._asked.get(depth) == step:
+        cadence = self._cadence[depth]
+        if cadence and step % cadence == 0:
             return True
-        return step % (self._every[depth] * self._stretch[depth]) == 0
+        if step in self._early[depth] or self._asked.get(depth) == step:
+            return depth not in self._left_out
+        return False
 
     def cadence(self, depth: str) -> int:
         """Return every how many steps a depth runs now; 0 where it is left out."""
-        if depth in self._left_out:
-            return 0
-        return self._every[depth] * self._stretch[depth]
+        return self._cadence[depth]
 
     def ask(self, depth: str, step: int) -> None:
         """Have a depth run at one coming step, whatever its cadence."""
@@ -98,6 +94,7 @@ class Schedule:
             return None
         if seconds > _TOO_LONG:
             self._left_out.add(depth)
+            self._cadence[depth] = 0
             return f"{depth} took {seconds:.1f} s and is left out from now on"
         self._costs[depth].append(seconds)
         if len(self._steps) < _RUNS_KEPT:
@@ -111,6 +108,7 @@ class Schedule:
         if stretch == self._stretch[depth]:
             return None
         self._stretch[depth] = stretch
+        self._cadence[depth] = self._every[depth] * stretch
         return f"{depth} every {self.cadence(depth)} steps"
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,12 +121,36 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; the early steps are not run again."""
-        self._stretch.update(state["stretch"])
-        self._left_out = set(state["left_out"])
+        """Go on from :meth:`state_dict`; the early steps are not run again.
+
+        Where ``budget`` is None now, the cadences stay fixed: what a budget of the
+        earlier run stretched or left out is not taken over.
+        """
+        if self.budget is not None:
+            self._stretch.update(state["stretch"])
+            self._left_out = set(state["left_out"])
+        for depth, steps in self._every.items():
+            left_out = depth in self._left_out
+            self._cadence[depth] = 0 if left_out else steps * self._stretch[depth]
         for depth, costs in state["costs"].items():
+            self._costs[depth].clear()
             self._costs[depth].extend(costs)
+        self._steps.clear()
         self._steps.extend(state["steps"])
+
+
+def _share(budget: float | None) -> float | None:
+    if budget is None:
+        return None
+    wanted = (
+        f"budget is {budget!r}; expected a share of the training time above 0, such as "
+        "budget=0.03, or None to fix the cadences."
+    )
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(wanted)
+    if not budget > 0:
+        raise ValueError(wanted)
+    return budget
 
 
 def _explicit(every: int | Mapping[str, int] | None) -> dict[str, int]:
@@ -143,15 +165,15 @@ def _explicit(every: int | Mapping[str, int] | None) -> dict[str, int]:
             f"every is {every!r}; expected an int, a mapping such as "
             '{"spectrum": 100}, or None.'
         )
-    if unknown := sorted(set(chosen) - set(DEPTHS)):
+    if unknown := sorted(repr(depth) for depth in chosen if depth not in DEPTHS):
         raise ValueError(
-            f"every names {', '.join(map(repr, unknown))}; the depths are "
-            f"{', '.join(DEPTHS)}."
+            f"every names {', '.join(unknown)}; the depths are {', '.join(DEPTHS)}."
         )
     for depth, steps in chosen.items():
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(
-                f"every={{{depth!r}: {steps!r}}}; expected a number of steps of at "
-                "least 1. To leave W&B or the files out, see sinks=, wandb=, dir=."
+                f"every={every!r} has {depth} run every {steps!r} steps; expected a "
+                "whole number of at least 1. To leave W&B or the files out, see "
+                "sinks=, wandb=, dir=."
             )
     return chosen

@@ -8,6 +8,7 @@ the pipeline, which makes a record of them, has it judged, and hands it on.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 
 from gradwatch import _torch, console
 from gradwatch._version import __version__
-from gradwatch.derive import Reading
+from gradwatch.derive import Layout, Reading
 from gradwatch.health import Health
+from gradwatch.numerics.streaming import median
 from gradwatch.observe.gradient_tap import GradientTap, Step
 from gradwatch.observe.measure import Drain, Spectrum, spectrum, too_large
 from gradwatch.observe.probe import ForwardHook, Probe
@@ -45,7 +47,8 @@ from gradwatch.recurrent import (
     plain_weight,
     recurrences,
 )
-from gradwatch.rules import Rule, default_rules
+from gradwatch.rules import Exploding, Rule, default_rules
+from gradwatch.rules.kinds import WARM_UP
 from gradwatch.schedule import DEPTHS, Schedule
 from gradwatch.sinks import Sink, Wandb
 from gradwatch.sinks.jsonl import FolderError, Jsonl, make_folder
@@ -54,6 +57,9 @@ from gradwatch.sinks.wandb import active_run
 OnAlert = Callable[[Alert], object] | Literal["raise"] | None
 _DIR = "gradwatch-runs"
 _RESCAN_STEPS = 50
+_BATCH = 16
+_BATCH_S = 1.0
+"""Most steps, and seconds, that an unremarkable step waits to be taken in."""
 
 
 def watch(
@@ -151,14 +157,18 @@ class Settings:
     said: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A closed step whose numbers may still be on their way."""
+class _Pending(NamedTuple):
+    """A closed step whose numbers have not been taken in yet."""
 
     step: Step
     drain: Drain
     spectrum: Spectrum | None
-    reading: dict[str, Any]
+    time: float
+    loss: float | None
+    overhead: float
+    layout: Layout
+    facts: Mapping[str, Any]
+    events: tuple[str, ...]
 
 
 class Watch:
@@ -191,10 +201,12 @@ class Watch:
         self._spectrum: Spectrum | None = None
         self._spectrum_runs = 0
         self._raise: Alert | None = None
-        self._layout: tuple[list[str], list[Any]] = ([], [])
+        self._layout = (list[str](), Layout((), {}))
         self._left_out = False
-        self._last = self._last_record = time.perf_counter()
-        self._spent = self._spent_record = 0.0
+        self._last = self._drained = time.perf_counter()
+        self._spent = self._ceiling = 0.0
+        self._sampled = False
+        self._at_once = bool(settings.sinks) or settings.rules is not None
         self._probes: list[Probe] = []
         self._tap: GradientTap | None = None
         self._health = Health(self._report)
@@ -345,6 +357,7 @@ class Watch:
         """Launch what is due; the weights are those that the forward used."""
         if not self._probes or not self._due("spectrum", step):
             return
+        self._sampled = True
         guard = self._health.guard("spectrum")
         if guard.failed:
             return
@@ -389,35 +402,59 @@ class Watch:
         """A step has closed: start its numbers on their way to the host."""
         now = time.perf_counter()
         own = self._health.spent
-        self._schedule.stepped(max(now - self._last - (own - self._spent), 0.0))
+        self._schedule.stepped(now - self._last - (own - self._spent))
+        elapsed, used = now - self._last, own - self._spent
         self._last, self._spent = now, own
-        for probe in self._probes:
-            probe.forget()
+        if self._sampled:
+            self._sampled = False
+            for probe in self._probes:
+                probe.forget()
         if step.number % _RESCAN_STEPS == 0 and self._tap is not None:
             self._tap.rescan()
         run, self._spectrum = self._spectrum, None
-        numbers = dict(step.numbers)
+        numbers = step.numbers
         if run is not None:
             numbers |= {f"spectrum.{k}": t for k, t in run.numbers.items()}
         loss, self._loss = self._loss, None
         if isinstance(loss, Tensor):
-            numbers["loss"] = loss
+            numbers["loss"], loss = loss, None
         events, self._events = tuple(self._events), []
         if self._paused or not (numbers or step.events or events):
             return
-        elapsed = max(now - self._last_record, 1e-9)
-        self._health.overhead = min((own - self._spent_record) / elapsed, 1.0)
-        self._last_record, self._spent_record = now, own
-        reading = {
-            "time": time.time(),
-            "loss": loss if isinstance(loss, float) else None,
-            "overhead": self._health.overhead,
-            "facts": {k: dict(v) for k, v in self._facts.items()} if run else {},
-            "events": events,
-            "groups": self._groups(step.names),
-        }
-        self._pending.append(_Pending(step, Drain(numbers), run, reading))
-        self._drain(keep=0 if self._pending[-1].drain.immediate else 1)
+        self._health.overhead = min(max(used / elapsed, 0.0), 1.0) if elapsed else 0.0
+        waiting = _Pending(
+            step=step,
+            drain=Drain(numbers),
+            spectrum=run,
+            time=time.time(),
+            loss=loss,
+            overhead=self._health.overhead,
+            layout=self._layout_of(step.names),
+            facts=self._facts if run is not None else {},
+            events=events,
+        )
+        self._pending.append(waiting)
+        if not waiting.drain.immediate:
+            self._drain(keep=1)
+        elif not self._calm(waiting, now):
+            self._drain(keep=0)
+
+    def _calm(self, waiting: _Pending, now: float) -> bool:
+        """Tell whether a step can wait a little, to be taken in with those after it.
+
+        A step that no rule of the catalogue could object to: several at once cost half
+        of what each costs alone. Anything unusual is taken in as it comes.
+        """
+        pre = waiting.step.numbers.get("pre")
+        if self._at_once or waiting.spectrum is not None or not isinstance(pre, list):
+            return False
+        if waiting.events or waiting.step.events or "scale" in waiting.step.numbers:
+            return False
+        if waiting.loss is not None and not math.isfinite(waiting.loss):
+            return False
+        if len(self._pending) >= _BATCH or now - self._drained >= _BATCH_S:
+            return False
+        return math.hypot(*pre) < self._ceiling
 
     def _drain(self, keep: int) -> None:
         """Take in the steps whose numbers are due on the host."""
@@ -425,13 +462,16 @@ class Watch:
             waiting = self._pending.popleft()
             began = time.perf_counter()
             host = waiting.drain.wait()
-            if "loss" in host:
-                waiting.reading["loss"] = float(host["loss"])
             reading = Reading(
                 step=waiting.step,
                 host=host,
+                layout=waiting.layout,
                 spectrum=waiting.spectrum,
-                **waiting.reading,
+                time=waiting.time,
+                loss=float(host["loss"]) if "loss" in host else waiting.loss,
+                overhead=waiting.overhead,
+                facts=waiting.facts,
+                events=waiting.events,
             )
             given = self._pipeline.take(reading)
             if waiting.spectrum is not None:
@@ -440,11 +480,22 @@ class Watch:
                 if changed is not None:
                     self._events.append(f"cadence: {changed}")
             self._to_raise(waiting.step, given)
-            if self._tap is not None:
-                for depth in self._pipeline.wanted():
-                    self._schedule.ask(depth, self._tap.number)
+        self._pipeline.handed_on()
+        if self._tap is not None:
+            for depth in self._pipeline.wanted():
+                self._schedule.ask(depth, self._tap.number)
+        self._drained = time.perf_counter()
+        norms = self._pipeline.memory.norms
+        enough = len(norms) >= WARM_UP
+        self._ceiling = Exploding.clear * median(norms) if enough else 0.0
 
-    def _groups(self, names: list[str]) -> list[Any]:
+    def _bring_up_to_date(self) -> None:
+        """Take in what waits on the host already; an accelerator is not waited for."""
+        if self._pending and all(p.drain.immediate for p in self._pending):
+            with self._health.guard("gradients"):
+                self._drain(keep=0)
+
+    def _layout_of(self, names: list[str]) -> Layout:
         """Return for every stream which parameters are behind its weights."""
         if self._layout[0] is not names:
             index = {name: i for i, name in enumerate(names)}
@@ -466,7 +517,7 @@ class Watch:
                         },
                     )
                 )
-            self._layout = (names, groups)
+            self._layout = (names, Layout.of(groups))
         return self._layout[1]
 
     def _to_raise(self, step: Step, given: Sequence[Alert]) -> None:
@@ -496,21 +547,25 @@ class Watch:
     @property
     def records(self) -> Records:
         """The last 1,024 records."""
+        self._bring_up_to_date()
         return self._pipeline.records
 
     @property
     def latest(self) -> Mapping[str, float]:
         """The last value of every key ever measured."""
+        self._bring_up_to_date()
         return dict(self._pipeline.latest)
 
     @property
     def alerts(self) -> list[Alert]:
         """The alerts that were given out, notices too, oldest first."""
+        self._bring_up_to_date()
         return list(self._pipeline.alerts)
 
     @property
     def incidents(self) -> list[Incident]:
         """What was wrong, and what is wrong now (``until`` is None)."""
+        self._bring_up_to_date()
         return self._pipeline.incidents.all()
 
     @property
@@ -661,6 +716,7 @@ class Watch:
         """Return the table of the streams with their latest numbers."""
         if not self._streams:
             return "gradwatch is disabled (GRADWATCH_DISABLED=1)"
+        self._bring_up_to_date()
         seen = {**self._pipeline.memory.facts, **self._facts}
         return console.table(self._streams, self._pipeline.latest, self._notes(), seen)
 

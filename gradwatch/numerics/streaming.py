@@ -6,7 +6,6 @@ A state is a tuple of plain floats, so that it can be saved as JSON and restored
 from __future__ import annotations
 
 import math
-import statistics
 
 Window = tuple[float, ...]
 
@@ -30,7 +29,12 @@ def push(window: Window, value: float, size: int) -> Window:
 
 def median(window: Window) -> float:
     """Return the median, NaN for an empty window."""
-    return statistics.median(window) if window else math.nan
+    if not window:
+        return math.nan
+    ranked, middle = sorted(window), len(window) // 2
+    if len(window) % 2:
+        return ranked[middle]
+    return 0.5 * (ranked[middle - 1] + ranked[middle])
 
 
 def robust_z(window: Window, value: float, floor: float = 0.0) -> float:
@@ -45,8 +49,8 @@ def robust_z(window: Window, value: float, floor: float = 0.0) -> float:
             change infinite; in the values' own unit.
 
     Returns:
-        The score; NaN for an empty window, Inf where the scale is 0 and the value
-        differs.
+        The score; NaN for an empty window or a NaN value, Inf where the scale is 0 and
+        the value differs.
 
     Example:
         >>> robust_z((1.0, 2.0, 3.0), 2.0)
@@ -58,5 +62,5 @@ def robust_z(window: Window, value: float, floor: float = 0.0) -> float:
     centre = median(window)
     scale = 1.4826 * median(tuple(abs(v - centre) for v in window)) + floor
     if scale == 0:
-        return 0.0 if value == centre else math.copysign(math.inf, value - centre)
+        return 0.0 if value == centre else (value - centre) * math.inf
     return (value - centre) / scale

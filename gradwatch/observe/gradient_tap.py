@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
 
 from gradwatch import _torch
 from gradwatch.health import Guard
-from gradwatch.observe.measure import Numbers, norms
+from gradwatch.observe.measure import Norms, Numbers, norms
 from gradwatch.recurrent import clean_path
 
 
@@ -104,7 +104,6 @@ class GradientTap:
         self._on_return = on_return
         self._refuse, self._due, self._guard = refuse, due, guard
         self._searched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._task = -1
         self._depth = self._outermost = 0
         self._any_optimizer = False
@@ -114,6 +113,8 @@ class GradientTap:
         self._params: list[nn.Parameter] = []
         self._fresh()
         self.rescan()
+        # The engine keeps the last callback until its next pass.
+        self._ended = _weakly(self, "_end_of_backward")
         on_pre, on_post = _weakly(self, "_on_pre"), _weakly(self, "_on_post")
         self.global_hooks = [
             register_optimizer_step_pre_hook(on_pre),
@@ -137,11 +138,12 @@ class GradientTap:
             hook.remove()
         self.names, self._params = [clean_path(n) for n, _ in named], params
         self._index = {id(p): i for i, p in enumerate(params)}
-        self._mine: dict[int, tuple[int, list[int]]] = {}
+        self._mine: dict[int, tuple[int, weakref.ref[Optimizer], list[int]]] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._tracked = {id(w): (name, w) for name, w in self._weights_of().items()}
-        self._before: dict[str, tuple[Tensor, Tensor]] = {}
-        trigger = _weakly(self, "_on_grad")
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}
+        self._moving: list[tuple[str, nn.Parameter]] = []
+        trigger = _trigger(self)
         self._hooks = [p.register_post_accumulate_grad_hook(trigger) for p in params]
 
     def close(self) -> None:
@@ -153,7 +155,8 @@ class GradientTap:
         for hook in (*self._hooks, *self.global_hooks):
             hook.remove()
         self._hooks.clear()
-        self._params, self._seen, self._before, self._tracked = [], {}, {}, {}
+        self._params, self._seen, self._copies, self._tracked = [], {}, {}, {}
+        self._moving = []
 
     @property
     def upcoming(self) -> tuple[int, ...]:
@@ -170,20 +173,17 @@ class GradientTap:
         self._open = False
         self._backwards = 0
         self._live: list[int] = []
-        self._order: list[int] = []
-        self._pre: Tensor | None = None
+        self._order: list[Tensor] = []
+        self._pre: Norms | None = None
         self._scale: Tensor | None = None
-        self._post: list[tuple[list[int], Tensor]] = []
-        self._changes: list[tuple[list[str], Tensor]] = []
+        self._post: list[tuple[list[int], Norms]] = []
+        self._changes: list[tuple[list[str], Norms]] = []
         self._stepped: set[int] = set()
 
     # ---- backward
 
-    def _on_grad(self, param: Tensor) -> None:
-        task = _torch.graph_task_id()
-        if task == self._task and task != -1:
-            self._order.append(self._index.get(id(param), -1))
-            return
+    def _on_grad(self, task: int, param: Tensor) -> None:
+        """The first gradient of a backward pass has been accumulated."""
         with self._guard:
             self._begin(task, param)
 
@@ -194,8 +194,8 @@ class GradientTap:
         if self._depth == 0 and self._open and self._goes_not_on(param):
             self.settle()
         self._open = True
-        self._order = [] if param is None else [self._index.get(id(param), -1)]
-        _torch.after_backward(self._end_of_backward)
+        self._order = [] if param is None else [param]
+        _torch.after_backward(self._ended)
 
     def _goes_not_on(self, param: Tensor | None) -> bool:
         """Tell whether a backward does not go on with the open step."""
@@ -212,37 +212,56 @@ class GradientTap:
         if self.closed or self._guard.failed:
             return
         with self._guard:
-            live = [(i, p.grad) for i, p in enumerate(self._params)]
-            found = [(i, g) for i, g in live if g is not None]
-            if not found:
+            live, grads = self._gradients()
+            if not grads:
                 if self._post:  # the optimizers stepped inside backward
                     self._live = sorted(i for index, _ in self._post for i in index)
                     self._close(())
                 return
             self._backwards += 1
-            self._live = [i for i, _ in found]
-            self._seen = {i: (weakref.ref(g), g._version) for i, g in found}
+            self._live = live
+            self._seen = {
+                i: (weakref.ref(g), g._version)
+                for i, g in zip(live, grads, strict=True)
+            }
             self._pre = None
             if self._due(self.number):
-                self._pre = norms([g for _, g in found])
+                self._pre = norms(grads)
                 self._scale = _torch.loss_scale(self.scaler)
             self._on_backward(self.number)
+
+    def _gradients(self) -> tuple[list[int], list[Tensor]]:
+        """Return the parameters that have a gradient now, and the gradients."""
+        live: list[int] = []
+        grads: list[Tensor] = []
+        for i, param in enumerate(self._params):
+            grad = param.grad
+            if grad is not None:
+                live.append(i)
+                grads.append(grad)
+        return live, grads
 
     # ---- optimizers
 
     def _held(self, optimizer: Optimizer) -> list[int]:
         """Return which watched parameters an optimizer holds; kept by its size."""
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        size = 0
+        for group in optimizer.param_groups:
+            size += len(group["params"])
         known = self._mine.get(id(optimizer))
-        if known is None or known[0] != size or optimizer not in self.optimizers:
+        if known is None or known[0] != size or known[1]() is not optimizer:
             held = self._look_up(optimizer)
             if not held and size:
                 self.rescan()  # its parameters may be new to us
                 held = self._look_up(optimizer)
-            if held:
-                self.optimizers.add(optimizer)
-            known = self._mine[id(optimizer)] = (size, held)
-        return known[1]
+            known = self._mine[id(optimizer)] = (size, weakref.ref(optimizer), held)
+        return known[2]
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers that were seen to hold watched parameters."""
+        found = [ref() for _, ref, held in self._mine.values() if held]
+        return [optimizer for optimizer in found if optimizer is not None]
 
     def _look_up(self, optimizer: Optimizer) -> list[int]:
         params = (p for group in optimizer.param_groups for p in group["params"])
@@ -271,14 +290,16 @@ class GradientTap:
                 self._begin(task, None)
             if not self._open and id(optimizer) in self._expected:
                 self._open = True  # it steps again, and we saw no backward
-            if not self._open or not self._due(self.number):
+            closure = _closure(args, kwargs) is not None
+            if not (self._open or closure) or not self._due(self.number):
                 return
             self._remember(held)
-            if _closure(args, kwargs) is None:
-                self._read(optimizer, held)
-                if self._refuse and not all(_all_finite(r) for _, r in self._post):
-                    self._depth = 0
-                    self._close(("skipped_step",), by="refused")
+            if closure:  # backward runs inside step()
+                return
+            self._read(optimizer, held)
+            if self._refuse and not all(_all_finite(read) for _, read in self._post):
+                self._depth = 0
+                self._close(("skipped_step",), by="refused")
         self._on_return()
 
     def _on_post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -298,9 +319,9 @@ class GradientTap:
                 self._expected.add(id(optimizer))
                 return
             if self._due(self.number):
-                if _closure(args, kwargs) is not None:  # backward ran inside step()
+                if _closure(args, kwargs) is not None:
                     self._read(optimizer, held)
-                self._compare(held)
+                self._compare()
             self._stepped.add(id(optimizer))
             if _torch.graph_task_id() == -1 and (
                 self._expected <= self._stepped or id(optimizer) not in self._expected
@@ -340,43 +361,44 @@ class GradientTap:
             return
         read = norms([g for _, g in live])
         if (factor := getattr(optimizer, "grad_scale", None)) is not None:
-            read = read / factor.to(read.device)  # a fused optimizer unscales by itself
+            read = _over(read, factor)  # a fused optimizer unscales by itself
         self._post.append(([i for i, _ in live], read))
 
     def _untouched(self, live: list[tuple[int, Tensor]]) -> bool:
         """Tell whether the gradients are those that the end of backward read."""
-        if [i for i, _ in live] != self._live:
+        if len(live) != len(self._live):
             return False
         for i, grad in live:
-            ref, version = self._seen[i]
-            if ref() is not grad or grad._version != version:
+            seen = self._seen.get(i)
+            if seen is None or seen[0]() is not grad or seen[1] != grad._version:
                 return False
         return True
 
     def _remember(self, held: list[int]) -> None:
         """Copy the recurrent weights that this optimizer is about to change."""
+        self._moving = []
         for i in held:
             known = self._tracked.get(id(self._params[i]))
             if known is None:
                 continue
             name, weight = known
-            copy = self._before.get(name)
-            if copy is None or copy[0].shape != weight.shape:
+            kept = self._copies.get(name)
+            if kept is None or kept[0].shape != weight.shape:
                 fresh = torch.empty_like(weight, requires_grad=False)
-                copy = self._before[name] = (fresh, torch.empty_like(fresh))
-            copy[0].copy_(weight.detach())
+                kept = self._copies[name] = (fresh, torch.empty_like(fresh))
+            kept[0].copy_(weight.detach())
+            self._moving.append((name, weight))
 
-    def _compare(self, held: list[int]) -> None:
-        """Measure how far the recurrent weights have moved."""
-        tracked = [self._tracked.get(id(self._params[i])) for i in held]
-        pairs = [(n, w, *self._before[n]) for n, w in filter(None, tracked)]
-        if not pairs:
-            return
+    def _compare(self) -> None:
+        """Measure how far those weights have moved."""
         read: list[Tensor] = []
-        for _, weight, before, change in pairs:
+        for name, weight in self._moving:
+            before, change = self._copies[name]
             torch.sub(weight.detach(), before, out=change)
             read += [change, before]
-        self._changes.append(([name for name, *_ in pairs], norms(read)))
+        if read:
+            self._changes.append(([name for name, _ in self._moving], norms(read)))
+        self._moving = []
 
     # ---- the end of a step
 
@@ -407,11 +429,9 @@ class GradientTap:
     def finish_step(self) -> None:
         """Close the step by hand, or count one of which nothing was seen."""
         if not self._open or self._pre is None:
-            live = [(i, p.grad) for i, p in enumerate(self._params)]
-            found = [(i, g) for i, g in live if g is not None]
-            self._live = [i for i, _ in found]
-            if found:
-                self._pre = norms([g for _, g in found])
+            self._live, grads = self._gradients()
+            if grads:
+                self._pre = norms(grads)
         self._close(())
 
     def _close(self, events: tuple[str, ...], by: str = "") -> None:
@@ -419,7 +439,7 @@ class GradientTap:
             number=self.number,
             names=self.names,
             live=self._live,
-            order=[i for i in self._order if i >= 0],
+            order=[self._index[id(p)] for p in self._order if id(p) in self._index],
             post_live=[i for index, _ in self._post for i in index],
             changed=[name for names, _ in self._changes for name in names],
             backwards=self._backwards,
@@ -443,9 +463,14 @@ class GradientTap:
         self._on_step(step)
 
 
-def _joined(reads: list[Tensor]) -> Tensor:
-    where = reads[0].device
-    return reads[0] if len(reads) == 1 else torch.cat([r.to(where) for r in reads])
+def _joined(reads: list[Norms]) -> Norms:
+    if len(reads) == 1:
+        return reads[0]
+    tensors = [r for r in reads if isinstance(r, Tensor)]
+    if not tensors:
+        return [value for read in reads if isinstance(read, list) for value in read]
+    like = tensors[0]
+    return torch.cat([torch.as_tensor(r).to(like) for r in reads])
 
 
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -453,8 +478,32 @@ def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[1] if len(args) > 1 else kwargs.get("closure")
 
 
-def _all_finite(read: Tensor) -> bool:
-    return all(map(math.isfinite, read.tolist()))
+def _all_finite(read: Norms) -> bool:
+    values = read if isinstance(read, list) else read.tolist()
+    return all(map(math.isfinite, values))
+
+
+def _over(read: Norms, factor: Tensor) -> Norms:
+    if isinstance(read, list):
+        return [value / float(factor) for value in read]
+    return read / factor.to(read.device)
+
+
+def _trigger(owner: GradientTap) -> Callable[[Tensor], None]:
+    """Return the hook of a parameter; it runs once a parameter and backward pass."""
+    ref, current = weakref.ref(owner), _torch.graph_task_id
+
+    def hook(param: Tensor) -> None:
+        tap = ref()
+        if tap is None:
+            return
+        task = current()
+        if task == tap._task and task != -1:
+            tap._order.append(param)
+        else:
+            tap._on_grad(task, param)
+
+    return hook
 
 
 def _weakly(owner: GradientTap, name: str) -> Callable[..., None]:

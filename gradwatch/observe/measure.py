@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +18,17 @@ from gradwatch.numerics import spectral
 from gradwatch.record import Stream
 from gradwatch.recurrent import gate_matrices
 
-Numbers = dict[str, Tensor]
-"""Names -> tensors of any shape, on any device."""
+Norms = Tensor | list[float]
+"""Norms on the device; where everything is on the CPU, floats at once."""
 
-HostNumbers = Mapping[str, np.ndarray]
+Numbers = dict[str, Norms]
+"""Names -> numbers of any shape, on any device, or on the host already."""
+
+HostNumbers = Mapping[str, Any]
+"""Names -> numpy arrays or lists of floats."""
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
+def norms(tensors: Sequence[Tensor]) -> Norms:
     """Return the L2 norm of each tensor, without waiting for the device.
 
     A norm that would overflow float32 does not: where the device has float64 it is
@@ -37,15 +40,23 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
             shard), of any dtype and on any devices. At least one.
 
     Returns:
-        Shape ``(len(tensors),)``, float32 or float64, on the first tensor's device.
+        One norm a tensor: floats where all tensors are on the CPU, else a tensor of
+        shape ``(len(tensors),)`` on the first tensor's device.
     """
     local = [_local(t) for t in tensors]
-    if len({(t.device, t.dtype) for t in local}) == 1:
-        return _alike(local)
+    first = local[0]
+    device, dtype = first.device, first.dtype
+    if all(t.device == device and t.dtype == dtype for t in local):
+        return _on_cpu(local) if device.type == "cpu" else _alike(local)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(local):
         groups.setdefault((tensor.device, tensor.dtype), []).append(i)
-    device = local[0].device
+    if all(device.type == "cpu" for device, _ in groups):
+        floats = [0.0] * len(local)
+        for index in groups.values():
+            for i, value in zip(index, _on_cpu([local[i] for i in index]), strict=True):
+                floats[i] = value
+        return floats
     wide = torch.float32 if device.type == "mps" else torch.float64
     result = torch.empty(len(local), dtype=wide, device=device)
     for index in groups.values():
@@ -56,6 +67,8 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
+    if type(tensor) is Tensor and not tensor.is_sparse:
+        return tensor  # nearly always, at every step
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):  # a DTensor's own norm would be a collective
         tensor = tensor.to_local()
@@ -63,18 +76,18 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _alike(tensors: list[Tensor]) -> Tensor:
-    device = tensors[0].device.type
-    if device == "mps":
+    if tensors[0].device.type == "mps":
         return torch.stack([n.float() for n in torch._foreach_norm(tensors)])
-    if device != "cpu":
-        return torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
+
+
+def _on_cpu(tensors: list[Tensor]) -> list[float]:
     if tensors[0].dtype in (torch.float16, torch.bfloat16):
         tensors = [t.float() for t in tensors]
-    read = torch.stack(torch._foreach_norm(tensors))
-    for i, norm in enumerate(read.tolist()):
+    read: list[float] = [norm.item() for norm in torch._foreach_norm(tensors)]
+    for i, norm in enumerate(read):
         if norm == math.inf:  # overflow, or an Inf inside: float64 tells which
-            read = read.double()
-            read[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float64)
+            read[i] = float(torch.linalg.vector_norm(tensors[i], dtype=torch.float64))
     return read
 
 
@@ -146,23 +159,25 @@ class Drain:
     """
 
     def __init__(self, numbers: Numbers) -> None:
-        self._shapes = {name: t.shape for name, t in numbers.items()}
+        self._host: dict[str, Any] = {}
+        self._shapes: dict[str, torch.Size] = {}
         self._event: Any = None
-        devices = {t.device for t in numbers.values()}
-        if all(d.type == "cpu" for d in devices):
-            self._host: HostNumbers | None = {
-                name: t.detach().numpy() for name, t in numbers.items()
-            }
-            return
-        self._host = None
-        target = next(d for d in devices if d.type != "cpu")
+        moving: list[Tensor] = []
+        for name, value in numbers.items():
+            if isinstance(value, list):
+                self._host[name] = value
+            elif value.device.type == "cpu":
+                self._host[name] = value.detach().numpy()
+            else:
+                self._shapes[name] = value.shape
+                moving.append(value.detach().reshape(-1))
+        if moving:
+            self._start(moving)
+
+    def _start(self, moving: list[Tensor]) -> None:
+        target = moving[0].device
         wide = torch.float32 if target.type == "mps" else torch.float64
-        packed = torch.cat(
-            [
-                t.detach().reshape(-1).to(target, wide, non_blocking=True)
-                for t in numbers.values()
-            ]
-        )
+        packed = torch.cat([t.to(target, wide, non_blocking=True) for t in moving])
         pinned = target.type == "cuda"
         self._flat = torch.empty(packed.shape, dtype=wide, pin_memory=pinned)
         self._flat.copy_(packed, non_blocking=pinned)
@@ -173,17 +188,17 @@ class Drain:
     @property
     def immediate(self) -> bool:
         """Whether the numbers are on the host already."""
-        return self._host is not None
+        return not self._shapes
 
     def wait(self) -> HostNumbers:
         """Return the numbers, waiting for the transfer where it is not over."""
-        if self._host is None:
+        if self._shapes:
             if self._event is not None:
                 self._event.synchronize()
-            flat, host, start = self._flat.numpy(), {}, 0
+            flat, start = self._flat.numpy(), 0
             for name, shape in self._shapes.items():
                 size = math.prod(shape)
-                host[name] = flat[start : start + size].reshape(tuple(shape))
+                self._host[name] = flat[start : start + size].reshape(tuple(shape))
                 start += size
-            self._host = host
+            self._shapes = {}
         return self._host

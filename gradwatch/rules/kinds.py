@@ -131,6 +131,7 @@ class Exploding:
         self.active = False
         self.wants: str | None = None
         self._streams = tuple(streams)
+        self._rho_keys = [(s.name, stream_key(s, "rho")) for s in streams]
         self._norms: Window = ()
         self._peak = 0.0
         self._hot: list[int] = []
@@ -160,19 +161,19 @@ class Exploding:
         if ratio >= self.clear:
             self._carriers = dict(record.facts.get("carriers", self._carriers))
             self.wants = None if self._hot or self.active else "spectrum"
-        self._settle(norm, ratio)
+        self._settle(norm, ratio, usual)
         hot = ratio >= self.factor and norm >= self.above_peak * self._peak
         self._hot = [*self._hot, record.step][-self.running :] if hot else []
         if len(self._hot) < self.running or self.active:
             return []
         return [self._alert(record, norm, usual)]
 
-    def _settle(self, norm: float, ratio: float) -> None:
+    def _settle(self, norm: float, ratio: float, usual: float) -> None:
         """Take a usual norm into the median; count the steps back to calm."""
         if ratio < self.clear:
             self._norms = push(self._norms, norm, _WINDOW)
-            if len(self._norms) >= WARM_UP:
-                self._peak = max(self._peak, median(self._norms))
+            if usual > self._peak and len(self._norms) > WARM_UP:
+                self._peak = usual
             self._calm += 1
             if self._calm >= self.running:
                 self.active = False
@@ -180,11 +181,10 @@ class Exploding:
             self._calm = 0
 
     def _note_rho(self, record: StepRecord) -> None:
-        for stream in self._streams:
-            rho = record.metrics.get(stream_key(stream, "rho"))
+        for name, key in self._rho_keys:
+            rho = record.metrics.get(key)
             if rho is not None:
-                first = self._rho.get(stream.name, [rho])[0]
-                self._rho[stream.name] = [first, rho]
+                self._rho[name] = [self._rho.get(name, [rho])[0], rho]
 
     def _alert(self, record: StepRecord, norm: float, usual: float) -> Alert:
         self.active = True
@@ -237,7 +237,8 @@ class Exploding:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        return {k: v for k, v in vars(self).items() if k != "_streams"}
+        static = ("_streams", "_rho_keys")
+        return {k: v for k, v in vars(self).items() if k not in static}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""

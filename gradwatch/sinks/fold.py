@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +43,21 @@ class Fold:
         self._rest["facts"].update(record.facts)
         self._events += [e for e in record.events if e not in self._events]
 
+    def absorb(self, later: Fold) -> None:
+        """Take in what another fold holds, which came after this one's."""
+        if not later.count:
+            return
+        self.count += later.count
+        self._record = later._record
+        self._last.update(later._last)
+        for key, value in later._low.items():
+            self._low[key] = _extreme(min, self._low.get(key, value), value)
+        for key, value in later._high.items():
+            self._high[key] = _extreme(max, self._high.get(key, value), value)
+        for part, values in later._rest.items():
+            self._rest[part].update(values)
+        self._events += [e for e in later._events if e not in self._events]
+
     def row(self) -> StepRecord:
         """Return what was folded, with ``_min`` and ``_max`` beside the last values."""
         values = dict(self._last)
@@ -73,6 +89,7 @@ class Fold:
 _COUNTERS = ("/skipped", "/overhead", "/loss")
 
 
+@functools.lru_cache(maxsize=4096)  # asked for every key at every step
 def _per_step(key: str) -> bool:
     row = metrics.of(key)
     return row is not None and row.depth == "gradients" and not key.endswith(_COUNTERS)

@@ -1,8 +1,9 @@
 """The run folder: meta.json, records.jsonl, alerts.jsonl and incidents.
 
-Every line is flushed as it is written, so that it survives a killed process, and an
-alert is on disk before it is sent anywhere. ``records.jsonl`` never outgrows the disk:
-one row a step for the first 64 MB, then rows folded by 10 for the next, and so on.
+An alert is on disk, with every record up to its step, before it is sent anywhere; other
+records when the watch says so, after at most 16 steps or a second. ``records.jsonl``
+never outgrows the disk: one row a step for the first 64 MB, then rows folded by 10 for
+the next, and so on.
 """
 
 from __future__ import annotations
@@ -100,39 +101,57 @@ class Jsonl:
         self._recent: deque[StepRecord] = deque(maxlen=_AROUND_INCIDENT)
         self._pid = os.getpid()
         self._closed = False
+        self._waiting: list[StepRecord] = []
         self._records = self._open("records.jsonl")
         self._alerts = self._open("alerts.jsonl")
         self._write_meta()
 
     def _open(self, name: str) -> Any:
-        # Line buffering: what is written survives the process.
-        return open(
-            self.folder / name, "a", buffering=1, encoding="ascii", newline="\n"
-        )
+        path = self.folder / name
+        # Unbuffered: nothing of a line is left for a forked child to write again.
+        return path.open("ab", buffering=0)
 
     @property
     def _ours(self) -> bool:
         return not self._closed and os.getpid() == self._pid  # not in a forked child
 
     def write(self, record: StepRecord, alerts: Sequence[Alert] = ()) -> None:
-        """Append one record, alerts first."""
+        """Take one record; with alerts, write them and what waits, at once."""
         if not self._ours:
             return
-        for alert in alerts:
-            self._alerts.write(dump_line(alert) + "\n")
+        if alerts:
+            lines = "".join(dump_line(alert) + "\n" for alert in alerts)
+            self._alerts.write(lines.encode("ascii"))
         self._recent.append(record)
-        if self._step_size == 1:
-            self._append(record)
-            return
-        self._fold.add(record)
-        if self._fold.count >= self._step_size:
-            self._append(self._fold.row())
-            self._fold.clear()
+        self._waiting.append(record)
+        if alerts:
+            self.flush()
 
-    def _append(self, row: StepRecord) -> None:
-        line = dump_line(row) + "\n"
-        self._records.write(line)
-        self._written += len(line)
+    def flush(self) -> None:
+        """Write the records that wait."""
+        if not self._ours:
+            return
+        records, self._waiting = self._waiting, []
+        lines = []
+        for record in records:
+            row: StepRecord | None = record
+            if self._step_size > 1:
+                row = self._folded(record)
+            if row is not None:
+                lines.append(dump_line(row) + "\n")
+        self._append("".join(lines))
+
+    def _folded(self, record: StepRecord) -> StepRecord | None:
+        self._fold.add(record)
+        if self._fold.count < self._step_size:
+            return None
+        row = self._fold.row()
+        self._fold.clear()
+        return row
+
+    def _append(self, lines: str) -> None:
+        self._records.write(lines.encode("ascii"))
+        self._written += len(lines)
         if self._written >= self._section:
             self._written, self._step_size = 0, self._step_size * 10
 
@@ -162,14 +181,15 @@ class Jsonl:
         """Write what is folded and the health, and close. Safe to call twice."""
         if not self._ours:
             return
-        self._closed = True
         try:
+            self.flush()
             if self._fold.count:
-                self._append(self._fold.row())
+                self._append(dump_line(self._fold.row()) + "\n")
             if health is not None:
                 self._meta["health"] = dict(health)
             self._write_meta()
         finally:
+            self._closed = True
             for file in (self._records, self._alerts):
                 file.close()
 

@@ -8,31 +8,27 @@ for ever; wandb itself is never imported here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, final
 
-from gradwatch.metrics import STEP_KEY, headline_keys
+from gradwatch.metrics import headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
-from gradwatch.rules.text import title
-from gradwatch.sinks.fold import Fold
+from gradwatch.sinks.wandb_rows import LEVELS, Item, Rows, finished
 
 _QUEUE: Final = 1000
-_ROW_STEPS: Final = 10
-_REFRESH_STEPS: Final = 50
-"""Steps after which a row that waits for the user's commit is brought up to date."""
 _FAILURES: Final = 3
 _JOIN_S: Final = 2.0
 _STREAMS: Final = 8
-_SILENT_STEPS: Final = 200
-_ALERT_GAP_S: Final = 30 * 60
-_ALERTS_A_RUN: Final = 20
-_LEVELS: Final = {"warning": "WARN", "error": "ERROR"}
+_SLOW: Final = (
+    "W&B does not take what is sent to it; what has waited longest is dropped. "
+    "Training and the run folder are not affected."
+)
 
 
 def active_run() -> Any | None:
@@ -51,6 +47,9 @@ class Wandb:
             8 streams; ``all``: every key.
         commit: Whether each row is a row of its own. Only for users who never pass
             ``step=`` to ``run.log`` and log seldom.
+
+    Attributes:
+        dropped: How many records and alerts did not reach wandb.
 
     Raises:
         ValueError: If ``keys`` is neither ``headline`` nor ``all``.
@@ -71,34 +70,24 @@ class Wandb:
                 f"Wandb() got a {type(run).__name__} as run; expected what "
                 "wandb.init() returned, or None for the active run."
             )
-        self._run = run
-        self._keys = keys
         self._commit = commit
         self._chosen: frozenset[str] | None = None
-        self._notify: Callable[[str], None] = lambda line: None
         self._config: dict[str, Any] = {}
+        self.dropped = 0
+        self._put = 0
+        self._run = run
+        self._keys = keys
+        self._streams: Sequence[Stream] = ()
+        self._notify: Callable[[str], None] = lambda line: None
         self._clock = time.monotonic
-        self._queue: queue.Queue[tuple[Any, StepRecord | None, tuple[Alert, ...]]]
-        self._queue = queue.Queue(_QUEUE)
+        self._queue: queue.Queue[Item | threading.Event | None] = queue.Queue(_QUEUE)
         self._worker: threading.Thread | None = None
         self._pid = os.getpid()
-        self._closed = False
-        self.dropped = 0
-        self._broken = self._stuck = False
+        self._closed = self._stuck = False
+        self._broken: Any = None
+        self._rows: Rows | None = None  # the worker's alone
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        # From here on: the worker's alone.
-        self._fold = Fold()
-        self._current: Any = None
-        self._defined: set[str] = set()
-        self._at: Any = None
-        self._moved_at = 0
-        self._row_at = 0
-        self._sent = False
-        self._hinted = False
-        self._failures = 0
-        self._last_alert: dict[str, float] = {}
-        self._given: Counter[str] = Counter()
-        self._held_back: Counter[str] = Counter()
+        self._said: set[str] = set()
 
     def attach(
         self,
@@ -107,14 +96,9 @@ class Wandb:
         notify: Callable[[str], None],
     ) -> None:
         """Learn the streams, the settings for ``run.config``, and whom to tell."""
-        self._notify, self._config = notify, config
+        self._streams, self._config, self._notify = streams, config, notify
         if self._keys == "headline":
             self._chosen = frozenset(headline_keys(streams[:_STREAMS]))
-            if len(streams) > _STREAMS:
-                notify(
-                    f"W&B gets the first {_STREAMS} of {len(streams)} streams; for all: "
-                    'wandb=gradwatch.sinks.Wandb(keys="all").'
-                )
 
     @property
     def queued(self) -> int:
@@ -125,29 +109,49 @@ class Wandb:
 
     def write(self, record: StepRecord, alerts: Sequence[Alert] = ()) -> None:
         """Queue one record for the active run, if there is one."""
-        while not self._lines.empty():
-            self._notify(self._lines.get())
-        if self._closed or self._broken or os.getpid() != self._pid:
+        self._deliver()
+        if self._closed or os.getpid() != self._pid:
             return
         run = self._run if self._run is not None else active_run()
-        if run is None or getattr(run, "_is_finished", False):
+        if run is None or finished(run) or getattr(run, "disabled", False):
             return
-        item = (run, record, tuple(a for a in alerts if a.severity in _LEVELS))
-        while True:
-            try:
-                self._queue.put_nowait(item)
-                break
-            except queue.Full:
-                try:
-                    self._queue.get_nowait()  # the oldest goes
-                    self.dropped += 1
-                except queue.Empty:
-                    continue
+        alarms = tuple(a for a in alerts if a.severity in LEVELS)
+        if run is self._broken:
+            self.dropped += 1 + len(alarms)
+            return
+        self._put += 1
+        # Private, but run.step is a round trip to another process.
+        at = getattr(run, "_local_step", None)
+        self._enqueue(Item(run, self._put, at, record, alarms))
         if self._worker is None and not sys.is_finalizing():
             self._worker = threading.Thread(
                 target=self._work, name="gradwatch-wandb", daemon=True
             )
             self._worker.start()
+
+    def _enqueue(self, item: Item) -> None:
+        while True:
+            try:
+                return self._queue.put_nowait(item)
+            except queue.Full:
+                self._lose_oldest()
+                self._tell(_SLOW)
+
+    def _lose_oldest(self) -> None:
+        with contextlib.suppress(queue.Empty):  # the worker was faster
+            oldest = self._queue.get_nowait()
+            if isinstance(oldest, Item):
+                self.dropped += 1 + len(oldest.alerts)
+
+    def _tell(self, line: str) -> None:
+        """Have a line told on the training thread, once."""
+        if line not in self._said:
+            self._said.add(line)
+            self._lines.put(line)
+
+    def _deliver(self) -> None:
+        while not self._lines.empty():
+            self._notify(self._lines.get())
 
     def flush(self, timeout: float = _JOIN_S) -> None:
         """Wait until everything queued was handed to wandb, for a bounded time."""
@@ -156,13 +160,11 @@ class Wandb:
         if alive and not self._stuck:  # a stuck service is waited for once
             marked = threading.Event()
             try:
-                self._queue.put((marked, None, ()), timeout=timeout)
+                self._queue.put(marked, timeout=timeout)
+                self._stuck = not marked.wait(max(end - time.monotonic(), 0.0))
             except queue.Full:
                 self._stuck = True
-                return
-            self._stuck = not marked.wait(max(end - time.monotonic(), 0.0))
-        while not self._lines.empty():
-            self._notify(self._lines.get())
+        self._deliver()
 
     def close(self) -> None:
         """Send what is queued, for two seconds at most. Safe to call twice."""
@@ -171,113 +173,77 @@ class Wandb:
         self.flush()
         self._closed = True
         worker, self._worker = self._worker, None
-        if worker is not None:
-            try:
-                self._queue.put_nowait((None, None, ()))
-            except queue.Full:
-                return  # wandb is stuck; the thread is a daemon and ends with us
+        if worker is None:
+            return
+        if self._stuck:  # the thread is a daemon and ends with us
+            while self.queued:
+                self._lose_oldest()
+            self._tell(_SLOW)
+        self._queue.put_nowait(None)
+        if not self._stuck:
             worker.join(_JOIN_S)
+        self._deliver()
 
     # ---- the worker: all calls into wandb
 
     def _work(self) -> None:
-        while True:
-            run, record, alerts = self._queue.get()
-            if run is None:
-                return
+        while (item := self._queue.get()) is not None:
             try:
-                if record is None:
-                    self._send()
-                    self._failures = 0
-                elif not self._broken:
-                    self._take(run, record, alerts)
-                    self._failures = 0
+                if isinstance(item, Item):
+                    self._take(item)
+                elif self._rows is not None and self._rows.run is not self._broken:
+                    self._rows.send()
             except Exception as error:  # whatever wandb raises, training goes on
                 self._failed(error)
             finally:
                 self._stuck = False
-                if isinstance(run, threading.Event):
-                    run.set()
+                if isinstance(item, threading.Event):
+                    item.set()
+        rows = self._rows
+        if rows is not None and rows.failures and rows.run is not self._broken:
+            self.dropped += rows.held  # no third failure, but no success either
+
+    def _take(self, item: Item) -> None:
+        if item.run is self._broken:
+            self.dropped += 1 + len(item.alerts)
+            return
+        if self._rows is None or item.run is not self._rows.run:
+            self._begin(item)
+        assert self._rows is not None
+        if not finished(item.run) and (line := self._rows.take(item)):
+            self._tell(line)
+
+    def _begin(self, first: Item) -> None:
+        """Start with a run; one comes after the other."""
+        if self._rows is not None and self._rows.run is not self._broken:
+            try:
+                self._rows.send()
+            except Exception as error:
+                self._failed(error)
+        self._rows = Rows(
+            first,
+            keys=self._chosen,
+            config=self._config,
+            commit=self._commit,
+            put=lambda: self._put,
+            clock=self._clock,
+        )
+        if self._chosen is not None and len(self._streams) > _STREAMS:
+            self._tell(
+                f"W&B gets {_STREAMS} of the {len(self._streams)} streams; for all: "
+                'wandb=gradwatch.sinks.Wandb(keys="all").'
+            )
 
     def _failed(self, error: Exception) -> None:
-        self.dropped += 1
-        self._failures += 1
-        if self._failures == _FAILURES and not self._broken:
-            self._broken = True
-            self._lines.put(
+        rows = self._rows
+        if rows is None or finished(rows.run):
+            return  # finished by the user while we were at it
+        rows.failures += 1
+        if rows.failures >= _FAILURES:
+            self._broken = rows.run
+            self.dropped += rows.held
+            self._tell(
                 f"W&B failed {_FAILURES} times ({type(error).__name__}: {error}); "
-                "nothing more is sent to it. The records stay in the run folder."
+                "nothing more is sent to this run. Training and the run folder are "
+                "not affected."
             )
-
-    def _take(self, run: Any, record: StepRecord, alerts: Sequence[Alert]) -> None:
-        if run is not self._current:
-            self._begin(run, record.step)
-        elif self._sent and getattr(run, "_local_step", None) != self._at:
-            self._fold.clear()  # the user's commit took our row along: start anew
-            self._sent = False
-            self._moved_at = record.step
-        self._fold.add(record)
-        for alert in alerts:
-            self._alert(run, alert)
-        still = record.step - self._moved_at
-        if still >= _SILENT_STEPS and not self._commit:
-            self._hint()
-        rest = _ROW_STEPS if self._commit or not self._sent else _REFRESH_STEPS
-        if alerts or record.step - self._row_at >= rest:
-            self._send()
-
-    def _begin(self, run: Any, step: int) -> None:
-        """Start with a run: its x axis and the settings; one run after the other."""
-        self._current, self._defined = run, set()
-        self._fold.clear()
-        self._at = getattr(run, "_local_step", None)
-        self._moved_at = self._row_at = step
-        self._sent = False
-        run.define_metric(STEP_KEY, hidden=True)
-        if self._config:
-            run.config.update({"gradwatch": self._config}, allow_val_change=True)
-
-    def _send(self) -> None:
-        """Log the folded row; until the user commits, a later one replaces it."""
-        run, fold = self._current, self._fold
-        if run is None or not fold.count or getattr(run, "_is_finished", False):
-            return
-        values = dict(fold.envelope())
-        if self._chosen is not None:
-            values = {k: v for k, v in values.items() if k in self._chosen}
-        for key in values:
-            if key not in self._defined:
-                run.define_metric(key, step_metric=STEP_KEY, summary="min,max,last")
-                self._defined.add(key)
-        self._at, self._row_at = getattr(run, "_local_step", None), fold.step
-        run.log({**values, STEP_KEY: fold.step}, commit=self._commit)
-        self._sent = not self._commit
-        if self._commit:
-            fold.clear()
-
-    def _hint(self) -> None:
-        if not self._hinted:
-            self._hinted = True
-            self._lines.put(
-                f"the W&B run has not moved for {_SILENT_STEPS} steps, so rows wait "
-                "for your next run.log; if you log seldom and never pass step=, use "
-                "gradwatch.watch(model, wandb=gradwatch.sinks.Wandb(commit=True))."
-            )
-
-    def _alert(self, run: Any, alert: Alert) -> None:
-        now, last = self._clock(), self._last_alert.get(alert.kind)
-        if (last is not None and now - last < _ALERT_GAP_S) or (
-            self._given.total() >= _ALERTS_A_RUN
-        ):
-            self._held_back[alert.kind] += 1
-            return
-        text = alert.message
-        if held := self._held_back.pop(alert.kind, 0):
-            text += f"\n({held} more of this kind were held back before)"
-        if alert.streams:
-            text += f"\nstreams: {', '.join(alert.streams)}"
-        if not getattr(run, "offline", True) and getattr(run, "url", None):
-            text += f"\n{run.url}"
-        run.alert(title(alert.kind), text, level=_LEVELS[alert.severity])
-        self._last_alert[alert.kind] = now
-        self._given[alert.kind] += 1

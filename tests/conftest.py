@@ -1,0 +1,59 @@
+"""What every test gets: one thread, no run folder in the tree, and nothing left behind."""
+
+import gc
+import logging
+import os
+
+import pytest
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+from gradwatch.observe.probe import Probe
+
+os.environ.setdefault("GRADWATCH_STRICT", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _run_folders_go_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADWATCH_DIR", str(tmp_path / "runs"))
+    monkeypatch.delenv("GRADWATCH_DISABLED", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_outlives_its_test():
+    hooks_before = _global_hooks()
+    yield
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is Probe and not o.closed]
+    assert _global_hooks() == hooks_before
+
+
+def _global_hooks():
+    return (
+        len(torch_optimizer._global_optimizer_pre_hooks),
+        len(torch_optimizer._global_optimizer_post_hooks),
+    )
+
+
+@pytest.fixture
+def lines():
+    """The lines that the logger ``gradwatch`` was given in the test."""
+    found = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            found.append((record.levelname, record.getMessage()))
+
+    handler = Keep()
+    log = logging.getLogger("gradwatch")
+    log.addHandler(handler)
+    yield found
+    log.removeHandler(handler)
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    """Absorb failures as users have it; elsewhere tests let them through."""
+    monkeypatch.setenv("GRADWATCH_STRICT", "0")
