@@ -115,28 +115,40 @@ class Nonfinite:
 class Exploding:
     """The total norm far above its own running median, and staying there.
 
-    At least 100 times the median of the last 25 usual norms and 10 times the largest
-    such median so far, at three steps running; or not finite right after 10,000 times
-    the median. A net that explodes from step 0 is its own median and is not seen here.
+    With the running median of the last 25 usual norms: 10,000 times it at three steps
+    running, or 100 times at 25 steps running, each also 10 times the largest median so
+    far; or 10 times it at two steps running in which an update was larger than the
+    recurrent weights that it changed; or not finite right after 10,000 times. A net
+    that explodes from step 0 is its own median and is not seen here.
     """
 
     kind = "exploding"
-    factor: Final = 100.0
-    above_peak: Final = 10.0
+    factor: Final = 1e4
     running: Final = 3
-    before_nonfinite: Final = 1e4
+    lasting_factor: Final = 100.0
+    lasting: Final = 25
+    above_peak: Final = 10.0
     clear: Final = 10.0
+    jump: Final = 1.0
+    jump_running: Final = 2
+    leap: Final = 10.0
+    before_nonfinite: Final = 1e4
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.active = False
         self.wants: str | None = None
         self._streams = tuple(streams)
-        self._rho_keys = [(s.name, stream_key(s, "rho")) for s in streams]
+        self._keys = [
+            (s.name, stream_key(s, "rho"), stream_key(s, "update_ratio"))
+            for s in streams
+        ]
         self._norms: Window = ()
         self._peak = 0.0
-        self._hot: list[int] = []
+        self._since = 0
+        self._high: list[float] = []  # ratios to the median, while it stays above 10
+        self._updates: Window = ()
+        self._jumps: dict[str, float] = {}
         self._calm = 0
-        self._last_ratio = 0.0
         self._rho: dict[str, list[float]] = {}
         self._carriers: dict[str, float] = {}
 
@@ -150,45 +162,61 @@ class Exploding:
         usual = median(self._norms)
         warm = len(self._norms) >= WARM_UP and usual > 0
         if not math.isfinite(norm):
-            burst = warm and self._last_ratio >= self.before_nonfinite
-            skipped = "skipped_step" in record.events
-            self._last_ratio = 0.0
-            if burst and not self.active and not skipped:
+            burst = bool(self._high) and self._high[-1] >= self.before_nonfinite
+            self._high = []
+            if burst and not self.active and "skipped_step" not in record.events:
                 return [self._alert(record, norm, usual)]
             return []
         ratio = norm / usual if warm else 0.0
-        self._last_ratio = ratio
-        if ratio >= self.clear:
-            self._carriers = dict(record.facts.get("carriers", self._carriers))
-            self.wants = None if self._hot or self.active else "spectrum"
-        self._settle(norm, ratio, usual)
-        hot = ratio >= self.factor and norm >= self.above_peak * self._peak
-        self._hot = [*self._hot, record.step][-self.running :] if hot else []
-        if len(self._hot) < self.running or self.active:
+        if ratio < self.clear:
+            self._take_usual(record, norm, usual)
+            return []
+        self._calm = 0
+        self._carriers = dict(record.facts.get("carriers", self._carriers))
+        if not self._high:
+            self._since, self._jumps = record.step, {}
+            self.wants = None if self.active else "spectrum"
+        self._high = [*self._high, ratio][-self.lasting :]
+        self._note_jumps(record)
+        if self.active or not self._decided(norm):
             return []
         return [self._alert(record, norm, usual)]
 
-    def _settle(self, norm: float, ratio: float, usual: float) -> None:
+    def _decided(self, norm: float) -> bool:
+        high = self._high
+        if self._jumps and len(high) >= self.jump_running:
+            return True
+        far = len(high) >= self.running and min(high[-self.running :]) >= self.factor
+        long = len(high) >= self.lasting and min(high) >= self.lasting_factor
+        return (far or long) and norm >= self.above_peak * self._peak
+
+    def _take_usual(self, record: StepRecord, norm: float, usual: float) -> None:
         """Take a usual norm into the median; count the steps back to calm."""
-        if ratio < self.clear:
-            self._norms = push(self._norms, norm, _WINDOW)
-            if usual > self._peak and len(self._norms) > WARM_UP:
-                self._peak = usual
-            self._calm += 1
-            if self._calm >= self.running:
-                self.active = False
-        else:
-            self._calm = 0
+        ratios = [record.metrics.get(key, 0.0) for _, _, key in self._keys]
+        self._updates = push(self._updates, max(ratios, default=0.0), _WINDOW)
+        self._norms = push(self._norms, norm, _WINDOW)
+        if usual > self._peak and len(self._norms) > WARM_UP:
+            self._peak = usual
+        self._high = []
+        self._calm += 1
+        if self._calm >= self.running:
+            self.active = False
+
+    def _note_jumps(self, record: StepRecord) -> None:
+        for name, _, key in self._keys:
+            ratio = record.metrics.get(key, 0.0)
+            if ratio >= self.jump:
+                self._jumps[name] = max(ratio, self._jumps.get(name, 0.0))
 
     def _note_rho(self, record: StepRecord) -> None:
-        for name, key in self._rho_keys:
+        for name, key, _ in self._keys:
             rho = record.metrics.get(key)
             if rho is not None:
                 self._rho[name] = [self._rho.get(name, [rho])[0], rho]
 
     def _alert(self, record: StepRecord, norm: float, usual: float) -> Alert:
         self.active = True
-        since = self._hot[0] if self._hot else record.step
+        since = self._since
         heavy = max(self._carriers, key=self._carriers.__getitem__, default="")
         at = [s for s in self._streams if _belongs(heavy, s)]
         shown = (
@@ -201,15 +229,7 @@ class Exploding:
         if self._carriers:
             parts = (f"{100 * v:.0f} % {name}" for name, v in self._carriers.items())
             shown += f"; carried by {', '.join(parts)}"
-        grown = self._grown()
-        why, do = text.EXPLODING_UNDECIDED, text.clip_line(5 * usual, since)
-        if grown is not None:
-            first, last = self._rho[grown.name]
-            why = (
-                f"rho of {grown.name} was {first:.3g} at first and is {last:.3g}; "
-                "clipping would hide that, not cure it"
-            )
-            do = text.orthogonal_line(grown, since)
+        why, do = self._why_and_do(usual)
         message = text.four_lines(
             self.kind,
             record.step,
@@ -225,9 +245,41 @@ class Exploding:
             since=since,
             stream=at[0].name if at else None,
             streams=tuple(s.name for s in at[:1]),
-            evidence={_NORM: (norm, self.factor * usual)},
+            evidence=self._evidence(norm, usual),
             message=message,
         )
+
+    def _why_and_do(self, usual: float) -> tuple[str, str]:
+        since = self._since
+        *before, last = self._updates or (0.0,)
+        common = median(tuple(before))
+        if common > 0 and last >= self.leap * common:
+            why = (
+                f"the last update before it moved the recurrent weights {last:.2g} of "
+                f"their norm, {last / common:.3g} times as far as usual: the learning "
+                "rate is too high"
+            )
+            return why, text.lr_line(since)
+        grown = self._grown()
+        if grown is None or self._jumps:  # what jumped tells nothing of what was before
+            return text.EXPLODING_UNDECIDED, text.clip_line(5 * usual, since)
+        first, now = self._rho[grown.name]
+        why = (
+            f"rho of {grown.name} was {first:.3g} at first and is {now:.3g}; clipping "
+            "would hide that, not cure it"
+        )
+        bare = all("." not in name for name in self._carriers)
+        return why, text.orthogonal_line(grown, since, bare=bare)
+
+    def _evidence(
+        self, norm: float, usual: float
+    ) -> dict[str, tuple[float, float | None]]:
+        factor = self.clear if self._jumps else self.factor
+        found: dict[str, tuple[float, float | None]] = {_NORM: (norm, factor * usual)}
+        for name, _, key in self._keys:
+            if name in self._jumps:
+                found[key] = (self._jumps[name], self.jump)
+        return found
 
     def _grown(self) -> Stream | None:
         """Return the stream whose rho has grown most, by more than a tenth."""
@@ -237,7 +289,7 @@ class Exploding:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        static = ("_streams", "_rho_keys")
+        static = ("_streams", "_keys")
         return {k: v for k, v in vars(self).items() if k not in static}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,7 +321,7 @@ class Spike:
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._logs: Window = ()
         self._peak = -math.inf
-        self._raised: list[float] | None = None  # step, norm, ratio, z
+        self._raised: list[float] | None = None  # step, norm, ratio, z; or too long
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -285,14 +337,14 @@ class Spike:
             self._logs = push(self._logs, log, _WINDOW)
             self._peak = max(self._peak, usual)
             raised, self._raised = self._raised, None
-            return [] if raised is None else [self._alert(record, raised)]
+            return [self._alert(record, raised)] if raised else []
         z = robust_z(self._logs, log, floor=0.1)
         if self._raised is None:
             # A norm that was usual before is a net that had forgotten it, no spike.
             if z >= self.score and log > self._peak + 1:
                 self._raised = [record.step, norm, math.exp(log - usual), z]
-        elif record.step - self._raised[0] >= self.within:
-            self._raised = None
+        elif not self._raised or record.step - self._raised[0] >= self.within:
+            self._raised = []  # too long for a spike
             self._logs = push(self._logs, log, _WINDOW)
         return []
 

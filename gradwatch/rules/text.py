@@ -58,20 +58,33 @@ def four_lines(
 
 
 EXPLODING_UNDECIDED: Final = (
-    "undecided: a too high learning rate, a changed input or growing weights; rho of "
-    "the recurrent weights has not grown by a tenth"
+    "undecided: a changed input or growing weights; rho of the recurrent weights had "
+    "not grown by a tenth when last measured"
 )
 
 
-def orthogonal_line(stream: Stream, since: int) -> str:
-    """Return the line that makes every gate's recurrent matrix orthogonal anew."""
+def orthogonal_line(stream: Stream, since: int, *, bare: bool) -> str:
+    """Return the line that makes every gate's recurrent matrix orthogonal anew.
+
+    Args:
+        stream: The stream to cure.
+        since: Step before which a checkpoint is still good.
+        bare: Whether the watched model is itself the recurrent module.
+    """
     layer = stream.name.removeprefix(stream.module)[1:]
     weight = "weight_hh" + (f"_{layer}" if layer else "")
-    bare = stream.module == stream.kind.split("_")[0].lower()
     path = f"model.{weight}" if bare else f"model.{stream.module}.{weight}"
     parts = f"{path}.data.chunk({max(len(stream.gates), 1)})"
     return (
         f"for w in {parts}: torch.nn.init.orthogonal_(w)"
+        f"  # from a checkpoint before step {since}"
+    )
+
+
+def lr_line(since: int) -> str:
+    """Return the line that lowers the learning rate."""
+    return (
+        "for group in optimizer.param_groups: group['lr'] /= 10"
         f"  # from a checkpoint before step {since}"
     )
 

@@ -24,6 +24,8 @@ from gradwatch.sinks.wandb_rows import LEVELS, Item, Rows, finished
 _QUEUE: Final = 1000
 _FAILURES: Final = 3
 _JOIN_S: Final = 2.0
+_SETTLE_S: Final = 0.01
+"""Twice what a thread may wait for the interpreter: an earlier commit shows by then."""
 _STREAMS: Final = 8
 _SLOW: Final = (
     "W&B does not take what is sent to it; what has waited longest is dropped. "
@@ -35,6 +37,12 @@ def active_run() -> Any | None:
     """Return the W&B run of this process, without importing wandb; None if none is."""
     module = sys.modules.get("wandb")
     return getattr(module, "run", None) if module is not None else None
+
+
+def _own_step(run: Any) -> int | None:
+    # Private, but run.step is a round trip to another process.
+    step: int | None = getattr(run, "_local_step", None)
+    return step
 
 
 @final
@@ -120,9 +128,7 @@ class Wandb:
             self.dropped += 1 + len(alarms)
             return
         self._put += 1
-        # Private, but run.step is a round trip to another process.
-        at = getattr(run, "_local_step", None)
-        self._enqueue(Item(run, self._put, at, record, alarms))
+        self._enqueue(Item(run, self._put, _own_step(run), record, alarms))
         if self._worker is None and not sys.is_finalizing():
             self._worker = threading.Thread(
                 target=self._work, name="gradwatch-wandb", daemon=True
@@ -187,7 +193,7 @@ class Wandb:
     # ---- the worker: all calls into wandb
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (item := self._next()) is not None:
             try:
                 if isinstance(item, Item):
                     self._take(item)
@@ -202,6 +208,14 @@ class Wandb:
         rows = self._rows
         if rows is not None and rows.failures and rows.run is not self._broken:
             self.dropped += rows.held  # no third failure, but no success either
+
+    def _next(self) -> Item | threading.Event | None:
+        if self._rows is not None and self._rows.unsettled:
+            try:
+                return self._queue.get(timeout=_SETTLE_S)
+            except queue.Empty:
+                self._rows.settle(_own_step(self._rows.run))
+        return self._queue.get()
 
     def _take(self, item: Item) -> None:
         if item.run is self._broken:

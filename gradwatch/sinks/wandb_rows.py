@@ -31,8 +31,9 @@ _HINT: Final = (
 
 
 def finished(run: Any) -> bool:
-    """Tell whether the user has finished a run; wandb raises from then on."""
-    return bool(getattr(run, "_is_finished", False))
+    """Tell whether a run is over, by the user or at exit; wandb raises from then on."""
+    over = ("_is_finished", "_atexit_cleanup_called")
+    return any(getattr(run, name, False) for name in over)
 
 
 class Item(NamedTuple):
@@ -95,7 +96,7 @@ class Rows:
 
     def take(self, item: Item) -> str | None:
         """Take in one record, and send what is due; return a line to tell."""
-        due = self._follow(item)
+        due = self._follow(item) and not self._commit
         step = item.record.step
         self._fresh.add(item.record)
         self._alarms.extend(item.alerts)
@@ -108,13 +109,13 @@ class Rows:
     def _follow(self, item: Item) -> bool:
         """See what the user has committed; tell whether a row is due because of it.
 
-        A commit seen with the first record after a row went out may have come before
-        that row: only from then on does a commit take the row along for sure. Until
-        one has, the next row holds all that this one did, so that no peak is lost.
+        A commit seen just after a row went out may have come before that row: only
+        once that has settled does a commit take the row along for sure. Until one
+        has, the next row holds all that this one did, so that no peak is lost.
         """
         if self._sent and item.number > self._sent:
-            if self._settled is None:
-                self._settled = item.at
+            if self.unsettled:
+                self.settle(item.at)
             elif item.at != self._settled:
                 self._waiting.clear()
                 self._sent = 0
@@ -124,6 +125,15 @@ class Rows:
         # To users who log seldom a row is sent just after each commit, so that none
         # is sent at the very moment of the next.
         return before is None or item.record.step - before >= _ROW_STEPS
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a row went out and what was committed before it is not yet known."""
+        return self._sent > 0 and self._settled is None
+
+    def settle(self, at: int | None) -> None:
+        """Learn the run's own step at which the row that went out waits."""
+        self._settled = at
 
     def send(self) -> None:
         """Send alerts, and the folded row; until a commit, a later one replaces it."""

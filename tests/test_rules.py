@@ -1,0 +1,224 @@
+"""Rules and incidents on made-up records: thresholds, hysteresis, precedence."""
+
+import json
+import math
+
+import pytest
+
+from gradwatch.metrics import run_key
+from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.rules import Exploding, Incidents, Nonfinite, Spike, default_rules
+
+STREAM = Stream(
+    name="rnn.l0",
+    module="rnn",
+    kind="LSTM",
+    layer=0,
+    direction="forward",
+    input_size=4,
+    hidden_size=8,
+    gates=("i", "f", "g", "o"),
+)
+UPDATE = "gradwatch/rnn/l0/update_ratio"
+
+
+def record(step, norm, events=(), facts=None, **more):
+    broken = float(not math.isfinite(norm))
+    metrics = {run_key("grad_norm"): norm, run_key("nonfinite"): broken, **more}
+    return StepRecord(step=step, metrics=metrics, events=events, facts=facts or {})
+
+
+def given(rule, norms, **more):
+    return [
+        (alert.kind, alert.step)
+        for step, norm in enumerate(norms)
+        for alert in rule.update(record(step, norm, **more))
+    ]
+
+
+def usual(count, level=1.0):
+    return [level * (1 + 0.1 * (i % 3)) for i in range(count)]
+
+
+def test_exploding_needs_three_steps_far_above_the_median():
+    far = 2e4
+    assert given(Exploding([STREAM]), [*usual(20), far, far, far]) == [
+        ("exploding", 22)
+    ]
+    assert given(Exploding([STREAM]), [*usual(20), far, far, 1, far, far]) == []
+    below = 5e3
+    assert given(Exploding([STREAM]), [*usual(20), below, below, below, below]) == []
+    assert given(Exploding([STREAM]), [*usual(20), *[below] * 25]) == [
+        ("exploding", 44)
+    ]
+    assert given(Exploding([STREAM]), [*usual(11), far, far, far]) == []
+
+
+def test_a_norm_that_was_usual_before_is_no_explosion():
+    converged = [*usual(30, 1.0), *usual(300, 1e-6)]
+    assert given(Exploding([STREAM]), [*converged, 0.1, 0.1, 0.1, 0.1]) == []
+    assert given(Exploding([STREAM]), [*converged, 50, 50, 50]) == [("exploding", 332)]
+    assert given(Spike([STREAM]), [*converged, 0.1, 1e-6]) == []
+
+
+def test_an_update_larger_than_the_weights_decides_early():
+    rule = Exploding([STREAM])
+    assert given(rule, usual(20), **{UPDATE: 0.01}) == []
+    rule.update(record(19, 1.0, **{UPDATE: 0.4}))
+    assert rule.update(record(20, 15.0, **{UPDATE: 5.0})) == []
+    [alert] = rule.update(record(21, 15.0))
+    assert alert.since == 20
+    assert alert.evidence[UPDATE] == (5.0, 1.0)
+    assert "the learning rate is too high" in alert.message
+
+
+def test_an_explosion_ends_three_steps_after_it_has_calmed_down():
+    rule = Exploding([STREAM])
+    given(rule, [*usual(20), 2e4, 2e4, 2e4])
+    assert rule.active
+    for step, still in enumerate([True, True, False]):
+        rule.update(record(30 + step, 1.0))
+        assert rule.active is still
+
+
+def test_nan_right_after_a_burst_is_an_explosion():
+    assert given(Exploding([STREAM]), [*usual(20), 2e4, math.nan]) == [
+        ("exploding", 21)
+    ]
+    assert given(Exploding([STREAM]), [*usual(20), 2.0, math.nan]) == []
+
+
+def test_exploding_asks_for_the_spectrum_when_it_suspects():
+    rule = Exploding([STREAM])
+    given(rule, usual(20))
+    rule.update(record(20, 20.0))
+    assert rule.wants == "spectrum"
+    rule.update(record(21, 20.0))
+    assert rule.wants is None
+
+
+def test_a_spike_is_said_once_it_is_over():
+    assert given(Spike([STREAM]), [*usual(20), 500.0, 1.0]) == [("spike", 21)]
+    assert given(Spike([STREAM]), [*usual(20), 500.0, 500.0, 1.0]) == [("spike", 22)]
+    assert given(Spike([STREAM]), [*usual(20), 20.0, 1.0]) == []
+    assert given(Spike([STREAM]), [*usual(11), 500.0, 1.0]) == []
+    assert given(Spike([STREAM]), [*usual(20), *[500.0] * 6, 1.0]) == []
+
+
+def test_a_noisy_norm_needs_more_for_a_spike():
+    noisy = [10.0 ** (i % 4) for i in range(30)]
+    assert given(Spike([STREAM]), [*noisy, 2e3, 1.0]) == []
+
+
+@pytest.mark.parametrize("by", ["scaler", "clipper", "unknown"])
+def test_skipped_overflows_are_excused_ten_times_in_a_row(by):
+    def skip(rule, step):
+        facts = {"skipped_by": by}
+        return rule.update(record(step, math.inf, ("skipped_step",), facts))
+
+    rule = Nonfinite([STREAM])
+    assert [len(skip(rule, step)) for step in range(11)] == [0] * 10 + [1]
+    rule = Nonfinite([STREAM])
+    for step in range(60):
+        raised = skip(rule, step) if step % 3 else rule.update(record(step, 1.0))
+        assert raised == []
+
+
+def test_nonfinite_ends_after_twenty_five_finite_steps():
+    rule = Nonfinite([STREAM])
+    assert given(rule, [1.0, math.nan]) == [("nonfinite", 1)]
+    given(rule, [1.0] * 24)
+    assert rule.active
+    given(rule, [1.0])
+    assert not rule.active
+
+
+@pytest.mark.parametrize(
+    ("loss", "cause"), [(None, None), (1.0, "nan_backward"), (math.nan, "nan_data")]
+)
+def test_the_loss_decides_the_cause_of_nan(loss, cause):
+    rule = Nonfinite([STREAM])
+    given(rule, [1.0, 1.0])
+    more = {} if loss is None else {run_key("loss"): loss}
+    [alert] = rule.update(record(2, math.nan, **more))
+    assert alert.cause == cause
+
+
+def alert(kind, severity="error", step=5, stream=None, **more):
+    return Alert(
+        kind=kind,
+        severity=severity,
+        step=step,
+        since=step,
+        message="",
+        stream=stream,
+        **more,
+    )
+
+
+def test_lower_kinds_are_evidence_while_a_higher_one_is_open():
+    incidents = Incidents()
+    assert incidents.take(alert("nonfinite"))[0] is not None
+    for kind in ("exploding", "lr_too_high", "loss_divergence", "spike"):
+        assert incidents.take(alert(kind))[0] is None
+    assert incidents.take(alert("dead_units"))[0] is not None
+    assert [i.kind for i in incidents] == ["nonfinite", "dead_units"]
+
+
+def test_an_explosion_explains_the_nan_it_ends_in():
+    incidents = Incidents()
+    incidents.take(alert("exploding"))
+    out, incident = incidents.take(alert("nonfinite", evidence={"n": (3.0, 1.0)}))
+    assert out is None
+    assert incident.kind == "exploding" and incident.evidence == {"n": (3.0, 1.0)}
+    incidents = Incidents()
+    incidents.take(alert("spike", "warning"))
+    assert incidents.take(alert("nonfinite"))[0] is not None
+
+
+def test_an_incident_takes_in_streams_and_rises():
+    incidents = Incidents()
+    incidents.take(alert("vanishing", "info", stream="a", streams=("a",)))
+    assert (
+        incidents.take(alert("vanishing", "info", stream="b", streams=("b",)))[0]
+        is None
+    )
+    out, incident = incidents.take(alert("vanishing", "warning", streams=("c",)))
+    assert out is not None
+    assert incident.streams == ("a", "b", "c")
+    assert incident.severity == "warning" and len(incident.alerts) == 2
+
+
+def test_muted_kinds_and_streams_are_silent():
+    incidents = Incidents(["spike", ("dead_units", "a")])
+    assert incidents.take(alert("spike")) == (None, None)
+    assert incidents.take(alert("dead_units", stream="a")) == (None, None)
+    assert incidents.take(alert("dead_units", stream="b"))[0] is not None
+
+
+def test_notices_are_at_most_three_a_stream():
+    incidents, out = Incidents(), []
+    for step in range(6):
+        out.append(incidents.take(alert("drift", "info", step, stream="a"))[0])
+        incidents.end(step, {})
+    assert [o is not None for o in out] == [True] * 3 + [False] * 3
+
+
+def test_states_are_plain_and_go_on_where_they_were():
+    rules = default_rules([STREAM])
+    norms = [*usual(20), 2e4, 2e4]
+    for step, norm in enumerate(norms):
+        for rule in rules:
+            rule.update(record(step, norm))
+    saved = json.loads(json.dumps([rule.state_dict() for rule in rules]))
+    fresh = default_rules([STREAM])
+    for rule, state in zip(fresh, saved, strict=True):
+        rule.load_state_dict(state)
+    last = record(22, 2e4)
+    assert [r.update(last) for r in fresh] == [r.update(last) for r in rules]
+    incidents = Incidents()
+    incidents.take(alert("nonfinite", evidence={"n": (math.nan, None)}))
+    again = Incidents()
+    again.load_state_dict(incidents.state_dict())
+    assert again.take(alert("nonfinite", step=9))[0] is None
+    assert again.all()[0].alerts[0].kind == "nonfinite"
