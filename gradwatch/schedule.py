@@ -93,9 +93,7 @@ class Schedule:
         if self.budget is None or depth == "gradients":
             return None
         if seconds > _TOO_LONG:
-            self._left_out.add(depth)
-            self._cadence[depth] = 0
-            return f"{depth} took {seconds:.1f} s and is left out from now on"
+            return self.leave_out(depth)
         self._costs[depth].append(seconds)
         if len(self._steps) < _RUNS_KEPT:
             return None
@@ -110,6 +108,12 @@ class Schedule:
         self._stretch[depth] = stretch
         self._cadence[depth] = self._every[depth] * stretch
         return f"{depth} every {self.cadence(depth)} steps"
+
+    def leave_out(self, depth: str) -> str:
+        """Run a depth no more, as one run takes over a second; return that in words."""
+        self._left_out.add(depth)
+        self._cadence[depth] = 0
+        return f"{depth} takes over {_TOO_LONG:g} s a run and is left out"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values."""

@@ -304,7 +304,7 @@ def test_a_failure_inside_never_reaches_the_training(part, lenient, lines, monke
     if part == "norms":
         monkeypatch.setattr(gradient_tap, "norms", fail)
     else:
-        monkeypatch.setattr(gradwatch.watcher, "Drain", fail)
+        monkeypatch.setattr(gradwatch.sampler, "Drain", fail)
     watch = gradwatch.watch(model, dir=None)
     train(model, 8)
     for a, b in zip(bare.parameters(), model.parameters(), strict=True):

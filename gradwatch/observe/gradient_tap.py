@@ -26,6 +26,7 @@ from torch.optim.optimizer import (
 from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.observe.measure import Norms, Numbers, norms
+from gradwatch.observe.weights import Changes
 from gradwatch.recurrent import clean_path
 
 
@@ -140,9 +141,7 @@ class GradientTap:
         self._index = {id(p): i for i, p in enumerate(params)}
         self._mine: dict[int, tuple[int, weakref.ref[Optimizer], list[int]]] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._tracked = {id(w): (name, w) for name, w in self._weights_of().items()}
-        self._copies: dict[str, tuple[Tensor, Tensor]] = {}
-        self._moving: list[tuple[str, nn.Parameter]] = []
+        self._changes = Changes(self._weights_of())
         trigger = _trigger(self)
         self._hooks = [p.register_post_accumulate_grad_hook(trigger) for p in params]
 
@@ -150,13 +149,15 @@ class GradientTap:
         """Settle the open step and take every hook off. Safe to call twice."""
         if self.closed:
             return
-        self.settle(final=True)
-        self.closed = True
-        for hook in (*self._hooks, *self.global_hooks):
-            hook.remove()
-        self._hooks.clear()
-        self._params, self._seen, self._copies, self._tracked = [], {}, {}, {}
-        self._moving = []
+        try:
+            self.settle(final=True)
+        finally:
+            self.closed = True
+            for hook in (*self._hooks, *self.global_hooks):
+                hook.remove()
+            self._hooks.clear()
+            self._params, self._seen = [], {}
+            self._changes = Changes({})
 
     @property
     def upcoming(self) -> tuple[int, ...]:
@@ -177,7 +178,7 @@ class GradientTap:
         self._pre: Norms | None = None
         self._scale: Tensor | None = None
         self._post: list[tuple[list[int], Norms]] = []
-        self._changes: list[tuple[list[str], Norms]] = []
+        self._moved: list[tuple[list[str], Norms]] = []
         self._stepped: set[int] = set()
 
     # ---- backward
@@ -293,7 +294,7 @@ class GradientTap:
             closure = _closure(args, kwargs) is not None
             if not (self._open or closure) or not self._due(self.number):
                 return
-            self._remember(held)
+            self._changes.remember(self._params[i] for i in held)
             if closure:  # backward runs inside step()
                 return
             self._read(optimizer, held)
@@ -321,7 +322,8 @@ class GradientTap:
             if self._due(self.number):
                 if _closure(args, kwargs) is not None:
                     self._read(optimizer, held)
-                self._compare()
+                if (moved := self._changes.compare()) is not None:
+                    self._moved.append(moved)
             self._stepped.add(id(optimizer))
             if _torch.graph_task_id() == -1 and (
                 self._expected <= self._stepped or id(optimizer) not in self._expected
@@ -374,32 +376,6 @@ class GradientTap:
                 return False
         return True
 
-    def _remember(self, held: list[int]) -> None:
-        """Copy the recurrent weights that this optimizer is about to change."""
-        self._moving = []
-        for i in held:
-            known = self._tracked.get(id(self._params[i]))
-            if known is None:
-                continue
-            name, weight = known
-            kept = self._copies.get(name)
-            if kept is None or kept[0].shape != weight.shape:
-                fresh = torch.empty_like(weight, requires_grad=False)
-                kept = self._copies[name] = (fresh, torch.empty_like(fresh))
-            kept[0].copy_(weight.detach())
-            self._moving.append((name, weight))
-
-    def _compare(self) -> None:
-        """Measure how far those weights have moved."""
-        read: list[Tensor] = []
-        for name, weight in self._moving:
-            before, change = self._copies[name]
-            torch.sub(weight.detach(), before, out=change)
-            read += [change, before]
-        if read:
-            self._changes.append(([name for name, _ in self._moving], norms(read)))
-        self._moving = []
-
     # ---- the end of a step
 
     def settle(self, final: bool = False) -> None:
@@ -441,7 +417,7 @@ class GradientTap:
             live=self._live,
             order=[self._index[id(p)] for p in self._order if id(p) in self._index],
             post_live=[i for index, _ in self._post for i in index],
-            changed=[name for names, _ in self._changes for name in names],
+            changed=[name for names, _ in self._moved for name in names],
             backwards=self._backwards,
             events=events,
             stepped=bool(self._stepped),
@@ -453,8 +429,8 @@ class GradientTap:
             step.numbers["scale"] = self._scale
         if self._post:
             step.numbers["post"] = _joined([read for _, read in self._post])
-        if self._changes:
-            step.numbers["change"] = _joined([read for _, read in self._changes])
+        if self._moved:
+            step.numbers["change"] = _joined([read for _, read in self._moved])
         if self._stepped:
             self._expected = self._stepped
         self._any_step = self._any_step or not by

@@ -1,0 +1,318 @@
+"""From the hooks to readings: the story of one step, while the user trains.
+
+The tap sees a backward, and what is due is launched; it sees the optimizer step and
+closes the step; the numbers are drained to the host and go on as a reading.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from torch import Tensor, nn
+
+from gradwatch.derive import Layout, Reading
+from gradwatch.health import Health
+from gradwatch.observe.gradient_tap import GradientTap, Step
+from gradwatch.observe.measure import Drain, Spectrum, spectrum, too_large
+from gradwatch.observe.probe import Probe
+from gradwatch.record import Stream
+from gradwatch.recurrent import (
+    Recurrence,
+    clean_path,
+    parameter_names,
+    plain_weight,
+)
+from gradwatch.schedule import Schedule
+
+_RESCAN_STEPS: Final = 50
+_BATCH: Final = 16
+_BATCH_S: Final = 1.0
+"""Most steps, and seconds, that an unremarkable step waits to be taken in."""
+
+
+class _Pending(NamedTuple):
+    """A closed step whose numbers have not been taken in yet."""
+
+    step: Step
+    drain: Drain
+    spectrum: Spectrum | None
+    time: float
+    loss: float | None
+    overhead: float
+    layout: Layout
+    facts: Mapping[str, Any]
+    events: tuple[str, ...]
+
+
+class Sampler:
+    """Owns the probes and the tap of one watch, and drains what they saw.
+
+    Args:
+        model: The watched model; not kept alive.
+        found: Its recurrences.
+        owner: Whoever is to live as long as the model's hooks: the watch.
+        schedule: When each depth runs.
+        health: Where failures and our own time are noted.
+        take: Given each reading, in the order of the steps.
+        taken: Called when the readings that were due have been taken; returns the norm
+            below which a step is unremarkable.
+        on_return: Called as each optimizer hook returns; the only place to raise.
+        measuring: Whether anything but the gradients is measured.
+        refuse: Whether gradients that are not finite are kept from the optimizer.
+        scaler: The GradScaler, where the user passed it.
+        start: Number of the first step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Sequence[Recurrence],
+        owner: object,
+        *,
+        schedule: Schedule,
+        health: Health,
+        take: Callable[[Reading], None],
+        taken: Callable[[], float],
+        on_return: Callable[[], None],
+        measuring: bool,
+        refuse: bool,
+        scaler: Any,
+        start: int,
+    ) -> None:
+        self.paused = False
+        self.loss: float | Tensor | None = None
+        self.events: list[str] = []
+        self.facts: dict[str, Any] = {}
+        self._model = weakref.ref(model)
+        self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
+        self._schedule, self._health = schedule, health
+        self._take, self._taken = take, taken
+        self._measuring = measuring
+        self._pending: deque[_Pending] = deque()
+        self._spectrum: Spectrum | None = None
+        self._spectrum_runs = 0
+        self._spectrum_guard = health.guard("spectrum")
+        self._sampled = False
+        self._layout = (list[str](), Layout((), {}))
+        self._last = self._drained = time.perf_counter()
+        self._spent = self._ceiling = 0.0
+        self.probes: list[Probe] = []
+        guard = health.guard("probe", self._close_probes)
+        try:  # a failure half-way undoes what came before
+            for module in {id(r.module): r.module for r in found}.values():
+                self.probes.append(Probe(module, owner, self._armed, guard))
+            self.tap = GradientTap(
+                model,
+                weights=self._plain_weights,
+                on_backward=self._on_backward,
+                on_step=self._on_step,
+                on_return=on_return,
+                due=lambda step: self._due("gradients", step),
+                guard=health.guard("gradients"),
+                refuse=refuse,
+                scaler=scaler,
+                start=start,
+            )
+        except BaseException:
+            self._close_probes()
+            raise
+
+    # ---- asked by the hooks
+
+    def _due(self, depth: str, step: int) -> bool:
+        return not self.paused and self._schedule.due(depth, step)
+
+    def _armed(self) -> bool:
+        """Tell whether a forward now may belong to a step that samples weights."""
+        if not self._measuring or self.paused:
+            return False
+        return any(self._schedule.due("spectrum", n) for n in self.tap.upcoming)
+
+    def _plain_weights(self) -> dict[str, nn.Parameter]:
+        weights = {}
+        for recurrence in self.recurrences():
+            weight = plain_weight(recurrence)
+            if weight is not None and weight.requires_grad:
+                weights[recurrence.stream.name] = weight
+        return weights
+
+    def recurrences(self) -> list[Recurrence]:
+        """Return the recurrences whose modules still live."""
+        found = [(stream, ref(), suffix) for stream, ref, suffix in self._found]
+        return [Recurrence(s, m, suffix) for s, m, suffix in found if m is not None]
+
+    def _on_backward(self, step: int) -> None:
+        """Launch what is due; the weights are those that the forward used."""
+        if not self._measuring or not self._due("spectrum", step):
+            return
+        if self._spectrum_guard.failed or self._spectrum is not None:
+            return
+        self._sampled = True
+        with self._spectrum_guard:
+            began = time.perf_counter()
+            weights = self._captured()
+            if not weights:
+                return  # no gradient has reached a recurrent module yet
+            sizes = [(s.hidden_size, max(len(s.gates), 1)) for s, _, _ in weights]
+            if too_large(sizes, weights[0][1].device):
+                self.events.append(f"cadence: {self._schedule.leave_out('spectrum')}")
+                return
+            run = spectrum(weights, gram=self._spectrum_runs % 2 == 0)
+            run.seconds = time.perf_counter() - began
+            self._spectrum, self._spectrum_runs = run, self._spectrum_runs + 1
+
+    def _captured(self) -> list[tuple[Stream, Tensor, Tensor | None]]:
+        """Return the weights of the calls that a gradient reached."""
+        taken = {}
+        for probe in self.probes:
+            capture = probe.take()
+            if capture is not None:
+                taken[id(probe.module())] = capture
+        found = []
+        for stream, module, suffix in self._found:
+            capture = taken.get(id(module()))
+            if capture is None:
+                continue
+            if capture.shape is not None:
+                length, batch = capture.shape
+                seen = {"T": length, "B": batch, "dtype": capture.dtype}
+                self.facts[stream.module] = seen
+            weight = capture.weights.get(suffix)
+            if weight is not None and weight.numel():
+                found.append((stream, weight, capture.weights.get(suffix + ".hr")))
+        return found
+
+    # ---- a step has closed
+
+    def _on_step(self, step: Step) -> None:
+        """Start the step's numbers on their way to the host."""
+        now, own = time.perf_counter(), self._health.spent
+        elapsed, used = now - self._last, own - self._spent
+        self._last, self._spent = now, own
+        self._schedule.stepped(elapsed - used)
+        if self._sampled:
+            self._sampled = False
+            for probe in self.probes:
+                probe.forget()
+        if step.number % _RESCAN_STEPS == 0:
+            self.tap.rescan()
+        run, self._spectrum = self._spectrum, None
+        numbers = step.numbers
+        if run is not None:
+            numbers |= {f"spectrum.{k}": t for k, t in run.numbers.items()}
+        loss, self.loss = self.loss, None
+        if isinstance(loss, Tensor):
+            numbers["loss"], loss = loss, None
+        events, self.events = tuple(self.events), []
+        if self.paused or not (numbers or step.events or events):
+            return
+        self._health.overhead = min(max(used / elapsed, 0.0), 1.0) if elapsed else 0.0
+        waiting = _Pending(
+            step=step,
+            drain=Drain(numbers),
+            spectrum=run,
+            time=time.time(),
+            loss=loss,
+            overhead=self._health.overhead,
+            layout=self._layout_of(step.names),
+            facts=dict(self.facts) if run is not None else {},
+            events=events,
+        )
+        self._pending.append(waiting)
+        if not waiting.drain.immediate:
+            self.drain(keep=1)  # an accelerator's numbers come one sampled step late
+        elif not self._unremarkable(waiting, now):
+            self.drain()
+
+    def _unremarkable(self, waiting: _Pending, now: float) -> bool:
+        """Tell whether a step can wait a little, to be taken in with those after it.
+
+        No rule of the catalogue could object to it, and several steps at once cost
+        half of what each costs alone. Anything unusual is taken in as it comes.
+        """
+        pre = waiting.step.numbers.get("pre")
+        if waiting.spectrum is not None or not isinstance(pre, list):
+            return False
+        if waiting.events or waiting.step.events or "scale" in waiting.step.numbers:
+            return False
+        if waiting.loss is not None and not math.isfinite(waiting.loss):
+            return False
+        if len(self._pending) >= _BATCH or now - self._drained >= _BATCH_S:
+            return False
+        return math.hypot(*pre) < self._ceiling
+
+    def drain(self, keep: int = 0) -> None:
+        """Take in the steps whose numbers are due on the host, all but ``keep``."""
+        while len(self._pending) > keep:
+            waiting = self._pending.popleft()
+            began = time.perf_counter()
+            host = waiting.drain.wait()
+            reading = Reading(
+                step=waiting.step,
+                host=host,
+                layout=waiting.layout,
+                spectrum=waiting.spectrum,
+                time=waiting.time,
+                loss=float(host["loss"]) if "loss" in host else waiting.loss,
+                overhead=waiting.overhead,
+                facts=waiting.facts,
+                events=waiting.events,
+            )
+            self._take(reading)
+            if waiting.spectrum is not None:
+                cost = waiting.spectrum.seconds + time.perf_counter() - began
+                changed = self._schedule.ran("spectrum", cost)
+                if changed is not None:
+                    self.events.append(f"cadence: {changed}")
+        self._ceiling = self._taken()
+        self._drained = time.perf_counter()
+
+    def bring_up_to_date(self) -> None:
+        """Take in what waits on the host already; an accelerator is not waited for."""
+        if self._pending and all(p.drain.immediate for p in self._pending):
+            self.drain()
+
+    def _layout_of(self, names: list[str]) -> Layout:
+        """Return which parameters are behind which key, for the present parameters."""
+        if self._layout[0] is not names:
+            index = {name: i for i, name in enumerate(names)}
+            model = self._model()
+            paths: dict[int, str] = {}
+            for path, module in model.named_modules() if model is not None else ():
+                paths.setdefault(id(module), clean_path(path))
+            groups = []
+            for recurrence in self.recurrences():
+                path = paths.get(id(recurrence.module), "")
+                start = f"{path}." if path else ""
+                parts = {
+                    group: [index[start + n] for n in own if start + n in index]
+                    for group, own in parameter_names(recurrence).items()
+                }
+                groups.append((recurrence.stream, parts))
+            self._layout = (names, Layout.of(groups))
+        return self._layout[1]
+
+    # ---- the end
+
+    def settle(self) -> None:
+        """Close the open step where that can be, and take in all that waits."""
+        self.tap.settle()
+        self.drain()
+
+    def close(self) -> None:
+        """Take every hook off and take in all that waits. Safe to call twice."""
+        try:
+            self.tap.close()
+            self.drain()
+        finally:
+            self._close_probes()
+
+    def _close_probes(self) -> None:
+        for probe in self.probes:
+            probe.close()
+        self.probes.clear()

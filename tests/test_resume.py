@@ -1,0 +1,128 @@
+"""Resuming, and several processes."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+import gradwatch
+from gradwatch.metrics import run_key
+from tests.models import batches, lstm
+
+TRAIN = """
+import sys, torch, gradwatch
+from tests.test_watch import train
+from tests.models import lstm
+model = lstm()
+"""
+
+
+def test_a_resumed_run_goes_on_in_a_fresh_process(tmp_path):
+    first = f"""{TRAIN}
+watch = gradwatch.watch(model, dir={str(tmp_path)!r}, name="one", budget=None)
+train(model, 50, spoil=45)
+for p in model.parameters():
+    torch.nn.init.uniform_(p, -0.1, 0.1)
+torch.save(watch.state_dict(), {str(tmp_path / "watch.pt")!r})
+watch.close()
+"""
+    second = f"""{TRAIN}
+watch = gradwatch.watch(model, dir={str(tmp_path)!r}, name="two", budget=None)
+watch.load_state_dict(torch.load({str(tmp_path / "watch.pt")!r}))
+train(model, 10, spoil=3)
+for p in model.parameters():
+    torch.nn.init.uniform_(p, -0.1, 0.1)
+train(model, 60)
+watch.close()
+"""
+    for code in (first, second):
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL
+        )
+    one, two = gradwatch.load(tmp_path / "one"), gradwatch.load(tmp_path / "two")
+    assert [r.step for r in one.records] == list(range(50))
+    assert [r.step for r in two.records] == list(range(50, 120))
+    assert two.records[0].events == ("resume",)
+    steps, _ = two.records.series("gradwatch/rnn/l0/rho")
+    assert steps.tolist() == [50, 100]  # nothing warms up again
+    assert [a.step for a in one.alerts] == [45]
+    assert two.alerts == []  # the incident was open, and is not sent again
+    [incident] = two.incidents
+    assert incident.since == 45 and incident.until is not None
+
+
+def test_start_step_moves_the_axis():
+    model = lstm()
+    with gradwatch.watch(model, dir=None, start_step=1000) as watch:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for x in batches(2):
+            model(x).sum().backward()
+            optimizer.step()
+        assert [r.step for r in watch.records] == [1000, 1001]
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist, gradwatch
+from torch.nn.parallel import DistributedDataParallel
+from tests.models import batches, lstm
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
+model = DistributedDataParallel(lstm())
+forbidden = []
+watch = gradwatch.watch(model, dir=sys.argv[2], name="ddp", every=1, budget=None)
+for name in ("all_reduce", "broadcast", "barrier", "all_gather", "reduce"):
+    setattr(dist, name, lambda *a, name=name, **k: forbidden.append(name))
+optimizer = torch.optim.SGD(model.parameters(), 0.5)
+for group in batches(12).split(2):
+    optimizer.zero_grad()
+    model(group[rank]).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    optimizer.step()
+watch.close()
+assert not forbidden, forbidden
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_are_one_run(tmp_path):
+    address = f"file://{tmp_path / 'rendezvous'}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, address, str(tmp_path / "runs")],
+            env={**_environment(), "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], said
+    assert [s.count("gradwatch:") for s in said] == [2, 0]
+    assert [p.name for p in (tmp_path / "runs").iterdir() if p.is_dir()] == ["ddp"]
+    run = gradwatch.load(tmp_path / "runs" / "ddp")
+    assert [s.name for s in run.streams] == ["rnn.l0"]
+
+    model = lstm()  # one process on both halves has the averaged gradient
+    with gradwatch.watch(model, dir=None, every=1, budget=None) as watch:
+        plain_pairs(model)
+        records = list(watch.records)
+    assert len(run.records) == len(records) == 6
+    for one, two in zip(run.records, records, strict=True):
+        assert one.metrics.keys() == two.metrics.keys()
+        for key, value in two.metrics.items():
+            if key != run_key("overhead"):
+                torch.testing.assert_close(one.metrics[key], value, rtol=1e-4, atol=0)
+
+
+def plain_pairs(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for group in batches(12).split(2):
+        optimizer.zero_grad()
+        sum(model(x).square().mean() / 2 for x in group).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+
+
+def _environment():
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "GRADWATCH_DIR")}
