@@ -1,8 +1,8 @@
 """What a watch costs: shuffled, interleaved blocks of training steps in one process.
 
-Every arm has its own copy of the model and optimizer. A block is a few dozen steps; the
-arms' blocks are shuffled, and of each arm the faster half counts (the machine is shared:
-what is slow was disturbed). A second bare model is the control; the spread is the
+Every arm has its own copy of the model and optimizer. A block is some dozen steps. The
+arms' blocks are shuffled, and of each arm the faster half counts: a machine is shared,
+and what is slow was disturbed. A second bare model is the control; the spread is the
 standard error of the faster half. One thread.
 
 Run: python benchmarks/overhead.py [--rounds 60] [--models lstm,rnn]
@@ -79,7 +79,7 @@ class Arm:
 
 
 def arms(base: Net, folder: str, run: Any) -> list[Arm]:
-    """Return every arm, watches attached; ``wandb.watch`` knows the global run alone."""
+    """Return every arm, watches attached; ``wandb.watch`` knows one run alone."""
     made = []
 
     def arm(name: str) -> Arm:

@@ -6,6 +6,7 @@ turns readings into records, alerts and files, and the watch holds the two toget
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -140,7 +141,8 @@ class Watch:
         settings, rules = self._settings, self._settings.rules
         sinks: dict[str, Sink] = {}
         if self._loud and settings.wandb is not None:
-            settings.wandb.attach(self._streams, meta, console.say)
+            close = functools.partial(_close, weakref.ref(self))
+            settings.wandb.attach(self._streams, meta, console.say, close)
             self._health.queued = lambda: settings.wandb.queued
             sinks["W&B"] = settings.wandb
         if self._loud:
@@ -401,11 +403,16 @@ class Watch:
         return notes
 
 
-def _model_gone(watch_ref: weakref.ref[Watch], hooks: Sequence[Any]) -> None:
-    """Close the watch of a model that is freed, or at the end of the process."""
+def _close(watch_ref: weakref.ref[Watch]) -> None:
+    """Close a watch that still lives."""
     found = watch_ref()
     if found is not None:
         found.close()
+
+
+def _model_gone(watch_ref: weakref.ref[Watch], hooks: Sequence[Any]) -> None:
+    """Close the watch of a model that is freed, or at the end of the process."""
+    _close(watch_ref)
     for hook in hooks:  # where the collector took the watch first
         hook.remove()
 

@@ -1,4 +1,4 @@
-"""What every test gets: one thread, no run folder in the tree, and nothing left behind."""
+"""What every test gets: one thread, run folders of its own, nothing left behind."""
 
 import gc
 import logging
@@ -39,7 +39,11 @@ def _global_hooks():
 
 @pytest.fixture
 def lines():
-    """The lines that the logger ``gradwatch`` was given in the test."""
+    """Yield the lines that the logger ``gradwatch`` is given in the test.
+
+    Yields:
+        ``(level name, message)`` pairs, in a list that grows.
+    """
     found = []
 
     class Keep(logging.Handler):

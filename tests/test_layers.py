@@ -6,16 +6,17 @@ from pathlib import Path
 import gradwatch
 
 ROOT = Path(gradwatch.__file__).parent
-ROOMS = """
-_version record _torch
-health metrics schedule numerics.streaming numerics.spectral
-recurrent
-observe.capture observe.probe observe.measure observe.weights observe.gradient_tap
-derive
-rules.text rules.kinds rules.incidents rules
-sinks.fold sinks.jsonl sinks.tensorboard sinks.wandb_rows sinks.wandb sinks
-console opening sampler pipeline watcher runs
-""".split()
+FLOORS = (
+    "_version record _torch",
+    "health metrics schedule numerics.streaming numerics.spectral",
+    "recurrent",
+    "observe.capture observe.probe observe.measure observe.weights",
+    "observe.gradient_tap derive",
+    "rules.text rules.kinds rules.incidents rules",
+    "sinks.fold sinks.jsonl sinks.tensorboard sinks.wandb_rows sinks.wandb sinks",
+    "console opening sampler pipeline watcher runs",
+)
+ROOMS = [name for floor in FLOORS for name in floor.split()]
 """From the ground up, each room above all that it may import."""
 
 

@@ -89,10 +89,12 @@ def test_the_return_value_may_be_thrown_away(tmp_path):
 def test_a_callback_that_knows_the_model_does_not_keep_it(tmp_path):
     model = lstm()
     held = []
+
+    def knows(model):
+        return lambda alert: held.append(model)
+
     watch = weakref.ref(
-        gradwatch.watch(
-            model, dir=tmp_path, name="x", on_alert=lambda a: held.append(model)
-        )
+        gradwatch.watch(model, dir=tmp_path, name="x", on_alert=knows(model))
     )
     train(model, 2)
     gone = weakref.ref(model)
@@ -145,9 +147,8 @@ def test_watching_twice_returns_the_same_watch_with_a_warning(lines):
     model = lstm()
     with gradwatch.watch(model, dir=None) as watch:
         assert gradwatch.watch(model, every=7) is watch
-        assert [text for level, text in lines if level == "WARNING"][0].startswith(
-            "gradwatch: this model is watched already"
-        )
+        [warning] = [text for level, text in lines if level == "WARNING"]
+        assert warning.startswith("gradwatch: this model is watched already")
     with gradwatch.watch(model, dir=None) as second:
         assert second is not watch
 
@@ -359,9 +360,11 @@ def test_only_rank_zero_measures(monkeypatch, lines, tmp_path):
     with gradwatch.watch(model, dir=tmp_path) as watch:
         train(model)
         assert hooks_of(model) == [] and len(watch.records) == 0
-    with gradwatch.watch(model, dir=tmp_path, on_alert="raise") as watch:
-        with pytest.raises(gradwatch.TrainingAlert):
-            train(model, 8, spoil=5)
+    with (
+        gradwatch.watch(model, dir=tmp_path, on_alert="raise"),
+        pytest.raises(gradwatch.TrainingAlert),
+    ):
+        train(model, 8, spoil=5)
     assert lines == [] and list(tmp_path.iterdir()) == []
 
 

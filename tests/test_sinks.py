@@ -1,0 +1,45 @@
+"""TensorBoard, and any object with the protocol."""
+
+import pytest
+import torch
+
+import gradwatch
+from gradwatch.sinks import Sink, TensorBoard
+from tests.models import lstm
+from tests.test_watch import train
+
+
+def test_scalars_reach_the_users_writer(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tmp_path)
+    model = lstm()
+    with gradwatch.watch(model, dir=None, sinks=[TensorBoard(writer)]) as watch:
+        train(model, 25, spoil=22)
+        peaks = watch.records.series("gradwatch/grad_norm")[1]
+    writer.add_scalar("mine", 1.0, 0)  # still open: it is the user's
+    writer.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    points = read.Scalars("gradwatch/grad_norm")
+    assert [p.step for p in points] == [9, 19, 24]
+    assert points[0].value == pytest.approx(max(peaks[:10]), rel=1e-6)
+    assert "gradwatch/rnn/l0/rho" in read.Tags()["scalars"]
+    assert [e.step for e in read.Tensors("gradwatch/nonfinite/text_summary")] == [22]
+
+
+def test_what_is_no_writer_is_refused():
+    with pytest.raises(TypeError, match=r"expected a torch\.utils"):
+        TensorBoard(3)
+
+
+def test_the_protocol_is_two_methods():
+    class Mine:
+        def write(self, record, alerts=()):
+            pass
+
+        def close(self):
+            pass
+
+    assert isinstance(Mine(), Sink)
+    assert not isinstance(torch.zeros(1), Sink)
