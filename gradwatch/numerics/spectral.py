@@ -125,7 +125,7 @@ def launch(weight: Tensor) -> Launched:
         ValueError: If the matrices are not square.
         TypeError: If they are not real floating-point numbers.
     """
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False):
         matrix, scale = _scaled(weight)
         if matrix.shape[-1] <= EXACT_UP_TO:
             return Launched(matrix, {"scale": scale, "matrix": matrix})
@@ -271,36 +271,32 @@ class _Ritz(NamedTuple):
 
 def _ritz(host: Mapping[str, np.ndarray]) -> list[_Ritz]:
     """Return the leading two-sided Ritz value of each matrix, as it was scaled."""
-    right, image = host["right"], host["right_image"]
-    left, left_image = host["left"], host["left_image"]
-    with np.errstate(all="ignore"):
-        theta, x = np.linalg.eig(right.transpose(0, 2, 1) @ image)
-        theta_left, y = np.linalg.eig(left.transpose(0, 2, 1) @ left_image)
-        found = []
-        for s in range(len(right)):
-            modulus = np.abs(theta[s])
-            lead = np.flatnonzero(modulus >= modulus.max() * (1 - 1e-9))
-            j = int(lead[np.argmax(theta[s][lead].imag)])
-            i = int(np.argmin(np.abs(theta_left[s] - np.conj(theta[s][j]))))
-            value, xs, ys = theta[s][j], x[s][:, j], y[s][:, i]
-            r, l_ = right[s] @ xs, left[s] @ ys
-            ar, al = image[s] @ xs, left_image[s] @ ys
-            nr, nl = np.linalg.norm(r), np.linalg.norm(l_)
-            overlap = np.vdot(l_, r)
-            residual = max(
-                np.linalg.norm(ar - value * r) / nr,
-                np.linalg.norm(al - np.conj(value) * l_) / nl,
-            )
-            better = np.vdot(l_, ar) / overlap if overlap else value
-            condition = float(nr * nl / max(abs(overlap), 1e-300))
-            found.append(_Ritz(complex(better), float(residual), condition))
-    return found
+    right, left, each = host["right"], host["left"], np.arange(len(host["right"]))
+    values, x = np.linalg.eig(right.transpose(0, 2, 1) @ host["right_image"])
+    mirrored, y = np.linalg.eig(left.transpose(0, 2, 1) @ host["left_image"])
+    modulus = np.abs(values)
+    tied = modulus >= modulus.max(axis=1, keepdims=True) * (1 - 1e-9)
+    lead = np.where(tied, values.imag, -np.inf).argmax(axis=1)
+    value = values[each, lead]
+    match = np.abs(mirrored - value.conj()[:, None]).argmin(axis=1)
+    x, y = x[each, :, lead, None], y[each, :, match, None]
+    r, r_image = (right @ x)[..., 0], (host["right_image"] @ x)[..., 0]
+    l_, l_image = (left @ y)[..., 0], (host["left_image"] @ y)[..., 0]
+    r_norm, l_norm = np.linalg.norm(r, axis=1), np.linalg.norm(l_, axis=1)
+    r_gap = np.linalg.norm(r_image - value[:, None] * r, axis=1) / r_norm
+    l_gap = np.linalg.norm(l_image - value.conj()[:, None] * l_, axis=1) / l_norm
+    overlap = (l_.conj() * r).sum(axis=1)
+    with np.errstate(all="ignore"):  # orthogonal to each other: no Ritz value
+        value = (l_.conj() * r_image).sum(axis=1) / overlap
+        condition = r_norm * l_norm / np.abs(overlap)
+    columns = value.tolist(), np.maximum(r_gap, l_gap).tolist(), condition.tolist()
+    return [_Ritz(complex(v), gap, c) for v, gap, c in zip(*columns, strict=True)]
 
 
 def _judge(
     norms: list[float], trace: float, size: int, ritz: _Ritz, scale: float
 ) -> Radius:
-    """Weigh the bounds against the Ritz value; all of it over the largest entry."""
+    """Weigh the bounds against the Ritz value; both of the matrix as it was scaled."""
     logs, total = [], 0.0
     for level, norm in enumerate(norms):
         # Below this a power is rounding error: deeper levels would invent a radius.
@@ -320,18 +316,10 @@ def _judge(
     growth = math.exp(min(excess, 600.0)) / math.sqrt(size)
     power = min(max(ratio, lower), upper) if lower <= upper else ratio
     modulus = abs(ritz.value)
-    agrees = (
-        ritz.residual <= _TOLERANCE * modulus
-        and lower * (1 - 1e-4) <= modulus <= upper * (1 + 1e-4)
-        and abs(modulus - power) <= _TOLERANCE * power
-    )
-    sharp = ritz.condition <= _AMPLIFIED if agrees else growth <= 10
-    certified = (
-        complete
-        and sharp
-        and growth <= _AMPLIFIED
-        and abs(upper - lower) <= _TOLERANCE * upper
-    )
+    inside = lower * (1 - 1e-4) <= modulus <= upper * (1 + 1e-4)
+    agrees = inside and ritz.residual <= _TOLERANCE * modulus
+    sharp = max(growth, ritz.condition) <= _AMPLIFIED if agrees else growth <= 10
+    certified = sharp and abs(upper - lower) <= 0.9 * _TOLERANCE * upper
     value = complex(ritz.value.real, abs(ritz.value.imag))
     return Radius(
         rho=(modulus if agrees else power) * scale,
@@ -392,7 +380,7 @@ def launch_gram(weight: Tensor) -> dict[str, Tensor]:
         ``sigma`` and ``orthogonality``, shape ``(S,)`` each, on the weights' device;
         NaN for a matrix that holds NaN or Inf.
     """
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False):
         matrix, scale = _scaled(weight)
         matrix = matrix.float()
         gram = _product(matrix.mT, matrix)

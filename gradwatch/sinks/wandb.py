@@ -8,12 +8,15 @@ for ever; wandb itself is never imported here.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import queue
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, final
 
@@ -37,6 +40,12 @@ def active_run() -> Any | None:
     """Return the W&B run of this process, without importing wandb; None if none is."""
     module = sys.modules.get("wandb")
     return getattr(module, "run", None) if module is not None else None
+
+
+def _call_at_exit(sink_ref: weakref.ref[Wandb]) -> None:
+    sink = sink_ref()
+    if sink is not None:
+        (sink._last_call or sink.close)()
 
 
 def _own_step(run: Any) -> int | None:
@@ -96,15 +105,27 @@ class Wandb:
         self._rows: Rows | None = None  # the worker's alone
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._said: set[str] = set()
+        self._last_call: Callable[[], None] | None = None
+        self._at_exit = functools.partial(_call_at_exit, weakref.ref(self))
 
     def attach(
         self,
         streams: Sequence[Stream],
         config: dict[str, Any],
         notify: Callable[[str], None],
+        last_call: Callable[[], None] | None = None,
     ) -> None:
-        """Learn the streams, the settings for ``run.config``, and whom to tell."""
+        """Learn about the watch.
+
+        Args:
+            streams: What is watched.
+            config: The settings for ``run.config``.
+            notify: Told a line at a time, on the training thread.
+            last_call: Called at exit, while wandb still takes rows; by default
+                :meth:`close`. It is held as it is given, so it should be weak.
+        """
         self._streams, self._config, self._notify = streams, config, notify
+        self._last_call = last_call
         if self._keys == "headline":
             self._chosen = frozenset(headline_keys(streams[:_STREAMS]))
 
@@ -134,6 +155,9 @@ class Wandb:
                 target=self._work, name="gradwatch-wandb", daemon=True
             )
             self._worker.start()
+            # wandb ends its service in an exit handler of its own, made when the run
+            # began: a later one, such as this, comes before it.
+            atexit.register(self._at_exit)
 
     def _enqueue(self, item: Item) -> None:
         while True:
@@ -178,6 +202,7 @@ class Wandb:
             return
         self.flush()
         self._closed = True
+        atexit.unregister(self._at_exit)
         worker, self._worker = self._worker, None
         if worker is None:
             return

@@ -31,9 +31,8 @@ _HINT: Final = (
 
 
 def finished(run: Any) -> bool:
-    """Tell whether a run is over, by the user or at exit; wandb raises from then on."""
-    over = ("_is_finished", "_atexit_cleanup_called")
-    return any(getattr(run, name, False) for name in over)
+    """Tell whether the user has finished a run; wandb raises from then on."""
+    return bool(getattr(run, "_is_finished", False))
 
 
 class Item(NamedTuple):
@@ -104,7 +103,7 @@ class Rows:
             self.send()
         since = self._began if self._moved_at is None else self._moved_at
         silent = step - since >= _SILENT_STEPS and item.at is not None
-        return _HINT if silent and not self._commit else None
+        return _HINT if silent else None
 
     def _follow(self, item: Item) -> bool:
         """See what the user has committed; tell whether a row is due because of it.
