@@ -30,7 +30,7 @@ _NONFINITE, _LOSS = map(run_key, ("nonfinite", "loss"))
 _SKIPPED, _OVERHEAD = map(run_key, ("skipped", "overhead"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Memory:
     """What derive remembers between steps; plain values, saved by ``state_dict``."""
 
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
         return cls(norms, {s.name: stream_key(s, "update_ratio") for s, _ in groups})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Reading:
     """One step's numbers on the host, with what they belong to.
 
@@ -160,9 +160,11 @@ def _gradient_metrics(
         if found:
             metrics[key] = math.hypot(*found)
     if "change" in reading.host:
-        pairs = iter(_floats(reading.host["change"]))
-        for name, change in zip(reading.step.changed, pairs, strict=False):
-            metrics[reading.layout.ratios[name]] = change / (next(pairs) + 1e-12)
+        changes = _floats(reading.host["change"])
+        weights = _floats(reading.host["weight"])
+        moved = zip(reading.step.changed, changes, weights, strict=True)
+        for name, change, weight in moved:
+            metrics[reading.layout.ratios[name]] = change / (weight + 1e-12)
     return metrics
 
 

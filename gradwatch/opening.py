@@ -68,6 +68,11 @@ class Settings:
                 f"flow_samples is {samples!r}; expected at least 1, or None for all."
             )
         for sink in self.sinks:
+            if isinstance(sink, Wandb):
+                raise TypeError(
+                    "sinks holds a gradwatch.sinks.Wandb; pass it as wandb=, where it "
+                    "learns the streams."
+                )
             if not isinstance(sink, Sink):
                 raise TypeError(
                     f"sinks holds a {type(sink).__name__}; expected objects with "

@@ -391,6 +391,11 @@ BAD = {
     "start": (lambda: gradwatch.watch(lstm(), start_step=-1), ValueError, "start_step"),
     "samples": (lambda: gradwatch.watch(lstm(), flow_samples=0), ValueError, "flow_sa"),
     "sink": (lambda: gradwatch.watch(lstm(), sinks=[3]), TypeError, "holds a int"),
+    "W&B among the sinks": (
+        lambda: gradwatch.watch(lstm(), sinks=[gradwatch.sinks.Wandb()]),
+        TypeError,
+        "pass it as wandb=",
+    ),
     "wandb": (lambda: gradwatch.watch(lstm(), wandb="yes"), ValueError, '"auto"'),
     "run": (lambda: gradwatch.watch(lstm(), wandb=3), TypeError, "got a int as run"),
     "alert": (lambda: gradwatch.watch(lstm(), on_alert=3), TypeError, "on_alert is 3"),

@@ -38,9 +38,10 @@ class Step:
         number: The step, from 0.
         names: Names of all watched parameters, wrappers left out.
         live: Indices of the parameters that had a gradient.
-        order: The same in the order in which backward reached them.
+        order: The same in the order in which backward reached them; may be left out
+            where every norm is finite.
         numbers: ``pre`` and ``post``: norms of ``live``; ``scale`` of a loss scaler;
-            ``change`` and ``weight``: norms by index in ``changed``.
+            ``change`` and ``weight``: norms in the order of ``changed``.
         post_live: Indices that ``post`` belongs to.
         changed: Names of the streams whose weight was compared before and after.
         backwards: Backward passes in it.
@@ -104,7 +105,6 @@ class GradientTap:
         self._on_backward, self._on_step = on_backward, on_step
         self._on_return = on_return
         self._refuse, self._due, self._guard = refuse, due, guard
-        self._searched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._task = -1
         self._depth = self._outermost = 0
         self._any_optimizer = False
@@ -178,7 +178,7 @@ class GradientTap:
         self._pre: Norms | None = None
         self._scale: Tensor | None = None
         self._post: list[tuple[list[int], Norms]] = []
-        self._moved: list[tuple[list[str], Norms]] = []
+        self._moved: list[tuple[list[str], Norms, Norms]] = []
         self._stepped: set[int] = set()
 
     # ---- backward
@@ -256,6 +256,8 @@ class GradientTap:
                 self.rescan()  # its parameters may be new to us
                 held = self._look_up(optimizer)
             known = self._mine[id(optimizer)] = (size, weakref.ref(optimizer), held)
+            if held and self.scaler is None:
+                self._find_scaler()
         return known[2]
 
     @property
@@ -282,7 +284,6 @@ class GradientTap:
             if self._depth > 1:  # ZeRO steps an optimizer inside: the outermost counts
                 return
             self._outermost = id(optimizer)
-            self._find_scaler(optimizer)
             task = _torch.graph_task_id()
             if task not in (
                 -1,
@@ -341,38 +342,36 @@ class GradientTap:
         gone = all(self._params[i].grad is None for i in self._live)
         return gone and not _all_finite(self._pre)
 
-    def _find_scaler(self, optimizer: Optimizer) -> None:
-        if self.scaler is None and optimizer not in self._searched:
-            self._searched.add(optimizer)
-            self.scaler = _torch.calling_scaler()
-            if self.scaler is not None and self._pre is not None:
-                self._scale = _torch.loss_scale(self.scaler)
+    def _find_scaler(self) -> None:
+        """Find the loss scaler whose call led to an optimizer's first step."""
+        self.scaler = _torch.calling_scaler()
+        if self.scaler is not None and self._pre is not None:
+            self._scale = _torch.loss_scale(self.scaler)
 
     def _read(self, optimizer: Optimizer, held: list[int]) -> None:
         """Read the gradients that an optimizer is about to use."""
         index: Iterable[int] = held
         alone = not self._post and self._expected <= {id(optimizer)}
         if alone and _torch.graph_task_id() == -1:
+            if self._pre is not None and self.scaler is None and self._untouched():
+                self._post.append((self._live, self._pre))
+                return
             index = range(len(self._params))  # parameters in no optimizer count too
         found = [(i, self._params[i].grad) for i in index]
         live = [(i, g) for i, g in found if g is not None]
         if not live:
-            return
-        if self._pre is not None and self.scaler is None and self._untouched(live):
-            self._post.append((self._live, self._pre))
             return
         read = norms([g for _, g in live])
         if (factor := getattr(optimizer, "grad_scale", None)) is not None:
             read = _over(read, factor)  # a fused optimizer unscales by itself
         self._post.append(([i for i, _ in live], read))
 
-    def _untouched(self, live: list[tuple[int, Tensor]]) -> bool:
+    def _untouched(self) -> bool:
         """Tell whether the gradients are those that the end of backward read."""
-        if len(live) != len(self._live):
-            return False
-        for i, grad in live:
-            seen = self._seen.get(i)
-            if seen is None or seen[0]() is not grad or seen[1] != grad._version:
+        params = self._params
+        for i, (ref, version) in self._seen.items():
+            grad = params[i].grad
+            if grad is None or grad._version != version or ref() is not grad:
                 return False
         return True
 
@@ -410,14 +409,21 @@ class GradientTap:
                 self._pre = norms(grads)
         self._close(())
 
+    def _arrivals(self) -> list[int]:
+        """Return the order in which backward came by, where someone may ask for it."""
+        pre = self._pre
+        if isinstance(pre, list) and math.isfinite(sum(pre)):
+            return []
+        return [self._index[id(p)] for p in self._order if id(p) in self._index]
+
     def _close(self, events: tuple[str, ...], by: str = "") -> None:
         step = Step(
             number=self.number,
             names=self.names,
             live=self._live,
-            order=[self._index[id(p)] for p in self._order if id(p) in self._index],
+            order=self._arrivals(),
             post_live=[i for index, _ in self._post for i in index],
-            changed=[name for names, _ in self._moved for name in names],
+            changed=[name for names, *_ in self._moved for name in names],
             backwards=self._backwards,
             events=events,
             stepped=bool(self._stepped),
@@ -430,7 +436,8 @@ class GradientTap:
         if self._post:
             step.numbers["post"] = _joined([read for _, read in self._post])
         if self._moved:
-            step.numbers["change"] = _joined([read for _, read in self._moved])
+            step.numbers["change"] = _joined([change for _, change, _ in self._moved])
+            step.numbers["weight"] = _joined([weight for *_, weight in self._moved])
         if self._stepped:
             self._expected = self._stepped
         self._any_step = self._any_step or not by

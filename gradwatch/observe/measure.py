@@ -67,7 +67,7 @@ def norms(tensors: Sequence[Tensor]) -> Norms:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    if type(tensor) is Tensor and not tensor.is_sparse:
+    if type(tensor) is Tensor and not tensor.is_sparse and not tensor.requires_grad:
         return tensor  # nearly always, at every step
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):  # a DTensor's own norm would be a collective

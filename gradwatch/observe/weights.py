@@ -19,36 +19,37 @@ class Changes:
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self._tracked = {id(w): (name, w) for name, w in weights.items()}
-        self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
-        self._moving: list[tuple[str, nn.Parameter]] = []
+        self._copies: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._moving: list[nn.Parameter] = []
+        self._norms: Norms = []
 
     def remember(self, params: Iterable[nn.Parameter]) -> None:
-        """Copy those weights that an optimizer is about to change."""
-        self._moving = []
-        for param in params:
-            known = self._tracked.get(id(param))
-            if known is None:
-                continue
-            name, weight = known
-            buffers = self._buffers.get(name)
-            if buffers is None or buffers[0].shape != weight.shape:
-                fresh = torch.empty_like(weight, requires_grad=False)
-                buffers = self._buffers[name] = (fresh, torch.empty_like(fresh))
-            buffers[0].copy_(weight.detach())
-            self._moving.append(known)
+        """Copy and measure those weights that an optimizer is about to change."""
+        known = [self._tracked.get(id(param)) for param in params]
+        self._names = [pair[0] for pair in known if pair is not None]
+        self._moving = [pair[1] for pair in known if pair is not None]
+        for name, weight in zip(self._names, self._moving, strict=True):
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != weight.shape:
+                copy = torch.empty_like(weight, requires_grad=False)
+                self._copies[name] = copy
+            copy.copy_(weight.detach())
+        if self._moving:  # now, while they are at hand for the optimizer
+            self._norms = norms(self._moving)
 
-    def compare(self) -> tuple[list[str], Norms] | None:
+    def compare(self) -> tuple[list[str], Norms, Norms] | None:
         """Measure how far they have moved.
 
         Returns:
-            The streams' names, and for each the norm of the change and that of the
-            weight before it, in turn; None where no weight was remembered.
+            The streams' names, the norm of each change, and that of each weight before
+            it; None where no weight was remembered.
         """
-        read: list[Tensor] = []
-        for name, weight in self._moving:
-            before, change = self._buffers[name]
-            torch.sub(weight.detach(), before, out=change)
-            read += [change, before]
-        names = [name for name, _ in self._moving]
+        if not self._moving:
+            return None
+        changes = [
+            self._copies[name].sub_(weight.detach())
+            for name, weight in zip(self._names, self._moving, strict=True)
+        ]
         self._moving = []
-        return (names, norms(read)) if read else None
+        return self._names, norms(changes), self._norms

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from gradwatch import metrics
@@ -15,9 +14,13 @@ class Fold:
     """Folds records into one: the last value of each metric, and its extremes.
 
     Extremes are kept for the gradients depth alone, whose metrics come at every step.
+
+    Args:
+        keys: The metric keys to take in, or None for all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Container[str] | None = None) -> None:
+        self._keys = keys
         self.clear()
 
     def clear(self) -> None:
@@ -34,14 +37,38 @@ class Fold:
         """Take one record in."""
         self.count += 1
         self._record = record
-        self._last.update(record.metrics)
+        keys, last, low, high = self._keys, self._last, self._low, self._high
         for key, value in record.metrics.items():
+            if keys is not None and key not in keys:
+                continue
+            last[key] = value
             if _per_step(key):
-                self._low[key] = _extreme(min, self._low.get(key, value), value)
-                self._high[key] = _extreme(max, self._high.get(key, value), value)
-        self._rest["profiles"].update(record.profiles)
-        self._rest["facts"].update(record.facts)
-        self._events += [e for e in record.events if e not in self._events]
+                self._widen(low, high, key, value, value)
+        self._add_rest(record.profiles, record.facts, record.events)
+
+    @staticmethod
+    def _widen(
+        low: dict[str, float],
+        high: dict[str, float],
+        key: str,
+        least: float,
+        most: float,
+    ) -> None:
+        """Take in the extremes of one key; what is not a number outranks the rest."""
+        if key not in low or least < low[key] or least != least:
+            low[key] = least
+        if key not in high or most > high[key] or most != most:
+            high[key] = most
+
+    def _add_rest(
+        self,
+        profiles: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        events: Iterable[str],
+    ) -> None:
+        self._rest["profiles"].update(profiles)
+        self._rest["facts"].update(facts)
+        self._events += [e for e in events if e not in self._events]
 
     def absorb(self, later: Fold) -> None:
         """Take in what another fold holds, which came after this one's."""
@@ -50,13 +77,9 @@ class Fold:
         self.count += later.count
         self._record = later._record
         self._last.update(later._last)
-        for key, value in later._low.items():
-            self._low[key] = _extreme(min, self._low.get(key, value), value)
-        for key, value in later._high.items():
-            self._high[key] = _extreme(max, self._high.get(key, value), value)
-        for part, values in later._rest.items():
-            self._rest[part].update(values)
-        self._events += [e for e in later._events if e not in self._events]
+        for key, least in later._low.items():
+            self._widen(self._low, self._high, key, least, later._high[key])
+        self._add_rest(later._rest["profiles"], later._rest["facts"], later._events)
 
     def row(self) -> StepRecord:
         """Return what was folded, with ``_min`` and ``_max`` beside the last values."""
@@ -93,8 +116,3 @@ _COUNTERS = ("/skipped", "/overhead", "/loss")
 def _per_step(key: str) -> bool:
     row = metrics.of(key)
     return row is not None and row.depth == "gradients" and not key.endswith(_COUNTERS)
-
-
-def _extreme(choose: Any, old: float, new: float) -> float:
-    """Return the smaller or larger of two; what is not a number outranks both."""
-    return old if math.isnan(old) else new if math.isnan(new) else choose(old, new)

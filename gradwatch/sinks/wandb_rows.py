@@ -73,9 +73,9 @@ class Rows:
     ) -> None:
         self.run = first.run
         self.failures = 0
-        self._keys, self._config, self._commit = keys, config, commit
+        self._config, self._commit = config, commit
         self._put, self._clock = put, clock
-        self._waiting, self._fresh = Fold(), Fold()
+        self._waiting, self._fresh = Fold(keys), Fold(keys)
         self._alarms: deque[Alert] = deque()
         self._at = first.at
         self._sent = 0
@@ -147,8 +147,6 @@ class Rows:
         self._waiting.absorb(self._fresh)
         self._fresh.clear()
         step, values = self._waiting.step, self._waiting.envelope()
-        if self._keys is not None:
-            values = {k: v for k, v in values.items() if k in self._keys}
         self._row_at = step
         self._define(values)
         self.run.log({**values, STEP_KEY: step}, commit=self._commit)

@@ -4,6 +4,7 @@ It ends a process, so the tests run it in one of its own:
 ``python -m tests.support.wandb_fault kill|stop FOLDER``. It prints one line of JSON.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import gradwatch
 from tests.models import batches, lstm
 
 _STEPS = 120
+_LIMIT_S = 40.0
 _QUEUE = 50
 """Instead of 1000, so that few steps fill it."""
 
@@ -77,6 +79,13 @@ def timed(call, took):
     return measured
 
 
+def end(child, code):
+    """End the stopped service and this process, whatever else still waits."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    os._exit(code)  # wandb's own exit handler would wait for the process that is gone
+
+
 def main(fault, folder):
     torch.set_num_threads(1)
     logging.basicConfig(stream=sys.stderr)
@@ -87,6 +96,10 @@ def main(fault, folder):
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
     run = wandb.init(mode="offline", dir=folder, settings=settings)
     child = service()
+    # Before the test loses patience: nothing may be left stopped behind it.
+    guard = threading.Timer(_LIMIT_S, end, (child, 1))
+    guard.daemon = True
+    guard.start()
 
     model = lstm()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -117,11 +130,9 @@ def main(fault, folder):
         "slowest_in_sink_ms": 1e3 * max(in_sink),
         "close_s": closing,
     }
-    if fault == "stop":
-        os.kill(child, signal.SIGKILL)
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # wandb's own exit handler would wait for the process that is gone
+    end(child, 0)
 
 
 if __name__ == "__main__":
