@@ -15,7 +15,7 @@ from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics import spectral
 from gradwatch.numerics.spectral import Radius
 from gradwatch.numerics.streaming import Window, median, push
-from gradwatch.observe.gradient_tap import Step
+from gradwatch.observe.capture import Step
 from gradwatch.observe.measure import HostNumbers, Spectrum
 from gradwatch.record import StepRecord, Stream
 

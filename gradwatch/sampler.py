@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gradwatch.derive import Layout, Reading
 from gradwatch.health import Health
-from gradwatch.observe.gradient_tap import GradientTap, Step
+from gradwatch.observe.capture import Step
+from gradwatch.observe.gradient_tap import GradientTap
 from gradwatch.observe.measure import Drain, Spectrum, spectrum, too_large
 from gradwatch.observe.probe import Probe
 from gradwatch.record import Stream

@@ -10,7 +10,7 @@ FLOORS = (
     "_version record _torch",
     "health metrics schedule numerics.streaming numerics.spectral",
     "recurrent",
-    "observe.capture observe.probe observe.measure observe.weights",
+    "observe.measure observe.capture observe.probe observe.weights",
     "observe.gradient_tap derive",
     "rules.text rules.kinds rules.incidents rules",
     "sinks.fold sinks.jsonl sinks.tensorboard sinks.wandb_rows sinks.wandb sinks",

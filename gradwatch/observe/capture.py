@@ -1,10 +1,12 @@
-"""What the hooks saw of one forward call, detached."""
+"""What the hooks saw: of one forward call, and of one optimizer step; detached."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from gradwatch.observe.measure import Numbers
 
 
 @dataclass(slots=True)
@@ -24,3 +26,37 @@ class Capture:
     shape: tuple[int, int] | None = None
     dtype: str = ""
     reached: bool = False
+
+
+@dataclass(slots=True)
+class Step:
+    """One optimiser step as the tap saw it; its numbers may still be on the device.
+
+    Attributes:
+        number: The step, from 0.
+        names: Names of all watched parameters, wrappers left out.
+        live: Indices of the parameters that had a gradient.
+        order: The same in the order in which backward reached them; may be left out
+            where every norm is finite.
+        numbers: ``pre`` and ``post``: norms of ``live``; ``scale`` of a loss scaler;
+            ``change`` and ``weight``: norms in the order of ``changed``.
+        post_live: Indices that ``post`` belongs to.
+        changed: Names of the streams whose weight was compared before and after.
+        backwards: Backward passes in it.
+        events: Such as ``skipped_step``.
+        stepped: Whether an optimizer stepped in it.
+        skipped_by: Who skipped a skipped step: ``scaler``, ``clipper``, ``user``,
+            ``refused`` (ourselves), or ``unknown`` while no step has been taken.
+    """
+
+    number: int
+    names: list[str] = field(default_factory=list)
+    live: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    numbers: Numbers = field(default_factory=dict)
+    post_live: list[int] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    backwards: int = 0
+    events: tuple[str, ...] = ()
+    stepped: bool = False
+    skipped_by: str = ""

@@ -12,10 +12,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -25,43 +23,10 @@ from torch.optim.optimizer import (
 
 from gradwatch import _torch
 from gradwatch.health import Guard
-from gradwatch.observe.measure import Norms, Numbers, norms
+from gradwatch.observe.capture import Step
+from gradwatch.observe.measure import Norms, all_finite, joined, norms, over
 from gradwatch.observe.weights import Changes
 from gradwatch.recurrent import clean_path
-
-
-@dataclass(slots=True)
-class Step:
-    """One optimiser step as the tap saw it; its numbers may still be on the device.
-
-    Attributes:
-        number: The step, from 0.
-        names: Names of all watched parameters, wrappers left out.
-        live: Indices of the parameters that had a gradient.
-        order: The same in the order in which backward reached them; may be left out
-            where every norm is finite.
-        numbers: ``pre`` and ``post``: norms of ``live``; ``scale`` of a loss scaler;
-            ``change`` and ``weight``: norms in the order of ``changed``.
-        post_live: Indices that ``post`` belongs to.
-        changed: Names of the streams whose weight was compared before and after.
-        backwards: Backward passes in it.
-        events: Such as ``skipped_step``.
-        stepped: Whether an optimizer stepped in it.
-        skipped_by: Who skipped a skipped step: ``scaler``, ``clipper``, ``user``,
-            ``refused`` (ourselves), or ``unknown`` while no step has been taken.
-    """
-
-    number: int
-    names: list[str] = field(default_factory=list)
-    live: list[int] = field(default_factory=list)
-    order: list[int] = field(default_factory=list)
-    numbers: Numbers = field(default_factory=dict)
-    post_live: list[int] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    backwards: int = 0
-    events: tuple[str, ...] = ()
-    stepped: bool = False
-    skipped_by: str = ""
 
 
 class GradientTap:
@@ -299,7 +264,7 @@ class GradientTap:
             if closure:  # backward runs inside step()
                 return
             self._read(optimizer, held)
-            if self._refuse and not all(_all_finite(read) for _, read in self._post):
+            if self._refuse and not all(all_finite(read) for _, read in self._post):
                 self._depth = 0
                 self._close(("skipped_step",), by="refused")
         self._on_return()
@@ -340,7 +305,7 @@ class GradientTap:
         if self._pre is None or self._post:
             return False
         gone = all(self._params[i].grad is None for i in self._live)
-        return gone and not _all_finite(self._pre)
+        return gone and not all_finite(self._pre)
 
     def _find_scaler(self) -> None:
         """Find the loss scaler whose call led to an optimizer's first step."""
@@ -363,7 +328,7 @@ class GradientTap:
             return
         read = norms([g for _, g in live])
         if (factor := getattr(optimizer, "grad_scale", None)) is not None:
-            read = _over(read, factor)  # a fused optimizer unscales by itself
+            read = over(read, factor)  # a fused optimizer unscales by itself
         self._post.append(([i for i, _ in live], read))
 
     def _untouched(self) -> bool:
@@ -388,7 +353,7 @@ class GradientTap:
             return
         if self._stepped:  # an optimizer that was expected never came
             self._close(())
-        elif self._pre is not None and not _all_finite(self._pre):
+        elif self._pre is not None and not all_finite(self._pre):
             by = "scaler" if self.scaler is not None else "user"
             if by == "user" and not self._any_step and not self._any_optimizer:
                 by = "unknown"  # it may be a scaler's that nobody has named
@@ -434,10 +399,10 @@ class GradientTap:
         if self._scale is not None:
             step.numbers["scale"] = self._scale
         if self._post:
-            step.numbers["post"] = _joined([read for _, read in self._post])
+            step.numbers["post"] = joined([read for _, read in self._post])
         if self._moved:
-            step.numbers["change"] = _joined([change for _, change, _ in self._moved])
-            step.numbers["weight"] = _joined([weight for *_, weight in self._moved])
+            step.numbers["change"] = joined([change for _, change, _ in self._moved])
+            step.numbers["weight"] = joined([weight for *_, weight in self._moved])
         if self._stepped:
             self._expected = self._stepped
         self._any_step = self._any_step or not by
@@ -446,30 +411,9 @@ class GradientTap:
         self._on_step(step)
 
 
-def _joined(reads: list[Norms]) -> Norms:
-    if len(reads) == 1:
-        return reads[0]
-    tensors = [r for r in reads if isinstance(r, Tensor)]
-    if not tensors:
-        return [value for read in reads if isinstance(read, list) for value in read]
-    like = tensors[0]
-    return torch.cat([torch.as_tensor(r).to(like) for r in reads])
-
-
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the closure given to ``step``; args[0] is the optimizer itself."""
     return args[1] if len(args) > 1 else kwargs.get("closure")
-
-
-def _all_finite(read: Norms) -> bool:
-    values = read if isinstance(read, list) else read.tolist()
-    return all(map(math.isfinite, values))
-
-
-def _over(read: Norms, factor: Tensor) -> Norms:
-    if isinstance(read, list):
-        return [value / float(factor) for value in read]
-    return read / factor.to(read.device)
 
 
 def _trigger(owner: GradientTap) -> Callable[[Tensor], None]:

@@ -91,6 +91,30 @@ def _on_cpu(tensors: list[Tensor]) -> list[float]:
     return read
 
 
+def all_finite(read: Norms) -> bool:
+    """Tell whether every norm is finite; on an accelerator this waits for it."""
+    values = read if isinstance(read, list) else read.tolist()
+    return all(map(math.isfinite, values))
+
+
+def over(read: Norms, factor: Tensor) -> Norms:
+    """Return norms over a factor of one element."""
+    if isinstance(read, list):
+        return [value / float(factor) for value in read]
+    return read / factor.to(read.device)
+
+
+def joined(reads: list[Norms]) -> Norms:
+    """Return the norms of several reads in one; on the first device, if on any."""
+    if len(reads) == 1:
+        return reads[0]
+    tensors = [r for r in reads if isinstance(r, Tensor)]
+    if not tensors:
+        return [value for read in reads if isinstance(read, list) for value in read]
+    like = tensors[0]
+    return torch.cat([torch.as_tensor(r).to(like) for r in reads])
+
+
 @dataclass(slots=True)
 class Spectrum:
     """A spectrum run whose numbers may still be on the device.
