@@ -39,6 +39,20 @@ def after_backward(callback: Callable[[], None]) -> bool:
     return True
 
 
+def holds_values(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a real one: not traced, exported or transformed.
+
+    Without the private calls: those of torch.jit.trace and torch.func are taken for
+    real ones.
+    """
+    tracing = getattr(torch._C, "_get_tracing_state", lambda: None)
+    if type(tensor) not in (Tensor, nn.Parameter) or tracing() is not None:
+        return False
+    functorch = getattr(torch._C, "_functorch", None)
+    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    return wrapped is None or not wrapped(tensor)
+
+
 def flat_weights(module: nn.Module) -> list[Tensor] | None:
     """Return the weights that the last forward of an ``nn.RNNBase`` used, in its order.
 

@@ -386,17 +386,26 @@ class Watch:
             return "gradwatch is off here (disabled, or not the first process)"
         self._bring_up_to_date()
         seen = {**self._pipeline.memory.facts, **self._sampler.facts}
-        return console.table(self._streams, self._pipeline.latest, self._notes(), seen)
+        notes = self._notes(seen)
+        return console.table(self._streams, self._pipeline.latest, notes, seen)
 
     def _watches(self, modules: int) -> bool:
         return self._sampler is not None and len(self._sampler.probes) == modules
 
-    def _notes(self) -> dict[str, str]:
+    def _notes(self, seen: Mapping[str, Any]) -> dict[str, str]:
         """Say of which streams something is not measured, and why."""
-        notes = {}
-        for recurrence in self._sampler.recurrences() if self._sampler else ():
+        if self._sampler is None:
+            return {}
+        notes = {stream.name: "its module is gone" for stream in self._streams}
+        for recurrence in self._sampler.recurrences():
+            del notes[recurrence.stream.name]
             weight = plain_weight(recurrence)
-            if weight is None:
+            if self._pipeline.steps and recurrence.stream.module not in seen:
+                notes[recurrence.stream.name] = (
+                    "rho not measured: no gradient has reached a call of the module "
+                    "(called by .forward?)"
+                )
+            elif weight is None:
                 notes[recurrence.stream.name] = "W_hh is parametrised: no update_ratio"
             elif not weight.requires_grad:
                 notes[recurrence.stream.name] = "W_hh is frozen: no gradient norms"

@@ -238,6 +238,35 @@ def test_the_table_names_what_is_not_measured():
         assert "... 40 more" in repr(watch)
 
 
+def test_the_table_says_where_a_module_was_not_called_or_is_gone():
+    model = lstm()
+    with gradwatch.watch(model, dir=None) as watch:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model.rnn.forward(batches(1)[0])[0].sum().backward()
+        optimizer.step()
+        assert "rnn.l0: rho not measured" in repr(watch)
+        model.rnn = nn.LSTM(4, 8)
+        gc.collect()
+        train(model, 2)
+        assert "rnn.l0: its module is gone" in repr(watch)
+
+
+def test_traces_exports_and_transforms_are_left_alone():
+    model, x = lstm(), batches(1)[0]
+    with gradwatch.watch(model, dir=None, every=1) as watch:
+        torch.export.export(model, (x,))
+        torch.jit.trace(model, (x,))
+        parameters = dict(model.named_parameters())
+
+        def loss(parameters):
+            return torch.func.functional_call(model, parameters, (x,)).sum()
+
+        torch.func.grad(loss)(parameters)
+        train(model, 2)
+        assert watch.health["failed"] == {}
+        assert len(watch.records) == 2
+
+
 class Failing:
     """A sink that fails, at once or later."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.observe.capture import Capture
 from gradwatch.recurrent import recurrent_weights, shape_of
@@ -119,7 +120,7 @@ class Probe:
             return
         with self._guard:
             heads = [t for t in _tensors(output) if t.requires_grad]
-            if not heads:
+            if not heads or not all(map(_torch.holds_values, heads)):
                 return
             given = args[0] if args else kwargs.get("input")
             capture = Capture(
