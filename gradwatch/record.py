@@ -219,7 +219,7 @@ class Records(Sequence[StepRecord]):
         return f"Records({len(self)} records, steps {first} to {last})"
 
 
-# ---- the file format of design.md section 5
+# ---- the file format of docs/files.md
 
 _Plain = TypeVar("_Plain", StepRecord, Alert, Incident, Stream)
 _FAST = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
