@@ -42,9 +42,7 @@ class Step:
             ``change`` and ``weight``: norms in the order of ``changed``.
         post_live: Indices that ``post`` belongs to.
         changed: Names of the streams whose weight was compared before and after.
-        backwards: Backward passes in it.
         events: Such as ``skipped_step``.
-        stepped: Whether an optimizer stepped in it.
         skipped_by: Who skipped a skipped step: ``scaler``, ``clipper``, ``user``,
             ``refused`` (ourselves), or ``unknown`` while no step has been taken.
     """
@@ -56,7 +54,5 @@ class Step:
     numbers: Numbers = field(default_factory=dict)
     post_live: list[int] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    backwards: int = 0
     events: tuple[str, ...] = ()
-    stepped: bool = False
     skipped_by: str = ""

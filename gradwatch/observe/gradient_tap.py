@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -129,11 +129,6 @@ class GradientTap:
         """The steps that a forward now may belong to."""
         return (self.number, self.number + 1) if self._open else (self.number,)
 
-    @property
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """The parameters that are watched, in the order of ``names``."""
-        return self._params
-
     def _fresh(self) -> None:
         """Forget the step that has closed."""
         self._open = False
@@ -225,12 +220,6 @@ class GradientTap:
                 self._find_scaler()
         return known[2]
 
-    @property
-    def optimizers(self) -> list[Optimizer]:
-        """The optimizers that were seen to hold watched parameters."""
-        found = [ref() for _, ref, held in self._mine.values() if held]
-        return [optimizer for optimizer in found if optimizer is not None]
-
     def _look_up(self, optimizer: Optimizer) -> list[int]:
         params = (p for group in optimizer.param_groups for p in group["params"])
         return [self._index[id(p)] for p in params if id(p) in self._index]
@@ -246,15 +235,12 @@ class GradientTap:
             if self._outermost == id(optimizer):
                 self._depth = 0  # its last step did not return
             self._depth += 1
-            if self._depth > 1:  # ZeRO steps an optimizer inside: the outermost counts
-                return
+            if self._depth > 1:
+                return  # ZeRO steps an optimizer inside: the outermost counts
             self._outermost = id(optimizer)
             task = _torch.graph_task_id()
-            if task not in (
-                -1,
-                self._task,
-            ):  # it steps inside backward, before our hook
-                self._begin(task, None)
+            if task not in (-1, self._task):
+                self._begin(task, None)  # it steps inside backward, before our hook
             if not self._open and id(optimizer) in self._expected:
                 self._open = True  # it steps again, and we saw no backward
             closure = _closure(args, kwargs) is not None
@@ -280,9 +266,8 @@ class GradientTap:
             if self._depth:
                 return
             self._outermost = 0
-            if (
-                not self._open
-            ):  # another optimizer after the close: next time waited for
+            if not self._open:
+                # Another optimizer after the close: the next step waits for it.
                 self._expected.add(id(optimizer))
                 return
             if self._due(self.number):
@@ -389,9 +374,7 @@ class GradientTap:
             order=self._arrivals(),
             post_live=[i for index, _ in self._post for i in index],
             changed=[name for names, *_ in self._moved for name in names],
-            backwards=self._backwards,
             events=events,
-            stepped=bool(self._stepped),
             skipped_by=by,
         )
         if self._pre is not None:

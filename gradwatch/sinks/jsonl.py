@@ -168,12 +168,6 @@ class Jsonl:
         content["records"] = [json.loads(dump_line(r)) for r in self._recent]
         _replace(path, dump_line(content))
 
-    def update_meta(self, values: Mapping[str, Any]) -> None:
-        """Add to ``meta.json``."""
-        if self._ours:
-            self._meta |= values
-            self._write_meta()
-
     def _write_meta(self) -> None:
         _replace(self.folder / "meta.json", dump_line(self._meta))
 
