@@ -14,7 +14,14 @@ from gradwatch.record import Incident, Stream
 log: Final = logging.getLogger("gradwatch")
 
 _ROWS: Final = 30
-_COLUMNS: Final = ("rho", "grad_norm_hh", "update_ratio", "sigma_max", "orthogonality")
+_COLUMNS: Final = ("rho", "drift", "sigma'", "saturated", "grad_hh", "update")
+_WIDTH: Final = 100
+_SHORTEST: Final = 12
+_LEGEND: Final = (
+    "rho, drift: spectral radius of W_hh, and its change by one update (?: not sure); "
+    "sigma': mean\nslope of the activation, saturated: its share below .05; "
+    "grad_hh: of W_hh; update: its change"
+)
 
 
 class _Handler(logging.StreamHandler[Any]):
@@ -77,18 +84,11 @@ def table(
         seen: Module -> its ``T``, ``B`` and ``dtype`` when last sampled.
     """
     head = ("stream", "kind", "size", "T", *_COLUMNS)
-    rows: list[tuple[str, ...]] = [head]
-    for stream in streams[:_ROWS]:
-        size = f"{stream.input_size}->{stream.hidden_size}"
-        length = seen.get(stream.module, {}).get("T")
-        values = [number(latest.get(stream_key(stream, c))) for c in _COLUMNS]
-        if latest.get(stream_key(stream, "rho_certified")) == 0.0 and values[0] != "-":
-            values[0] += "?"
-        name = shown(stream.name)
-        name = name if len(name) <= 28 else f"..{name[-26:]}"
-        steps = "-" if length is None else str(length)
-        rows.append((name, stream.kind.lower(), size, steps, *values))
+    rows = [head] + [_row(stream, latest, seen) for stream in streams[:_ROWS]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    room = max(_WIDTH - sum(widths[1:]) - 2 * len(widths[1:]), _SHORTEST)
+    rows = [(_short(row[0], room), *row[1:]) for row in rows]
+    widths[0] = max(len(row[0]) for row in rows)
     lines = [
         "  ".join(
             cell.ljust(w) if i < 3 else cell.rjust(w)
@@ -105,7 +105,42 @@ def table(
         for name in ("grad_norm", "grad_norm_clipped", "clip_ratio", "skipped")
         if run_key(name) in latest
     ]
-    return "\n".join([*lines, "; ".join(run)] if run else lines)
+    if run:
+        lines.append("; ".join(run))
+    if any(stream_key(stream, "rho") in latest for stream in streams):
+        lines.append(_LEGEND)
+    return "\n".join(lines)
+
+
+def _row(
+    stream: Stream, latest: Mapping[str, float], seen: Mapping[str, Any]
+) -> tuple[str, ...]:
+    def of(metric: str) -> float | None:
+        return latest.get(stream_key(stream, metric))
+
+    rho, drift = number(of("rho")), number(of("rho_drift"))
+    rho += "?" * (of("rho_certified") == 0.0 and rho != "-")
+    drift += "?" * (of("rho_drift_reliable") == 0.0 and drift != "-")
+    flat = number(of("saturated"))
+    if stream.kind == "RNN_RELU":
+        flat = f"dead {number(of('dead'))}"
+    length = seen.get(stream.module, {}).get("T")
+    return (
+        shown(stream.name),
+        stream.kind.lower(),
+        f"{stream.input_size}->{stream.hidden_size}",
+        "-" if length is None else str(length),
+        rho,
+        drift,
+        number(of("act_deriv")),
+        flat,
+        number(of("grad_norm_hh")),
+        number(of("update_ratio")),
+    )
+
+
+def _short(name: str, room: int) -> str:
+    return name if len(name) <= room else f"..{name[2 - room :]}"
 
 
 def verdict(

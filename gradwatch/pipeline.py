@@ -157,6 +157,8 @@ class Pipeline:
                 "skipped": memory.skipped,
                 "norms": list(memory.norms),
                 "facts": dict(memory.facts),
+                "rho": dict(memory.rho),
+                "left_out": dict(memory.left_out),
             },
             "rules": {
                 type(rule).__name__: rule.state_dict()
@@ -173,6 +175,8 @@ class Pipeline:
             skipped=memory["skipped"],
             norms=tuple(memory["norms"]),
             facts=memory["facts"],
+            rho=memory.get("rho", {}),
+            left_out=memory.get("left_out", {}),
         )
         for rule in self.rules:
             saved = state["rules"].get(type(rule).__name__)

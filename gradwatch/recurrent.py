@@ -126,32 +126,30 @@ def _cell_kind(cell: nn.RNNCellBase) -> str:
     return "RNN_RELU" if getattr(cell, "nonlinearity", "tanh") == "relu" else "RNN_TANH"
 
 
-def recurrent_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return the recurrent weights that the last forward used, detached, by suffix.
+def used_weights(module: nn.Module, *, recurrent_only: bool) -> dict[str, Tensor]:
+    """Return the weights that the last forward used, detached, by their names.
 
     Args:
         module: An nn.RNNBase or nn.RNNCellBase, right after its forward.
+        recurrent_only: Whether W_hh, and W_hr of a projection, are all that is wanted.
 
     Returns:
-        ``{suffix: W_hh}``, each of shape ``(gates * H, H)``; with a projection also
-        ``{suffix + ".hr": W_hr}`` of shape ``(P, H)`` while W_hh is ``(4 * H, P)``.
+        ``weight_hh_l0``, ``bias_ih_l1_reverse`` and so on; without a suffix for a cell.
         What is not readable without side effects is left out.
     """
-    found: dict[str, Tensor] = {}
     if isinstance(module, nn.RNNCellBase):
-        weight = _attribute(module, "weight_hh")
-        return {} if weight is None else {"": weight.detach()}
-    flat = _torch.flat_weights(module)
-    names = _torch.flat_weight_names(module)
-    values = flat if flat is not None else [_attribute(module, n) for n in names]
-    for name, value in zip(names, values, strict=False):
-        if not isinstance(value, Tensor):
-            continue
-        if name.startswith("weight_hh"):
-            found[name.removeprefix("weight_hh")] = value.detach()
-        elif name.startswith("weight_hr"):
-            found[name.removeprefix("weight_hr") + ".hr"] = value.detach()
-    return found
+        names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+        values = [_attribute(module, name) for name in names]
+    else:
+        names = _torch.flat_weight_names(module)
+        flat = _torch.flat_weights(module)
+        values = list(flat) if flat else [_attribute(module, name) for name in names]
+    wanted = ("weight_hh", "weight_hr") if recurrent_only else ("weight", "bias")
+    return {
+        name: value.detach()
+        for name, value in zip(names, values, strict=False)
+        if isinstance(value, Tensor) and name.startswith(wanted)
+    }
 
 
 def _attribute(module: nn.Module, name: str) -> Tensor | None:

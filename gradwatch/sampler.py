@@ -10,7 +10,7 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from gradwatch.derive import Layout, Reading
 from gradwatch.health import Health
 from gradwatch.observe.capture import Step
+from gradwatch.observe.depths import Depths, Sampled
 from gradwatch.observe.gradient_tap import GradientTap
-from gradwatch.observe.measure import Drain, Spectrum, spectrum, too_large
-from gradwatch.observe.probe import Probe
-from gradwatch.record import Stream
+from gradwatch.observe.measure import Drain
 from gradwatch.recurrent import (
     Recurrence,
     clean_path,
@@ -35,18 +34,19 @@ _BATCH: Final = 16
 _BATCH_S: Final = 1.0
 """Most steps, and seconds, that an unremarkable step waits to be taken in."""
 
+_NOT_SAMPLED: Final = Sampled(None, None, {})
+
 
 class _Pending(NamedTuple):
     """A closed step whose numbers have not been taken in yet."""
 
     step: Step
     drain: Drain
-    spectrum: Spectrum | None
+    sampled: Sampled
     time: float
     loss: float | None
     overhead: float
     layout: Layout
-    facts: Mapping[str, Any]
     events: tuple[str, ...]
 
 
@@ -64,6 +64,7 @@ class Sampler:
             below which a step is unremarkable.
         on_return: Called as each optimizer hook returns; the only place to raise.
         measuring: Whether anything but the gradients is measured.
+        samples: How many sequences are replayed; None for all.
         refuse: Whether gradients that are not finite are kept from the optimizer.
         scaler: The GradScaler, where the user passed it.
         start: Number of the first step.
@@ -81,6 +82,7 @@ class Sampler:
         taken: Callable[[], float],
         on_return: Callable[[], None],
         measuring: bool,
+        samples: int | None,
         refuse: bool,
         scaler: Any,
         start: int,
@@ -88,25 +90,23 @@ class Sampler:
         self.paused = False
         self.loss: float | Tensor | None = None
         self.events: list[str] = []
-        self.facts: dict[str, Any] = {}
         self._model = weakref.ref(model)
-        self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
         self._schedule, self._health = schedule, health
         self._take, self._taken = take, taken
         self._measuring = measuring
         self._pending: deque[_Pending] = deque()
-        self._spectrum: Spectrum | None = None
-        self._spectrum_runs = 0
-        self._spectrum_guard = health.guard("spectrum")
-        self._sampled = False
         self._layout = (list[str](), Layout((), {}))
         self._last = self._drained = time.perf_counter()
         self._spent = self._ceiling = 0.0
-        self.probes: list[Probe] = []
-        guard = health.guard("probe", self._close_probes)
-        try:  # a failure half-way undoes what came before
-            for module in {id(r.module): r.module for r in found}.values():
-                self.probes.append(Probe(module, owner, self._armed, guard))
+        self.depths = Depths(
+            found,
+            owner,
+            schedule=schedule,
+            health=health,
+            upcoming=self._upcoming,
+            samples=samples,
+        )
+        try:
             self.tap = GradientTap(
                 model,
                 weights=self._plain_weights,
@@ -120,7 +120,7 @@ class Sampler:
                 start=start,
             )
         except BaseException:
-            self._close_probes()
+            self.depths.close()
             raise
 
     # ---- asked by the hooks
@@ -128,11 +128,9 @@ class Sampler:
     def _due(self, depth: str, step: int) -> bool:
         return not self.paused and self._schedule.due(depth, step)
 
-    def _armed(self) -> bool:
-        """Tell whether a forward now may belong to a step that samples weights."""
-        if not self._measuring or self.paused:
-            return False
-        return any(self._schedule.due("spectrum", n) for n in self.tap.upcoming)
+    def _upcoming(self) -> Sequence[int]:
+        """Return the steps that a forward now may belong to, if it is to be seen."""
+        return self.tap.upcoming if self._measuring and not self.paused else ()
 
     def _plain_weights(self) -> dict[str, nn.Parameter]:
         weights = {}
@@ -144,49 +142,12 @@ class Sampler:
 
     def recurrences(self) -> list[Recurrence]:
         """Return the recurrences whose modules still live."""
-        found = [(stream, ref(), suffix) for stream, ref, suffix in self._found]
-        return [Recurrence(s, m, suffix) for s, m, suffix in found if m is not None]
+        return self.depths.recurrences()
 
     def _on_backward(self, step: int) -> None:
         """Launch what is due; the weights are those that the forward used."""
-        if not self._measuring or not self._due("spectrum", step):
-            return
-        if self._spectrum_guard.failed or self._spectrum is not None:
-            return
-        self._sampled = True
-        with self._spectrum_guard:
-            began = time.perf_counter()
-            weights = self._captured()
-            if not weights:
-                return  # no gradient has reached a recurrent module yet
-            sizes = [(s.hidden_size, max(len(s.gates), 1)) for s, _, _ in weights]
-            if too_large(sizes, weights[0][1].device):
-                self.events.append(f"cadence: {self._schedule.leave_out('spectrum')}")
-                return
-            run = spectrum(weights, gram=self._spectrum_runs % 2 == 0)
-            run.seconds = time.perf_counter() - began
-            self._spectrum, self._spectrum_runs = run, self._spectrum_runs + 1
-
-    def _captured(self) -> list[tuple[Stream, Tensor, Tensor | None]]:
-        """Return the weights of the calls that a gradient reached."""
-        taken = {}
-        for probe in self.probes:
-            capture = probe.take()
-            if capture is not None:
-                taken[id(probe.module())] = capture
-        found = []
-        for stream, module, suffix in self._found:
-            capture = taken.get(id(module()))
-            if capture is None:
-                continue
-            if capture.shape is not None:
-                length, batch = capture.shape
-                seen = {"T": length, "B": batch, "dtype": capture.dtype}
-                self.facts[stream.module] = seen
-            weight = capture.weights.get(suffix)
-            if weight is not None and weight.numel():
-                found.append((stream, weight, capture.weights.get(suffix + ".hr")))
-        return found
+        if self._measuring and not self.paused:
+            self.depths.on_backward(step)
 
     # ---- a step has closed
 
@@ -196,32 +157,29 @@ class Sampler:
         elapsed, used = now - self._last, own - self._spent
         self._last, self._spent = now, own
         self._schedule.stepped(elapsed - used)
-        if self._sampled:
-            self._sampled = False
-            for probe in self.probes:
-                probe.forget()
+        sampled = self.depths.on_step(self.tap.optimized) or _NOT_SAMPLED
         if step.number % _RESCAN_STEPS == 0:
             self.tap.rescan()
-        run, self._spectrum = self._spectrum, None
         numbers = step.numbers
-        if run is not None:
-            numbers |= {f"spectrum.{k}": t for k, t in run.numbers.items()}
+        for depth, run in (("spectrum", sampled.spectrum), ("state", sampled.state)):
+            if run is not None:
+                numbers |= {f"{depth}.{k}": t for k, t in run.numbers.items()}
         loss, self.loss = self.loss, None
         if isinstance(loss, Tensor):
             numbers["loss"], loss = loss, None
-        events, self.events = tuple(self.events), []
+        events = (*self.events, *self.depths.events)
+        self.events, self.depths.events = [], []
         if self.paused or not (numbers or step.events or events):
             return
         self._health.overhead = min(max(used / elapsed, 0.0), 1.0) if elapsed else 0.0
         waiting = _Pending(
             step=step,
             drain=Drain(numbers),
-            spectrum=run,
+            sampled=sampled,
             time=time.time(),
             loss=loss,
             overhead=self._health.overhead,
             layout=self._layout_of(step.names),
-            facts=dict(self.facts) if run is not None else {},
             events=events,
         )
         self._pending.append(waiting)
@@ -233,11 +191,11 @@ class Sampler:
     def _unremarkable(self, waiting: _Pending, now: float) -> bool:
         """Tell whether a step can wait a little, to be taken in with those after it.
 
-        No rule of the catalogue could object to it, and several steps at once cost
-        half of what each costs alone. Anything unusual is taken in as it comes.
+        No rule of the catalogue decides on such a step in haste, and several at once
+        cost half of what each costs alone. Anything unusual is taken in as it comes.
         """
         pre = waiting.step.numbers.get("pre")
-        if waiting.spectrum is not None or not isinstance(pre, list):
+        if waiting.sampled is not _NOT_SAMPLED or not isinstance(pre, list):
             return False
         if waiting.events or waiting.step.events or "scale" in waiting.step.numbers:
             return False
@@ -257,21 +215,27 @@ class Sampler:
                 step=waiting.step,
                 host=host,
                 layout=waiting.layout,
-                spectrum=waiting.spectrum,
+                spectrum=waiting.sampled.spectrum,
+                state=waiting.sampled.state,
                 time=waiting.time,
                 loss=float(host["loss"]) if "loss" in host else waiting.loss,
                 overhead=waiting.overhead,
-                facts=waiting.facts,
+                facts=waiting.sampled.facts,
                 events=waiting.events,
             )
             self._take(reading)
-            if waiting.spectrum is not None:
-                cost = waiting.spectrum.seconds + time.perf_counter() - began
-                changed = self._schedule.ran("spectrum", cost)
-                if changed is not None:
-                    self.events.append(f"cadence: {changed}")
+            self._note_costs(waiting.sampled, time.perf_counter() - began)
         self._ceiling = self._taken()
         self._drained = time.perf_counter()
+
+    def _note_costs(self, sampled: Sampled, finish: float) -> None:
+        """Tell the schedule what the depths of a step cost; the finish is shared."""
+        runs = {"spectrum": sampled.spectrum, "state": sampled.state}
+        ran = {depth: run for depth, run in runs.items() if run is not None}
+        for depth, run in ran.items():
+            changed = self._schedule.ran(depth, run.seconds + finish / len(ran))
+            if changed is not None:
+                self.events.append(f"cadence: {changed}")
 
     def bring_up_to_date(self) -> None:
         """Take in what waits on the host already; an accelerator is not waited for."""
@@ -311,9 +275,4 @@ class Sampler:
             self.tap.close()
             self.drain()
         finally:
-            self._close_probes()
-
-    def _close_probes(self) -> None:
-        for probe in self.probes:
-            probe.close()
-        self.probes.clear()
+            self.depths.close()

@@ -26,7 +26,7 @@ from gradwatch.pipeline import Pipeline
 from gradwatch.record import Alert, Incident, Records, Stream, TrainingAlert
 from gradwatch.recurrent import Recurrence, plain_weight, recurrences
 from gradwatch.rules import Exploding, Rule, default_rules
-from gradwatch.rules.kinds import WARM_UP
+from gradwatch.rules.exploding import WARM_UP
 from gradwatch.sampler import Sampler
 from gradwatch.schedule import DEPTHS, Schedule
 from gradwatch.sinks import Sink
@@ -170,6 +170,7 @@ class Watch:
             taken=self._taken,
             on_return=self._raise_if_due,
             measuring=self._loud,
+            samples=self._settings.said.get("flow_samples"),
             refuse=self._settings.raising,
             scaler=self._settings.scaler,
             start=self._settings.start_step,
@@ -385,12 +386,12 @@ class Watch:
         if self._sampler is None:
             return "gradwatch is off here (disabled, or not the first process)"
         self._bring_up_to_date()
-        seen = {**self._pipeline.memory.facts, **self._sampler.facts}
+        seen = {**self._sampler.depths.facts, **self._pipeline.memory.facts}
         notes = self._notes(seen)
         return console.table(self._streams, self._pipeline.latest, notes, seen)
 
     def _watches(self, modules: int) -> bool:
-        return self._sampler is not None and len(self._sampler.probes) == modules
+        return self._sampler is not None and len(self._sampler.depths.probes) == modules
 
     def _notes(self, seen: Mapping[str, Any]) -> dict[str, str]:
         """Say of which streams something is not measured, and why."""
@@ -400,11 +401,16 @@ class Watch:
         for recurrence in self._sampler.recurrences():
             del notes[recurrence.stream.name]
             weight = plain_weight(recurrence)
-            if self._pipeline.steps and recurrence.stream.module not in seen:
+            facts = seen.get(recurrence.stream.module, {})
+            if self._pipeline.steps and "T" not in facts:
                 notes[recurrence.stream.name] = (
                     "rho not measured: no gradient has reached a call of the module "
                     "(called by .forward?)"
                 )
+            elif "replay" in facts:
+                times = self._pipeline.memory.left_out.get(recurrence.stream.module)
+                said = facts["replay"].replace("left out", f"left out ({times} times)")
+                notes[recurrence.stream.name] = f"states {said}"
             elif weight is None:
                 notes[recurrence.stream.name] = "W_hh is parametrised: no update_ratio"
             elif not weight.requires_grad:

@@ -8,11 +8,18 @@ import gradwatch
 ROOT = Path(gradwatch.__file__).parent
 FLOORS = (
     "_version record _torch",
-    "health metrics schedule numerics.streaming numerics.spectral",
+    "health metrics schedule numerics.streaming numerics.matrices",
+    "numerics.subspace numerics.spectral numerics.singular numerics.drift",
+    "numerics.through_time numerics.activation",
     "recurrent",
-    "observe.measure observe.capture observe.probe observe.weights",
-    "observe.gradient_tap derive",
-    "rules.text rules.kinds rules.incidents rules",
+    "observe.measure observe.rows observe.capture observe.probe observe.sequence",
+    "observe.spectrum observe.state observe.depths",
+    "observe.weights observe.gradient_tap",
+    "derive.reading derive.gradients derive.spectrum derive.state derive",
+    "rules.text rules.hysteresis rules.incidents",
+    "rules.nonfinite rules.exploding rules.spike",
+    "rules.units rules.learning rules.drift",
+    "rules",
     "sinks.fold sinks.jsonl sinks.tensorboard sinks.wandb_rows sinks.wandb sinks",
     "console opening sampler pipeline watcher runs",
 )

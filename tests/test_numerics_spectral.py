@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwatch.numerics import spectral
+from gradwatch.numerics import matrices, spectral
+from gradwatch.numerics.singular import launch_gram
 from gradwatch.numerics.spectral import (
     EXACT_UP_TO,
     FALLBACK_UP_TO,
     finish,
     launch,
-    launch_gram,
     spectral_radius,
 )
 from tests import reference
@@ -312,7 +312,8 @@ def test_a_broken_matrix_leaves_its_neighbours_exact(n):
 def test_a_nan_weight_does_not_end_the_process():
     code = (
         "import itertools, math, torch\n"
-        "from gradwatch.numerics.spectral import launch_gram, spectral_radius\n"
+        "from gradwatch.numerics.singular import launch_gram\n"
+        "from gradwatch.numerics.spectral import spectral_radius\n"
         "for n, dtype, bad in itertools.product((1, 2, 8, 64, 128),\n"
         "        (torch.float32, torch.float64), (math.nan, math.inf)):\n"
         "    weight = torch.eye(n, dtype=dtype).repeat(2, 1, 1)\n"
@@ -421,7 +422,7 @@ def to_tensorfloat(x):
 def test_tensorfloat_products_do_not_spoil_the_certificate(zoo, monkeypatch):
     monkeypatch.setattr(spectral, "EXACT_UP_TO", 0)
     monkeypatch.setattr(spectral, "FALLBACK_UP_TO", 0)
-    monkeypatch.setattr(spectral, "_rounds_inputs", lambda device: True)
+    monkeypatch.setattr(matrices, "_rounds_inputs", lambda device: True)
     bmm = torch.bmm
     monkeypatch.setattr(
         torch, "bmm", lambda a, b: bmm(to_tensorfloat(a), to_tensorfloat(b))
@@ -438,18 +439,18 @@ def test_tensorfloat_products_do_not_spoil_the_certificate(zoo, monkeypatch):
 
 def test_reduced_precision_is_noticed():
     cuda, before = torch.device("cuda"), torch.get_float32_matmul_precision()
-    assert not spectral._rounds_inputs(torch.device("cpu"))
+    assert not matrices._rounds_inputs(torch.device("cpu"))
     try:
         torch.set_float32_matmul_precision("highest")
-        assert not spectral._rounds_inputs(cuda)
+        assert not matrices._rounds_inputs(cuda)
         torch.set_float32_matmul_precision("high")
-        assert spectral._rounds_inputs(cuda)
+        assert matrices._rounds_inputs(cuda)
         torch.set_float32_matmul_precision("highest")
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
             torch.backends.cuda.matmul.fp32_precision = "tf32"
-            assert spectral._rounds_inputs(cuda)
+            assert matrices._rounds_inputs(cuda)
             torch.backends.cuda.matmul.fp32_precision = "ieee"
-            assert not spectral._rounds_inputs(cuda)
+            assert not matrices._rounds_inputs(cuda)
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwatch.numerics.streaming import median, push, robust_z
+from gradwatch.numerics.streaming import median, push, robust_z, theil_sen
 from tests import reference
 
 LAWS = settings(deadline=None, derandomize=True, max_examples=200, database=None)
@@ -95,3 +95,18 @@ def test_robust_z_hides_no_unknown_value():
 def test_one_outlier_does_not_move_the_scale():
     usual = tuple(1 + 0.01 * i for i in range(20))
     assert robust_z((*usual, 1e9), 1.3) == pytest.approx(robust_z(usual, 1.3), rel=0.3)
+
+
+@LAWS
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9), st.integers(1, 50))
+def test_theil_sen_matches_two_loops(values, every):
+    steps = [every * i + (i > 2) for i in range(len(values))]
+    expected = reference.theil_sen(steps, values)
+    assert theil_sen(steps, values) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_one_outlier_does_not_move_a_trend():
+    values = [0.01 * i for i in range(8)]
+    values[3] = 50.0
+    assert theil_sen(range(8), values) == pytest.approx(0.01, rel=0.2)
+    assert math.isnan(theil_sen((1,), (2.0,)))

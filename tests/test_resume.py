@@ -7,7 +7,7 @@ import sys
 import torch
 
 import gradwatch
-from gradwatch.metrics import run_key
+from gradwatch.metrics import of, run_key
 from tests.models import batches, lstm
 
 TRAIN = """
@@ -111,7 +111,11 @@ def test_two_ranks_are_one_run(tmp_path):
     for one, two in zip(run.records, records, strict=True):
         assert one.metrics.keys() == two.metrics.keys()
         for key, value in two.metrics.items():
-            if key != run_key("overhead"):
+            # Rank 0 replays sequences of its own half of the batch.
+            of_states = (
+                of(key).depth == "state" or "rho_eff" in key or "rho_gain" in key
+            )
+            if key != run_key("overhead") and not of_states:
                 torch.testing.assert_close(one.metrics[key], value, rtol=1e-4, atol=0)
 
 

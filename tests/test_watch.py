@@ -233,6 +233,16 @@ def test_the_table_names_what_is_not_measured():
         text = repr(watch)
     assert "rnn.l1: W_hh is frozen: no gradient norms" in text
     assert max(map(len, text.split("\n"))) <= 100
+    long = nn.ModuleDict(
+        {"a_very_long_name_of_a_module_that_holds_the_encoder": lstm()}
+    )
+    with gradwatch.watch(long, dir=None, every=1) as watch:
+        optimizer = torch.optim.SGD(long.parameters(), 0.1)
+        [model] = long.values()
+        model(batches(1)[0]).sum().backward()
+        optimizer.step()
+        text = repr(watch)
+    assert max(map(len, text.split("\n"))) <= 100
     wide = Tagger(nn.LSTM(4, 8, num_layers=70), 8)
     with gradwatch.watch(wide, dir=None) as watch:
         assert "... 40 more" in repr(watch)

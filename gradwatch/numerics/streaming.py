@@ -5,7 +5,9 @@ A state is a tuple of plain floats, so that it can be saved as JSON and restored
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 Window = tuple[float, ...]
 
@@ -64,3 +66,26 @@ def robust_z(window: Window, value: float, floor: float = 0.0) -> float:
     if scale == 0:
         return 0.0 if value == centre else (value - centre) * math.inf
     return (value - centre) / scale
+
+
+def theil_sen(steps: Sequence[float], values: Sequence[float]) -> float:
+    """Return the median of the slopes between all pairs of points.
+
+    Args:
+        steps: Strictly increasing.
+        values: One for each step; finite.
+
+    Returns:
+        The slope in the values' unit per step; NaN for fewer than two points.
+
+    Example:
+        >>> theil_sen((0, 1, 2, 3), (0.0, 1.0, 9.0, 3.0))
+        1.0
+
+    References:
+        Theil (1950); Sen (1968), J. Am. Stat. Assoc. 63.
+    """
+    points = list(zip(steps, values, strict=True))
+    return median(
+        tuple((w - v) / (t - s) for (s, v), (t, w) in itertools.combinations(points, 2))
+    )

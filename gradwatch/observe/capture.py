@@ -7,25 +7,39 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from gradwatch.observe.measure import Numbers
+from gradwatch.observe.rows import Rows
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Capture:
     """One forward call of a recurrent module.
 
     Attributes:
-        weights: Copies of the recurrent weights that the call used, by suffix, as
-            :func:`gradwatch.recurrent.recurrent_weights` names them. Copies, because
-            an optimizer may step before the end of backward.
+        weights: Copies of the weights that the call used, by name, as
+            :func:`gradwatch.recurrent.used_weights` gives them. Copies, because an
+            optimizer may step before the end of backward.
         shape: ``(T, B)``, or None where unknown.
         dtype: Type of the output, such as ``float32``.
         reached: Whether a gradient reached its output: evaluation has none.
+        rows: What it was given and returned, for a few sequences; or why that could
+            not be had; None where it was not wanted.
+        states: The states that it returned; held so that their memory is not given to
+            another tensor, by which a later call could be taken for its successor.
+        previous: The call whose states it was given, where a gradient can pass.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     shape: tuple[int, int] | None = None
     dtype: str = ""
     reached: bool = False
+    rows: Rows | str | None = None
+    states: tuple[Tensor, ...] = ()
+    previous: Capture | None = None
+
+    def release(self) -> None:
+        """Let go of all tensors: a graph that the user keeps would keep them."""
+        self.weights, self.rows, self.states = {}, None, ()
+        self.previous = None
 
 
 @dataclass(slots=True)

@@ -220,6 +220,27 @@ class GradientTap:
                 self._find_scaler()
         return known[2]
 
+    def optimized(self) -> dict[int, float] | None:
+        """Return the learning rates of all parameters that known optimizers hold.
+
+        An optimizer is known once it has stepped and holds a watched parameter.
+
+        Returns:
+            Id of a parameter -> its learning rate, NaN where that is no plain number;
+            None while no optimizer is known.
+        """
+        if not self._any_optimizer:
+            return None
+        known = [ref() for _, ref, held in self._mine.values() if held]
+        groups = [g for o in known if o is not None for g in o.param_groups]
+        return {
+            id(p): rate
+            if isinstance(rate := group.get("lr"), int | float)
+            else math.nan
+            for group in groups
+            for p in group["params"]
+        }
+
     def _look_up(self, optimizer: Optimizer) -> list[int]:
         params = (p for group in optimizer.param_groups for p in group["params"])
         return [self._index[id(p)] for p in params if id(p) in self._index]

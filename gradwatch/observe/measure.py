@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from gradwatch.numerics import spectral
-from gradwatch.record import Stream
-from gradwatch.recurrent import gate_matrices
 
 Norms = Tensor | list[float]
 """Norms on the device; where everything is on the CPU, floats at once."""
@@ -113,66 +108,6 @@ def joined(reads: list[Norms]) -> Norms:
         return [value for read in reads if isinstance(read, list) for value in read]
     like = tensors[0]
     return torch.cat([torch.as_tensor(r).to(like) for r in reads])
-
-
-@dataclass(slots=True)
-class Spectrum:
-    """A spectrum run whose numbers may still be on the device.
-
-    Attributes:
-        groups: For each size: the streams in order, and what was launched for all
-            their gates.
-        numbers: All blocks, named ``<group>.<block>``.
-        seconds: What the launch cost on the host's clock.
-    """
-
-    groups: list[tuple[list[Stream], spectral.Launched]]
-    numbers: Numbers
-    seconds: float = 0.0
-
-
-def spectrum(
-    weights: Sequence[tuple[Stream, Tensor, Tensor | None]], *, gram: bool
-) -> Spectrum:
-    """Launch rho for every gate, all gates and layers of one size in one batch.
-
-    Args:
-        weights: Streams with their W_hh and, where there is one, their W_hr.
-        gram: Whether to measure ``sigma_max`` and ``orthogonality`` too.
-
-    Returns:
-        The run; its numbers are still on the device.
-    """
-    by_size: dict[tuple[int, torch.device], list[tuple[Stream, Tensor]]] = {}
-    for stream, weight, projection in weights:
-        gates = gate_matrices(stream, weight, projection)
-        key = (stream.hidden_size, weight.device)
-        by_size.setdefault(key, []).append((stream, gates))
-    run = Spectrum([], {})
-    for number, members in enumerate(by_size.values()):
-        alike = members[0][1].dtype
-        stacked = torch.cat(
-            [g if g.dtype == alike else g.to(alike) for _, g in members]
-        )
-        launched = spectral.launch(stacked)
-        blocks = dict(launched.blocks)
-        if gram:
-            blocks |= spectral.launch_gram(stacked)
-        run.numbers |= {f"{number}.{name}": t for name, t in blocks.items()}
-        run.groups.append(([stream for stream, _ in members], launched))
-    return run
-
-
-def too_large(sizes: Sequence[tuple[int, int]], device: torch.device) -> bool:
-    """Tell whether a spectrum run would surely take over a second.
-
-    Args:
-        sizes: ``(H, gates)`` of each stream.
-        device: Where the weights are.
-    """
-    products = 2 * (spectral.SQUARINGS + 1)
-    work = sum(products * gates * hidden**3 for hidden, gates in sizes)
-    return work > (1e11 if device.type == "cpu" else 2e13)
 
 
 class Drain:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.observe.capture import Capture
-from gradwatch.recurrent import recurrent_weights, shape_of
+from gradwatch.observe.rows import given_states, take_rows, tensors
+from gradwatch.recurrent import shape_of, used_weights
 
 
 class _Inert:
@@ -50,11 +51,32 @@ class ForwardHook(_Inert):
 class WeightHook(_Inert):
     """Notes what a parametrization returned, as computing it again may change it."""
 
-    __slots__ = ()
+    __slots__ = ("name",)
+
+    def __init__(self, probe: Probe, name: str) -> None:
+        super().__init__(probe)
+        self.name = name
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Show the computed weight to the probe."""
-        self.probe.on_weight(output)
+        self.probe.on_weight(self.name, output)
+
+
+class RngHook(_Inert):
+    """Notes the state of the generator that dropout between layers draws from."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Tell the probe that the module is about to run."""
+        self.probe.before_forward(module)
+
+
+class Wanted(NamedTuple):
+    """What a forward now has to show: the weights, and a few of its sequences."""
+
+    weights: bool
+    rows: bool
 
 
 class Probe:
@@ -63,29 +85,41 @@ class Probe:
     Args:
         module: The module to look at.
         owner: Whoever is to live as long as the module's hooks: the watch.
-        armed: Tells whether a forward now belongs to a sampled step.
+        wanted: Tells what a forward now is to show.
+        samples: How many sequences are looked at; None for all.
         guard: Absorbs and reports what fails in the probe's own work.
     """
 
     def __init__(
-        self, module: nn.Module, owner: object, armed: Callable[[], bool], guard: Guard
+        self,
+        module: nn.Module,
+        owner: object,
+        *,
+        wanted: Callable[[], Wanted],
+        samples: int | None,
+        guard: Guard,
     ) -> None:
         self.owner: object = owner
         self.module = weakref.ref(module)
         self.closed = False
-        self._armed = armed
-        self._guard = guard
-        self._reached: Capture | None = None
-        self._copied: tuple[tuple[tuple[int, int], ...], dict[str, Tensor]] = ((), {})
-        self._computed: Tensor | None = None
+        self.calls = 0
+        self._wanted, self._samples, self._guard = wanted, samples, guard
+        self._reached: list[Capture] = []
+        self._captures: weakref.WeakSet[Capture] = weakref.WeakSet()
+        self._by_state: dict[_States, weakref.ref[Capture]] = {}
+        self._copied: tuple[object, dict[str, Tensor]] = (None, {})
+        self._computed: dict[str, Tensor] = {}
+        self._rng: Tensor | None = None
         self._handles = [
             module.register_forward_hook(ForwardHook(self), with_kwargs=True)
         ]
         if isinstance(module, nn.RNNCellBase):
             made = getattr(module, "parametrizations", {})
-            if "weight_hh" in made:
-                hook = WeightHook(self)
-                self._handles.append(made["weight_hh"].register_forward_hook(hook))
+            for name in made:
+                hook = WeightHook(self, name)
+                self._handles.append(made[name].register_forward_hook(hook))
+        elif getattr(module, "num_layers", 1) > 1 and getattr(module, "dropout", 0):
+            self._handles.append(module.register_forward_pre_hook(RngHook(self)))
 
     def close(self) -> None:
         """Take the hooks off and let go of everything. Safe to call twice."""
@@ -98,56 +132,126 @@ class Probe:
 
     def forget(self) -> None:
         """Let go of what the open step captured."""
-        self._reached = self._computed = None
-        self._copied[1].clear()  # a graph that the user keeps does not keep the copies
-        self._copied = ((), {})
+        for capture in list(self._captures):
+            capture.release()
+        self._reached.clear()
+        self._by_state.clear()
+        self._copied[1].clear()
+        self._copied = (None, {})
+        self._computed.clear()
+        self._rng = None
+        self.calls = 0
 
-    def take(self) -> Capture | None:
-        """Return the call that a gradient reached since the last one, if any."""
-        capture, self._reached = self._reached, None
-        return capture
+    def take(self) -> list[Capture]:
+        """Return the longest chain of calls that gradients reached since the last one.
 
-    def on_weight(self, output: object) -> None:
+        Returns:
+            The calls in their order; empty where no gradient has reached any.
+        """
+        reached = list(self._reached)
+        self._reached.clear()
+        followed = {id(capture.previous) for capture in reached}
+        longest: list[Capture] = []
+        steps = -1
+        for end in reached:
+            if id(end) in followed:
+                continue
+            chain = [end]
+            while (before := chain[-1].previous) is not None:
+                chain.append(before)
+            length = sum(c.shape[0] for c in chain if c.shape is not None)
+            if length > steps:
+                longest, steps = chain, length
+        return longest[::-1]
+
+    def on_weight(self, name: str, output: object) -> None:
         """Note a parametrized weight of a cell."""
-        if not self.closed and isinstance(output, Tensor) and self._armed():
-            self._computed = output.detach()
+        if not self.closed and isinstance(output, Tensor) and self._wanted().weights:
+            self._computed[name] = output.detach()
+
+    def before_forward(self, module: nn.Module) -> None:
+        """Keep the generator's state where dropout is about to draw from it."""
+        self._rng = None
+        if self.closed or not module.training or not torch.is_grad_enabled():
+            return
+        with self._guard:
+            if self._wanted().rows:
+                self._rng = torch.get_rng_state()
 
     def on_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
         """Look at one call; the only thing done on an unsampled step is to ask."""
-        if self.closed or not torch.is_grad_enabled() or not self._armed():
+        if self.closed or not torch.is_grad_enabled():
+            return
+        wanted = self._wanted()
+        if not wanted.weights:
             return
         with self._guard:
-            heads = [t for t in _tensors(output) if t.requires_grad]
+            self.calls += 1
+            heads = [t for t in tensors(output) if t.requires_grad]
             if not heads or not all(map(_torch.holds_values, heads)):
                 return
             given = args[0] if args else kwargs.get("input")
             capture = Capture(
-                weights=self._copies(module),
+                weights=self._copies(module, recurrent_only=not wanted.rows),
                 shape=shape_of(module, given),
                 dtype=str(heads[0].dtype).removeprefix("torch."),
             )
+            if wanted.rows:
+                self._look(capture, module, given, given_states(args, kwargs), output)
+            self._captures.add(capture)
             on_grad = _OnGrad(self, capture)
             for head in heads:
                 head.register_hook(on_grad)
 
-    def _copies(self, module: nn.Module) -> dict[str, Tensor]:
+    def _look(
+        self,
+        capture: Capture,
+        module: nn.Module,
+        given: object,
+        states: tuple[Tensor, ...],
+        output: object,
+    ) -> None:
+        """Copy a few sequences of a call, and find the call that it goes on from."""
+        rng, self._rng = self._rng, None
+        capture.rows = take_rows(
+            module, given, states, output, count=self._samples, rng=rng
+        )
+        if isinstance(given, PackedSequence) or getattr(module, "bidirectional", False):
+            return  # a reverse direction begins anew in each call
+        if states and all(s.requires_grad for s in states):
+            before = self._by_state.get(_identity(states))
+            capture.previous = before() if before is not None else None
+        if isinstance(module, nn.RNNCellBase):
+            returned = tuple(tensors(output))
+        else:
+            returned = tuple(tensors(output))[1:]
+        capture.states = tuple(s.detach() for s in returned)
+        self._by_state[_identity(returned)] = weakref.ref(capture)
+
+    def _copies(self, module: nn.Module, *, recurrent_only: bool) -> dict[str, Tensor]:
         """Copy the weights, once for all the calls that use the same ones."""
-        weights = recurrent_weights(module)
-        if self._computed is not None and "" not in weights:
-            weights[""] = self._computed
-        used = tuple((w.data_ptr(), w._version) for w in weights.values())
+        weights = self._computed | used_weights(module, recurrent_only=recurrent_only)
+        used = tuple((n, w.data_ptr(), w._version) for n, w in weights.items())
         if self._copied[0] != used:
-            self._copied = (used, {k: w.clone() for k, w in weights.items()})
+            self._copied = (used, {n: w.clone() for n, w in weights.items()})
         return self._copied[1]
 
     def reached(self, capture: Capture) -> None:
-        """Take note that a gradient reached a call; the first of a step is kept."""
+        """Take note that a gradient reached a call."""
         if not self.closed and not capture.reached:
             capture.reached = True
-            if self._reached is None:
-                self._reached = capture
+            if capture.weights:  # else the graph has outlived the step
+                self._reached.append(capture)
+
+
+_States = tuple[tuple[int, int, torch.Size], ...]
+
+
+def _identity(states: tuple[Tensor, ...]) -> _States:
+    """Tell states apart by their memory, and by whether it was written since."""
+    return tuple((s.data_ptr(), s._version, s.shape) for s in states)
 
 
 class _OnGrad:
@@ -161,17 +265,3 @@ class _OnGrad:
 
     def __call__(self, grad: Tensor) -> None:
         self.probe.reached(self.capture)
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    """Yield the tensors that a recurrent module returned, whatever it was made into."""
-    if isinstance(output, PackedSequence):
-        yield output.data
-    elif isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for item in output.values():
-            yield from _tensors(item)
-    elif isinstance(output, (tuple, list)):
-        for item in output:
-            yield from _tensors(item)

@@ -10,10 +10,27 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.rules.drift import Drift
+from gradwatch.rules.exploding import Exploding
 from gradwatch.rules.incidents import Incidents
-from gradwatch.rules.kinds import Exploding, Nonfinite, Spike
+from gradwatch.rules.learning import NoGradient, NotUpdating
+from gradwatch.rules.nonfinite import Nonfinite
+from gradwatch.rules.spike import Spike
+from gradwatch.rules.units import DeadUnits, GateStuck
 
-__all__ = ["Exploding", "Incidents", "Nonfinite", "Rule", "Spike", "default_rules"]
+__all__ = [
+    "DeadUnits",
+    "Drift",
+    "Exploding",
+    "GateStuck",
+    "Incidents",
+    "NoGradient",
+    "Nonfinite",
+    "NotUpdating",
+    "Rule",
+    "Spike",
+    "default_rules",
+]
 
 
 @runtime_checkable
@@ -31,4 +48,13 @@ class Rule(Protocol):
 
 def default_rules(streams: Sequence[Stream]) -> list[Rule]:
     """Return the catalogue's rules for the streams of one model."""
-    return [Exploding(streams), Nonfinite(streams), Spike(streams)]
+    return [
+        Exploding(streams),
+        Nonfinite(streams),
+        Spike(streams),
+        DeadUnits(streams),
+        GateStuck(streams),
+        NoGradient(streams),
+        NotUpdating(streams),
+        Drift(streams),
+    ]

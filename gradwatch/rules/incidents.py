@@ -16,6 +16,9 @@ _PRECEDENCE: Final = (
     "loss_divergence",
     "spike",
 )
+_BROKEN: Final = ("nonfinite", "exploding")
+_CONSEQUENCES: Final = ("dead_units", "gate_stuck", "no_gradient", "not_updating")
+"""What a net that has exploded shows too: evidence while one of those is open."""
 _RANK: Final = {"info": 0, "warning": 1, "error": 2}
 _NOTICES: Final = 3
 """Notices that one stream may give in a run, per kind."""
@@ -84,8 +87,13 @@ class Incidents:
 
     def _covering(self, alert: Alert) -> Incident | None:
         """Return the open incident that an alert is evidence of."""
-        if alert.kind in self._open or alert.kind not in _PRECEDENCE:
-            return self._open.get(alert.kind)
+        if alert.kind in self._open:
+            return self._open[alert.kind]
+        if alert.kind in _CONSEQUENCES:
+            found = [self._open[kind] for kind in _BROKEN if kind in self._open]
+            return found[0] if found else None
+        if alert.kind not in _PRECEDENCE:
+            return None
         for kind in _PRECEDENCE:
             known = self._open.get(kind)
             # An open error explains also what ranks above it: an explosion ends in NaN.

@@ -13,6 +13,11 @@ TITLES: Final[Mapping[str, str]] = MappingProxyType(
         "nonfinite": "gradwatch: NaN or Inf in gradients",
         "exploding": "gradwatch: exploding gradients",
         "spike": "gradwatch: a spike in the gradient norm",
+        "dead_units": "gradwatch: dead ReLU units",
+        "gate_stuck": "gradwatch: a gate is stuck",
+        "no_gradient": "gradwatch: recurrent weights without a gradient",
+        "not_updating": "gradwatch: recurrent weights do not change",
+        "drift": "gradwatch: the spectral radius has drifted",
     }
 )
 """Constant per kind and at most 64 characters: W&B drops repeats by title."""
@@ -37,6 +42,74 @@ NONFINITE: Final[Mapping[str | None, tuple[str, str]]] = MappingProxyType(
         ),
     }
 )
+
+STUCK: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {
+        "input_gate": (
+            "i is below .05",
+            "the cell takes in nothing new: the input gate's bias or input weights "
+            "hold it shut",
+        ),
+        "output_gate": (
+            "o is below .05",
+            "the cell shows nothing of what it holds, and no gradient comes in: the "
+            "output gate's bias or input weights hold it shut",
+        ),
+        "update_gate": (
+            "z is above .95",
+            "z keeps: the state is never renewed, whatever the input is",
+        ),
+    }
+)
+"""Cause of a stuck gate -> what was measured, and what it means."""
+
+NO_GRADIENT: Final[Mapping[str | None, tuple[str, str]]] = MappingProxyType(
+    {
+        "frozen": (
+            "requires_grad is False; if that is meant, nothing is wrong",
+            "{weight}.requires_grad_(True)  # if it is to learn",
+        ),
+        "unused": (
+            "no call of {module} was seen while gradients were on: it is registered "
+            "but not used, or runs under torch.no_grad()",
+            "print(model)  # then check that forward() calls {module}",
+        ),
+        "detached": (
+            "{module} runs, but no gradient comes back to its output: a detach(), "
+            ".data, .item() or numpy between it and the loss",
+            "assert output.requires_grad  # right behind {module}, then further on",
+        ),
+        "readout_index": (
+            "the loss reads only the first step that this direction takes, where no "
+            "recurrent weight has acted yet",
+            "_, h_n = {module}(x)  # h_n has the last step of both directions",
+        ),
+        None: (
+            "undecided: a gradient arrives, but every entry of it is 0",
+            "watch.probe_now()  # then look at shut, open, dead in print(watch)",
+        ),
+    }
+)
+"""Cause -> why, and what to do; ``{weight}`` and ``{module}`` are filled in."""
+
+NOT_UPDATING: Final[Mapping[str | None, tuple[str, str]]] = MappingProxyType(
+    {
+        "not_in_optimizer": (
+            "no optimizer that has stepped holds this weight",
+            "optimizer.add_param_group({{'params': [{weight}]}})",
+        ),
+        "frozen": (
+            "its learning rate is 0; if that is meant, nothing is wrong",
+            "print([group['lr'] for group in optimizer.param_groups])",
+        ),
+        None: (
+            "the optimizer holds it and its gradient is not 0: the update is lost, "
+            "below the weight's precision or cut off",
+            "print([group['lr'] for group in optimizer.param_groups])",
+        ),
+    }
+)
+"""Cause -> why, and what to do; ``{weight}`` is filled in."""
 
 
 def title(kind: str) -> str:
@@ -71,12 +144,32 @@ def orthogonal_line(stream: Stream, since: int, *, bare: bool) -> str:
         since: Step before which a checkpoint is still good.
         bare: Whether the watched model is itself the recurrent module.
     """
-    layer = stream.name.removeprefix(stream.module)[1:]
-    weight = "weight_hh" + (f"_{layer}" if layer else "")
-    path = f"model.{weight}" if bare else f"model.{stream.module}.{weight}"
+    path = path_of(stream, "weight_hh", bare=bare)
     parts = f"{path}.data.chunk({max(len(stream.gates), 1)})"
     return (
         f"for w in {parts}: torch.nn.init.orthogonal_(w)"
+        f"  # from a checkpoint before step {since}"
+    )
+
+
+def path_of(stream: Stream, weight: str, *, bare: bool = False) -> str:
+    """Return the expression that names a weight of a stream, or its module for ``""``.
+
+    Args:
+        stream: The stream.
+        weight: Such as ``weight_hh``; without a layer's suffix.
+        bare: Whether the watched model is itself the recurrent module.
+    """
+    layer = stream.name.removeprefix(stream.module)[1:]
+    module = "model" if bare else f"model.{stream.module}"
+    return module + (f".{weight}" + (f"_{layer}" if layer else "") if weight else "")
+
+
+def bias_line(stream: Stream, since: int) -> str:
+    """Return the line that sets a stream's biases to zero."""
+    biases = [path_of(stream, name) for name in ("bias_ih", "bias_hh")]
+    return (
+        f"for b in ({', '.join(biases)}): torch.nn.init.zeros_(b)"
         f"  # from a checkpoint before step {since}"
     )
 

@@ -1,4 +1,4 @@
-"""The kinds of alert that gradients alone can decide, and their thresholds.
+"""Exploding gradients, as far as the total norm and the updates alone can decide.
 
 Each threshold and the margin it was chosen with stands in docs/alerts.md.
 """
@@ -10,106 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.metrics import run_key, stream_key
-from gradwatch.numerics.streaming import Window, median, push, robust_z
+from gradwatch.numerics.streaming import Window, median, push
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules import text
 
 WARM_UP: Final = 12
 """Finite norms that a running median needs before anything is compared with it."""
 _WINDOW: Final = 25
-_SKIPS_ALLOWED: Final = 10
-_QUIET_STEPS: Final = 25
 
 _NORM = run_key("grad_norm")
-_NONFINITE = run_key("nonfinite")
-_LOSS = run_key("loss")
-
-
-class Nonfinite:
-    """A gradient or a logged loss holds NaN or Inf.
-
-    What a loss scaler or a refusing clipper skips is expected, up to ten steps in a
-    row; the incident ends after 25 finite steps.
-    """
-
-    kind = "nonfinite"
-
-    def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self.active = False
-        self._skips = 0
-        self._quiet = 0
-        self._finite: list[float] | None = None  # step and norm
-
-    def update(self, record: StepRecord) -> list[Alert]:
-        """Judge one record."""
-        norm = record.metrics.get(_NORM)
-        loss = record.metrics.get(_LOSS)
-        count = record.metrics.get(_NONFINITE, 0.0)
-        bad_loss = loss is not None and not math.isfinite(loss)
-        if not count and not bad_loss:
-            self._skips = 0
-            self._quiet += 1
-            if norm is not None and math.isfinite(norm):
-                self._finite = [record.step, norm]
-            if self._quiet >= _QUIET_STEPS:
-                self.active = False
-            return []
-        self._quiet = 0
-        if "skipped_step" in record.events:
-            self._skips += 1
-            by = record.facts.get("skipped_by", "user")
-            excused = by in ("scaler", "clipper", "unknown")
-            if excused and self._skips <= _SKIPS_ALLOWED:
-                return []
-        self.active = True
-        return [self._alert(record, count, loss)]
-
-    def _alert(self, record: StepRecord, count: float, loss: float | None) -> Alert:
-        cause = self._cause(record, count, loss)
-        names = record.facts.get("nonfinite", [])
-        if count:
-            what = f"{count:.0f} gradient tensors hold NaN or Inf"
-            shown = f"first on the way back: {', '.join(names) or 'unknown'}"
-            evidence: dict[str, tuple[float, float | None]] = {_NONFINITE: (count, 1.0)}
-        else:
-            what, shown = "the logged loss is not finite", f"loss {loss}"
-            evidence = {_LOSS: (float(loss or 0.0), None)}
-        if self._finite is not None:
-            step, norm = self._finite
-            shown += f"; last finite gradient norm {norm:.3g} at step {step:.0f}"
-        else:
-            shown += "; no gradient was finite before"
-        why, do = text.NONFINITE[cause]
-        if self._skips > _SKIPS_ALLOWED:
-            what = f"{self._skips} steps in a row were skipped for NaN or Inf"
-        return Alert(
-            kind=self.kind,
-            severity="error",
-            step=record.step,
-            since=record.step - max(self._skips - 1, 0),
-            cause=cause,
-            evidence=evidence,
-            message=text.four_lines(self.kind, record.step, what, shown, why, do),
-        )
-
-    def _cause(
-        self, record: StepRecord, count: float, loss: float | None
-    ) -> str | None:
-        if loss is not None and not math.isfinite(loss):
-            return "nan_data" if self._finite is not None else None
-        if self._skips > _SKIPS_ALLOWED and record.facts.get("skipped_by") == "scaler":
-            return "fp16_overflow"
-        if loss is not None:
-            return "nan_backward"
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        vars(self).update(state)
 
 
 class Exploding:
@@ -303,78 +212,3 @@ def _belongs(parameter: str, stream: Stream) -> bool:
     own = stream.name.removeprefix(stream.module)[1:]
     within = path == stream.module or path.startswith(f"{stream.module}.") or not path
     return within and (f"_{own}" in f"{last}." or own in path if own else True)
-
-
-class Spike:
-    """One norm far above the recent ones that is over within three steps.
-
-    Robust z of ln(norm) >= 10 and at least 25 times the median of the last 25; said
-    once the norm is back, because a longer one belongs to another kind.
-    """
-
-    kind = "spike"
-    active = False
-    score: Final = 10.0
-    ratio: Final = 25.0
-    within: Final = 3
-
-    def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self._logs: Window = ()
-        self._peak = -math.inf
-        self._raised: list[float] | None = None  # step, norm, ratio, z; or too long
-
-    def update(self, record: StepRecord) -> list[Alert]:
-        """Judge one record."""
-        norm = record.metrics.get(_NORM)
-        if norm is None or not math.isfinite(norm) or norm <= 0:
-            self._raised = None
-            return []
-        log, usual = math.log(norm), median(self._logs)
-        if len(self._logs) < WARM_UP:
-            self._logs = push(self._logs, log, _WINDOW)
-            return []
-        if log - usual < math.log(self.ratio):
-            self._logs = push(self._logs, log, _WINDOW)
-            self._peak = max(self._peak, usual)
-            raised, self._raised = self._raised, None
-            return [self._alert(record, raised)] if raised else []
-        z = robust_z(self._logs, log, floor=0.1)
-        if self._raised is None:
-            # A norm that was usual before is a net that had forgotten it, no spike.
-            if z >= self.score and log > self._peak + 1:
-                self._raised = [record.step, norm, math.exp(log - usual), z]
-        elif not self._raised or record.step - self._raised[0] >= self.within:
-            self._raised = []  # too long for a spike
-            self._logs = push(self._logs, log, _WINDOW)
-        return []
-
-    def _alert(self, record: StepRecord, raised: Sequence[float]) -> Alert:
-        step, norm, ratio, z = raised
-        usual = norm / ratio
-        message = text.four_lines(
-            self.kind,
-            record.step,
-            f"one gradient norm stood out at step {step:.0f}; it is back",
-            f"norm {norm:.3g}, {ratio:.3g} times the median {usual:.3g} "
-            f"(robust z {z:.1f}; both 25 and 10 are needed)",
-            "a batch unlike the others, most likely: a long sequence, a bad label, "
-            "an outlier in the input",
-            text.clip_line(5 * usual, int(step)),
-        )
-        return Alert(
-            kind=self.kind,
-            severity="warning",
-            step=record.step,
-            since=int(step),
-            cause="bad_batch",
-            evidence={_NORM: (norm, self.ratio * usual)},
-            message=message,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        vars(self).update(state)

@@ -1,0 +1,310 @@
+"""How exact the replay of a forward is, and what a run of the state depth costs.
+
+Every layout that a fused module or a cell can be called in is replayed from what the
+hooks saw, and every state, gate and metric is compared with a cell unrolled by hand in
+float64. The cost is that of one state run over the training step beside it: medians of
+interleaved pairs, 4 of 32 sequences. One thread.
+
+Run: python -m benchmarks.replay [--quick]
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from gradwatch.health import Health
+from gradwatch.numerics.activation import SIGMOID_GATES
+from gradwatch.observe.probe import Probe, Wanted
+from gradwatch.observe.sequence import Trajectory, trajectory
+from gradwatch.observe.state import State
+from gradwatch.recurrent import recurrences
+from tests import reference
+
+KINDS: dict[str, Callable[..., nn.Module]] = {
+    "RNN tanh": nn.RNN,
+    "RNN relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
+    "LSTM": nn.LSTM,
+    "LSTM, projection": lambda *a, **k: nn.LSTM(*a, proj_size=3, **k),
+    "GRU": nn.GRU,
+    "RNNCell": nn.RNNCell,
+    "RNNCell relu": lambda *a, **k: nn.RNNCell(*a, nonlinearity="relu", **k),
+    "LSTMCell": nn.LSTMCell,
+    "GRUCell": nn.GRUCell,
+}
+LAYOUTS = ("time first", "batch first", "unbatched", "packed", "packed, sorted")
+LENGTHS = (5, 2, 7, 1, 7)
+FEATURES, HIDDEN, STEPS = 4, 6, 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call a recurrent module."""
+
+    kind: str
+    layers: int = 1
+    two_way: bool = False
+    layout: str = "time first"
+    states: bool = False
+    bias: bool = True
+    chain: bool = False
+
+    @property
+    def cell(self) -> bool:
+        """Whether the module is a cell."""
+        return "Cell" in self.kind
+
+
+def cases() -> Iterator[Case]:
+    """Yield every case of the grid, then cells and decoders called step by step."""
+    fused = [kind for kind in KINDS if "Cell" not in kind]
+    for kind, layers, two_way, layout, states, bias in itertools.product(
+        fused, (1, 2, 3), (False, True), LAYOUTS, (False, True), (True, False)
+    ):
+        yield Case(kind, layers, two_way, layout, states, bias)
+    for kind in KINDS:
+        for states, bias in itertools.product((False, True), repeat=2):
+            if "Cell" in kind:
+                for layout in ("time first", "unbatched"):
+                    yield Case(kind, 1, False, layout, states, bias, chain=True)
+            else:
+                yield Case(kind, 2, False, "batch first", states, bias, chain=True)
+
+
+def run(
+    case: Case, dtype: torch.dtype, seed: int = 0
+) -> tuple[nn.Module, Trajectory, dict[Any, Any], dict[str, Any]]:
+    """Call a module as a case says, and replay it from what a probe saw.
+
+    Returns:
+        The module, the replay, the unrolled truth by layer and direction, and the
+        measured state metrics by name of the stream.
+    """
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"bias": case.bias}
+    if not case.cell:
+        first = case.layout == "batch first"
+        options |= {"num_layers": case.layers, "bidirectional": case.two_way}
+        options["batch_first"] = first
+    module = KINDS[case.kind](FEATURES, HIDDEN, **options).to(dtype)
+    for parameter in module.parameters():
+        parameter.data.mul_(1.5)  # nearer to saturation than the default
+    batch = 1 if case.layout == "unbatched" else len(LENGTHS)
+    lengths = [STEPS] * batch
+    if "packed" in case.layout:
+        lengths = sorted(LENGTHS, reverse=True) if "sorted" in case.layout else LENGTHS
+    x = torch.randn(STEPS, batch, FEATURES, dtype=dtype)
+    states = _states(module, case, batch, dtype) if case.states else None
+    health = Health(lambda line: None)
+    probe = Probe(
+        module,
+        None,
+        wanted=lambda: Wanted(True, True),
+        samples=None,
+        guard=health.guard("probe"),
+    )
+    _call(module, case, x, lengths, states).square().mean().backward()
+    chain, members = probe.take(), recurrences(module)
+    replayed = trajectory(members, chain)
+    assert isinstance(replayed, Trajectory), replayed
+    measured = State()
+    measured.add(members[0].stream.module, members, replayed)
+    probe.close()
+    sequences = [x[:n, i] for i, n in enumerate(lengths)]
+    if "packed" in case.layout:  # looked at in the order of their lengths
+        order = sorted(range(batch), key=lambda i: -lengths[i])
+        sequences = [sequences[i] for i in order]
+        states = states and tuple(s if s is None else s[:, order] for s in states)
+    truth = reference.unrolled(module, sequences, states)
+    found = {
+        s.name: dict(zip(names, measured.numbers[str(i)].tolist(), strict=True))
+        for i, (s, names) in enumerate(measured.streams)
+    }
+    return module, replayed, truth, found
+
+
+def _states(
+    module: nn.Module, case: Case, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    count = case.layers * (1 + case.two_way)
+    width = getattr(module, "proj_size", 0) or HIDDEN
+    h = torch.randn(count, batch, width, dtype=dtype)
+    c = torch.randn(count, batch, HIDDEN, dtype=dtype) if "LSTM" in case.kind else None
+    return h, c
+
+
+def _call(
+    module: nn.Module,
+    case: Case,
+    x: Tensor,
+    lengths: Any,
+    states: tuple[Tensor, Tensor | None] | None,
+) -> Tensor:
+    """Call as a user would; return what a loss reads."""
+    lstm = "LSTM" in case.kind
+    hx: Any = None
+    if states is not None:
+        squeeze = case.cell or case.layout == "unbatched"
+        parts = [s.clone() for s in states if s is not None]
+        if case.cell:
+            parts = [p[0, 0] if case.layout == "unbatched" else p[0] for p in parts]
+        elif squeeze:
+            parts = [p[:, 0] for p in parts]
+        hx = tuple(parts) if lstm else parts[0]
+    if case.layout == "unbatched":
+        x = x[:, 0]
+    if case.cell:
+        for step in x:
+            hx = module(step, hx)
+        return hx[0] if lstm else hx
+    if case.chain:
+        for step in x:
+            _, hx = module(step[:, None], hx)
+        return hx[0] if lstm else hx
+    given: Any = x
+    if case.layout == "batch first":
+        given = x.transpose(0, 1)
+    elif "packed" in case.layout:
+        given = pack_padded_sequence(
+            x, torch.tensor(lengths), enforce_sorted="sorted" in case.layout
+        )
+    out = module(given, hx)[0]
+    return out.data if isinstance(out, PackedSequence) else out
+
+
+def errors(case: Case, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the largest error of the states and gates, and of the metrics."""
+    module, replayed, truth, measured = run(case, dtype)
+    worst = metric_worst = 0.0
+    for member in recurrences(module):
+        stream = member.stream
+        place = stream.layer, int(stream.direction == "reverse")
+        layer, runs = replayed.layers[place[0]][place[1]], truth[place]
+        tensors = {"h": layer.h, "c": layer.c, "tanh": layer.tanh}
+        letters = {"tanh": {"LSTM": "g", "GRU": "n"}.get(stream.kind, "h")}
+        for i, gate in enumerate(SIGMOID_GATES[stream.kind]):
+            assert layer.sigmoid is not None
+            tensors[gate] = layer.sigmoid[:, :, i]
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            for n, steps in enumerate(runs):
+                true = torch.stack([step[letters.get(name, name)] for step in steps])
+                gap = (tensor[: len(steps), n].double() - true).abs().max().item()
+                worst = max(worst, gap)
+        recurrent = getattr(module, "weight_hh" + member.suffix).detach()
+        true_metrics = reference.state_metrics(stream.kind, runs, recurrent)
+        assert set(true_metrics) == set(measured[stream.name]), case
+        for name, true in true_metrics.items():
+            got = measured[stream.name][name]
+            if math.isnan(true) and math.isnan(got):
+                continue
+            gap = abs(got - true) / max(1.0, abs(true))
+            metric_worst = max(metric_worst, gap)
+    return worst, metric_worst
+
+
+COSTS = (
+    ("RNN tanh", nn.RNN, 64, 128, 100, {}),
+    ("LSTM", nn.LSTM, 64, 128, 100, {}),
+    ("LSTM, T=1000", nn.LSTM, 64, 128, 1000, {}),
+    ("LSTM, projection 32", nn.LSTM, 64, 128, 100, {"proj_size": 32}),
+    ("LSTM, 2 layers", nn.LSTM, 64, 128, 100, {"num_layers": 2}),
+    ("LSTM, two ways", nn.LSTM, 64, 128, 100, {"bidirectional": True}),
+    (
+        "LSTM, 2 layers, dropout",
+        nn.LSTM,
+        64,
+        128,
+        100,
+        {"num_layers": 2, "dropout": 0.3},
+    ),
+    ("GRU", nn.GRU, 64, 128, 100, {}),
+    ("RNN tanh 16->32, T=30, B=16", nn.RNN, 16, 32, 30, {}),
+)
+
+
+def cost(
+    kind: Any, features: int, hidden: int, length: int, options: Any, rounds: int
+) -> list[float]:
+    """Return, pair by pair, a state run's time over that of the step beside it."""
+    torch.manual_seed(0)
+    module = kind(features, hidden, **options)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+    x = torch.randn(length, 16 if hidden == 32 else 32, features)
+    health = Health(lambda line: None)
+    looking = False
+    probe = Probe(
+        module,
+        None,
+        wanted=lambda: Wanted(looking, looking),
+        samples=4,
+        guard=health.guard("probe"),
+    )
+    members, ratios = recurrences(module), []
+
+    def step() -> float:
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        module(x)[0].square().mean().backward()
+        optimizer.step()
+        return time.perf_counter() - began
+
+    for number in range(rounds + 3):
+        looking = False
+        bare = step()
+        looking = True
+        seen = step()
+        began = time.perf_counter()
+        with torch.no_grad():
+            state = State()
+            replayed = trajectory(members, probe.take())
+            state.add("rnn", members, replayed)
+            state.numbers["0"].tolist()
+        probe.forget()
+        if number >= 3:
+            ratios.append((time.perf_counter() - began + max(seen - bare, 0)) / bare)
+    probe.close()
+    return ratios
+
+
+def main() -> None:
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    chosen = list(cases())
+    chosen = chosen[::7] if quick else chosen
+    print(f"{len(chosen)} cases; largest error of any case of the row\n")
+    print("| module | cases | states, gates f64 | metrics f64 | f32 | metrics f32 |")
+    print("|---|---|---|---|---|---|")
+    for kind in KINDS:
+        for chain in (False, True):
+            own = [c for c in chosen if c.kind == kind and c.chain == chain]
+            if not own:
+                continue
+            row = []
+            for dtype in (torch.float64, torch.float32):
+                found = [errors(case, dtype) for case in own]
+                row += [f"{max(column):.0e}" for column in zip(*found, strict=True)]
+            name = kind + (", one step a call" if chain else "")
+            print(f"| {name} | {len(own)} | {' | '.join(row)} |")
+    print("\n| module | cost of a state run, in steps (quartiles) |\n|---|---|")
+    for name, make, features, hidden, length, options in COSTS:
+        rounds = 5 if quick else (20 if length > 500 else 60)
+        ratios = cost(make, features, hidden, length, options, rounds)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"| {name} | {middle:.2f} ({low:.2f}-{high:.2f}) |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The host's finish: ``(memory, reading) -> (memory, StepRecord)``.
+
+What needs small dense algebra or a memory of earlier steps is done here, in float64, on
+numbers that the drain has brought. numpy only for blocks of a few columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from gradwatch.derive.gradients import gradient_metrics, gradients, naming
+from gradwatch.derive.reading import Layout, Reading
+from gradwatch.derive.spectrum import Histories, spectrum_metrics, without
+from gradwatch.derive.state import Replayed, log10_times, state_metrics
+from gradwatch.metrics import run_key, stream_key
+from gradwatch.numerics.streaming import Window, median, push
+from gradwatch.record import StepRecord, Stream
+
+__all__ = ["Layout", "Memory", "Reading", "derive"]
+
+_NORMS_KEPT: Final = 25
+_SUSPICIOUS: Final = 10.0
+"""Times the running median from which on the heaviest parameters are named."""
+_FEW: Final = 5
+_NORM, _SKIPPED = map(run_key, ("grad_norm", "skipped"))
+
+
+@dataclass(slots=True, kw_only=True)
+class Memory:
+    """What derive remembers between steps; plain values, saved by ``state_dict``.
+
+    Attributes:
+        skipped: Steps skipped so far.
+        norms: The last usual gradient norms.
+        facts: All facts as they are now.
+        rho: The certified radii of every gate.
+        left_out: Module -> how many replays were dropped.
+    """
+
+    skipped: int = 0
+    norms: Window = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    rho: Histories = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
+    """Return the record of a step and what is remembered for the next one."""
+    step = reading.step
+    skipped = memory.skipped + ("skipped_step" in step.events)
+    before = gradients(reading)
+    metrics = gradient_metrics(reading, before)
+    metrics[_SKIPPED] = float(skipped)
+    rho, left_out, facts = memory.rho, memory.left_out, dict(reading.facts)
+    for event in reading.events:
+        if event.startswith("reinit:"):
+            rho = without(rho, event.removeprefix("reinit:"))
+    if reading.spectrum is not None:
+        blocks = reading.part("spectrum")
+        found, rho = spectrum_metrics(reading.spectrum, blocks, step.number, rho)
+        metrics |= found
+    if reading.state is not None:
+        replayed = state_metrics(reading.state, reading.part("state"), reading.scale)
+        metrics |= replayed.metrics
+        left_out = _counted(left_out, replayed)
+        facts = _with_replays(facts, replayed)
+        for stream, _ in reading.state.streams:
+            metrics |= _over_time(stream, metrics, facts)
+    norm = metrics.get(_NORM, math.nan)
+    known, changed = _facts(memory, facts)
+    if step.skipped_by:
+        changed["skipped_by"] = step.skipped_by
+    usual = math.isfinite(norm) and (
+        len(memory.norms) < _FEW or norm <= _SUSPICIOUS * median(memory.norms)
+    )
+    if before and not usual:
+        changed |= naming(step, before, norm)
+    record = StepRecord(
+        step=step.number,
+        time=reading.time,
+        metrics=metrics,
+        facts=changed,
+        events=step.events + reading.events,
+    )
+    norms = push(memory.norms, norm, _NORMS_KEPT) if usual else memory.norms
+    after = Memory(
+        skipped=skipped, norms=norms, facts=known, rho=rho, left_out=left_out
+    )
+    return after, record
+
+
+def _facts(
+    memory: Memory, given: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return all facts as they are now, and those that have changed."""
+    if not given:
+        return memory.facts, {}
+    known = memory.facts
+    changed = {k: v for k, v in given.items() if known.get(k) != v}
+    return ({**known, **changed} if changed else known), changed
+
+
+def _counted(known: Mapping[str, int], replayed: Replayed) -> Mapping[str, int]:
+    if not replayed.left_out:
+        return known
+    return {**known, **{p: known.get(p, 0) + 1 for p in replayed.left_out}}
+
+
+def _with_replays(facts: dict[str, Any], replayed: Replayed) -> dict[str, Any]:
+    """Add to a module's facts what is to be known of its replay."""
+    words = dict.fromkeys(replayed.approximate, "approximate: dropout drawn anew")
+    words |= {path: f"left out: {why}" for path, why in replayed.left_out.items()}
+    said = {p: {**facts.get(p, {}), "replay": w} for p, w in words.items()}
+    return {**facts, **said}
+
+
+def _over_time(
+    stream: Stream, metrics: Mapping[str, float], facts: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return what the gain of one step comes to over the sequence, in a vanilla net."""
+    length = facts.get(stream.module, {}).get("T")
+    found: dict[str, float] = {}
+    if stream.gates or length is None:
+        return found
+    chi = metrics.get(stream_key(stream, "chi"))
+    if chi is not None:
+        found[stream_key(stream, "gain_log10")] = log10_times(length, chi)
+    rho = metrics.get(stream_key(stream, "rho"))
+    slope = metrics.get(stream_key(stream, "act_deriv"))
+    if rho is not None and slope is not None and math.isfinite(rho):
+        found[stream_key(stream, "rho_eff")] = rho * slope
+        found[stream_key(stream, "rho_gain_log10")] = log10_times(length, rho * slope)
+    return found

@@ -1,0 +1,249 @@
+"""The sampled depths, state and spectrum: when they run, and on what.
+
+The probes show what a forward used; at the end of backward what is due is launched;
+after the optimizer's step the update of the weights is added.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gradwatch.health import Health
+from gradwatch.observe.capture import Capture
+from gradwatch.observe.probe import Probe, Wanted
+from gradwatch.observe.sequence import trajectory
+from gradwatch.observe.spectrum import (
+    Recurrent,
+    Spectrum,
+    add_update,
+    spectrum,
+    too_large,
+)
+from gradwatch.observe.state import State, gate_gradients
+from gradwatch.record import Stream
+from gradwatch.recurrent import Recurrence, plain_weight
+from gradwatch.schedule import Schedule
+
+
+class Sampled(NamedTuple):
+    """What was launched in one step, and what is no number."""
+
+    spectrum: Spectrum | None
+    state: State | None
+    facts: Mapping[str, Any]
+
+
+class Depths:
+    """Owns the probes of one watch.
+
+    Args:
+        found: The recurrences of the model; their modules are not kept alive.
+        owner: Whoever is to live as long as the model's hooks: the watch.
+        schedule: When each depth runs.
+        health: Where failures are noted.
+        upcoming: Returns the steps that a forward now may belong to; none while
+            nothing is to be measured.
+        samples: How many sequences are looked at; None for all.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[Recurrence],
+        owner: object,
+        *,
+        schedule: Schedule,
+        health: Health,
+        upcoming: Callable[[], Sequence[int]],
+        samples: int | None,
+    ) -> None:
+        self.probes: list[Probe] = []
+        self.spectrum: Spectrum | None = None
+        self.state: State | None = None
+        self.events: list[str] = []
+        self.facts: dict[str, Any] = {}
+        self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
+        self._schedule, self._upcoming = schedule, upcoming
+        self._guards = {
+            "spectrum": health.guard("spectrum"),
+            "state": health.guard("state"),
+        }
+        self._spectrum_runs = 0
+        self._sampled = False
+        self._chains: dict[int, list[Capture]] = {}
+        guard = health.guard("probe", self.close)
+        try:  # a failure half-way undoes what came before
+            for module in {id(r.module): r.module for r in found}.values():
+                probe = Probe(
+                    module, owner, wanted=self._wanted, samples=samples, guard=guard
+                )
+                self.probes.append(probe)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take the probes off. Safe to call twice."""
+        for probe in self.probes:
+            probe.close()
+        self.probes.clear()
+        self._chains.clear()
+
+    def recurrences(self) -> list[Recurrence]:
+        """Return the recurrences whose modules still live."""
+        found = [(stream, ref(), suffix) for stream, ref, suffix in self._found]
+        return [Recurrence(s, m, suffix) for s, m, suffix in found if m is not None]
+
+    def _due(self, depth: str, step: int) -> bool:
+        return not self._guards[depth].failed and self._schedule.due(depth, step)
+
+    def _wanted(self) -> Wanted:
+        """Tell what a forward now is to show; it may belong to a sampled step."""
+        steps = self._upcoming()
+        rows = any(self._due("state", n) for n in steps)
+        return Wanted(rows or any(self._due("spectrum", n) for n in steps), rows)
+
+    # ---- the end of backward
+
+    def on_backward(self, step: int) -> None:
+        """Launch what is due; the weights are those that the forward used."""
+        due = [d for d in ("spectrum", "state") if self._due(d, step)]
+        if not due:
+            return
+        self._sampled = True
+        if self.spectrum is None or self.state is None:
+            self._take()
+        if "spectrum" in due and self.spectrum is None and self._chains:
+            with self._guards["spectrum"]:
+                self._launch_spectrum()
+        if "state" in due and self._chains:
+            with self._guards["state"], torch.no_grad():
+                self._launch_state()
+
+    def _take(self) -> None:
+        """Take the calls that gradients have reached; the first of a step stand."""
+        for probe in self.probes:
+            chain, key = probe.take(), id(probe.module())
+            if chain and key not in self._chains:
+                self._chains[key] = chain
+        for stream, module, _ in self._found:
+            chain = self._chains.get(id(module()), [])
+            shapes = [c.shape for c in chain if c.shape is not None]
+            if shapes:
+                self.facts[stream.module] = {
+                    "T": sum(length for length, _ in shapes),
+                    "B": shapes[0][1],
+                    "dtype": chain[0].dtype,
+                }
+
+    def _launch_spectrum(self) -> None:
+        began = time.perf_counter()
+        weights: list[Recurrent] = []
+        for stream, module, suffix in self._found:
+            for capture in self._chains.get(id(module()), [])[:1]:
+                weight = capture.weights.get(f"weight_hh{suffix}")
+                if weight is not None and weight.numel():
+                    projection = capture.weights.get(f"weight_hr{suffix}")
+                    weights.append((stream, weight, projection))
+        if not weights:
+            return
+        sizes = [(s.hidden_size, max(len(s.gates), 1)) for s, *_ in weights]
+        if too_large(sizes, weights[0][1].device):
+            self.events.append(f"cadence: {self._schedule.leave_out('spectrum')}")
+            return
+        run = spectrum(weights, gram=self._spectrum_runs % 2 == 0)
+        run.seconds = time.perf_counter() - began
+        self.spectrum, self._spectrum_runs = run, self._spectrum_runs + 1
+
+    def _launch_state(self) -> None:
+        began = time.perf_counter()
+        members: dict[int, list[Recurrence]] = {}
+        for recurrence in self.recurrences():
+            members.setdefault(id(recurrence.module), []).append(recurrence)
+        run = self.state
+        if run is None:
+            run = State()
+            for module, own in members.items():
+                if chain := self._chains.get(module):
+                    run.add(own[0].stream.module, own, trajectory(own, chain))
+            self.state = run
+        gate_gradients([m for own in members.values() for m in own], run)
+        run.seconds += time.perf_counter() - began
+
+    # ---- a step has closed
+
+    def on_step(
+        self, optimized: Callable[[], Mapping[int, float] | None]
+    ) -> Sampled | None:
+        """Return what was launched in the step that has closed, its update added.
+
+        Args:
+            optimized: Returns the learning rate of every parameter that an optimizer
+                holds, by its id; None while no optimizer was seen.
+
+        Returns:
+            The runs and the facts of the step; None where no depth was due.
+        """
+        if not self._sampled:
+            return None
+        run = self.spectrum
+        if run is not None:
+            began = time.perf_counter()
+            with self._guards["spectrum"]:
+                add_update(run, self._after())
+            run.seconds += time.perf_counter() - began
+        self._note_reach()
+        self._note_parameters(optimized())
+        sampled = Sampled(run, self.state, dict(self.facts))
+        for probe in self.probes:
+            probe.forget()
+        self._chains.clear()
+        self._sampled, self.spectrum, self.state = False, None, None
+        return sampled
+
+    def _after(self) -> Callable[[Stream], Recurrent | None]:
+        """Return what looks up a stream's weights as they are now."""
+        now = {r.stream.name: r for r in self.recurrences()}
+
+        def weights(stream: Stream) -> Recurrent | None:
+            recurrence = now.get(stream.name)
+            weight = None if recurrence is None else plain_weight(recurrence)
+            if recurrence is None or weight is None:
+                return None
+            if not stream.proj_size:
+                return stream, weight, None
+            projection = recurrence.module._parameters.get(
+                f"weight_hr{recurrence.suffix}"
+            )
+            return None if projection is None else (stream, weight, projection)
+
+        return weights
+
+    def _note_reach(self) -> None:
+        """Note of each module whether gradients reached a call of it in this step."""
+        for probe in self.probes:
+            module = probe.module()
+            paths = {s.module for s, ref, _ in self._found if ref() is module}
+            reach = "detached" if probe.calls else "unused"
+            reach = "reached" if id(module) in self._chains else reach
+            for path in paths:
+                self.facts[path] = {**self.facts.get(path, {}), "reach": reach}
+
+    def _note_parameters(self, optimized: Mapping[int, float] | None) -> None:
+        """Note of each W_hh whether it can learn and whether anything trains it."""
+        for recurrence in self.recurrences():
+            weight, name = plain_weight(recurrence), recurrence.stream.name
+            if weight is None:
+                continue
+            known = {k: v for k, v in self.facts.get(name, {}).items() if k != "lr"}
+            known["requires_grad"] = weight.requires_grad
+            known["in_optimizer"] = None
+            if optimized is not None:
+                known["in_optimizer"] = id(weight) in optimized
+                if optimized.get(id(weight)) == 0:
+                    known["lr"] = 0  # any other rate changes too often for a fact
+            self.facts[name] = known

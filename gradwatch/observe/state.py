@@ -1,0 +1,93 @@
+"""The state depth: from trajectories to numbers that stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradwatch.numerics.activation import Statistics, mean_field_gain, statistics
+from gradwatch.observe.measure import Numbers, norms
+from gradwatch.observe.sequence import Trajectory
+from gradwatch.record import Stream
+from gradwatch.recurrent import Recurrence, plain_weight
+
+
+@dataclass(slots=True)
+class State:
+    """A run of the state depth whose numbers may still be on the device.
+
+    Attributes:
+        streams: Each stream with the names of its numbers, which are under
+            ``state.<index>``.
+        modules: Path of each module with the tolerance of its replay; its mismatch is
+            ``state.mismatch.<index>``, absent where the numbers are approximate.
+        gates: Gated streams whose W_hh has a gradient of its own; the norms of their
+            gates' gradients, one stream after the other, are ``state.gates``.
+        left_out: Path of a module -> why it could not be replayed.
+        numbers: The numbers.
+        seconds: What the launch cost on the host's clock.
+    """
+
+    streams: list[tuple[Stream, tuple[str, ...]]] = field(default_factory=list)
+    modules: list[tuple[str, float]] = field(default_factory=list)
+    gates: list[Stream] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(
+        self, path: str, members: Sequence[Recurrence], replayed: Trajectory | str
+    ) -> None:
+        """Measure one module's trajectory; or note why there is none."""
+        if isinstance(replayed, str):
+            self.left_out[path] = replayed
+            return
+        if replayed.mismatch is not None:
+            self.numbers[f"mismatch.{len(self.modules)}"] = replayed.mismatch
+        self.modules.append((path, replayed.tolerance))
+        each = len(replayed.layers[0])
+        for number, member in enumerate(members):
+            found = _of_layer(member.stream, replayed, *divmod(number, each))
+            names = tuple(name for parts, _ in found for name in parts)
+            values = torch.cat([v.reshape(-1).to(found[0][1].dtype) for _, v in found])
+            self.numbers[str(len(self.streams))] = values
+            self.streams.append((member.stream, names))
+
+
+def _of_layer(
+    stream: Stream, replayed: Trajectory, layer: int, direction: int
+) -> Statistics:
+    found = statistics(stream.kind, replayed.layers[layer][direction], replayed.lengths)
+    if not stream.gates:
+        rms = dict(_single(found))["act_deriv_rms"]
+        weight = replayed.weights[layer][direction].hh
+        found.append((("chi",), mean_field_gain(weight, rms)))
+    if replayed.largest is not None and layer == len(replayed.layers) - 1:
+        # All that the module returned, not only the sequences looked at.
+        own = replayed.largest.unflatten(0, (-1, stream.hidden_size))[direction]
+        dead = (own <= 0).to(replayed.layers[0][0].h.dtype).mean()
+        found = [(n, dead if n == ("dead",) else value) for n, value in found]
+    return found
+
+
+def _single(found: Statistics) -> list[tuple[str, Tensor]]:
+    return [(names[0], value) for names, value in found if len(names) == 1]
+
+
+def gate_gradients(members: Sequence[Recurrence], state: State) -> None:
+    """Measure the gradient norm of each gate's part of W_hh, as it is now."""
+    parts: list[Tensor] = []
+    state.gates = []
+    for member in members:
+        weight = plain_weight(member)
+        grad = None if weight is None else weight.grad
+        count = len(member.stream.gates)
+        if not count or grad is None or type(grad) is not Tensor or grad.is_sparse:
+            continue
+        parts += grad.detach().chunk(count)
+        state.gates.append(member.stream)
+    if parts:
+        state.numbers["gates"] = norms(parts)

@@ -1,0 +1,91 @@
+"""A spectral radius far from where it began: a notice, for a vanilla net alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.metrics import stream_key
+from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.rules import text
+from gradwatch.rules.hysteresis import Hysteresis
+
+_WARM_UP: Final = 20
+"""Steps after the first measurement; the first updates move rho most."""
+
+
+class Drift:
+    """The logarithm of rho has moved by .5 since the start, at two measurements.
+
+    Cleared at .35. Healthy runs reached .38: the margin is thin, so that this is a
+    notice and never an alarm. The gates of an LSTM or GRU move by 1.8 in healthy runs
+    and are left alone.
+    """
+
+    kind = "drift"
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self._streams = [s for s in streams if not s.gates]
+        self._levels = Hysteresis(raise_at=0.5, clear_at=0.35)
+        self._began: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a stream is still far from its start."""
+        return self._levels.active
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        found = []
+        for stream in self._streams:
+            if f"reinit:{stream.name}" in record.events:
+                self._levels.forget(stream.name)
+            moved = record.metrics.get(stream_key(stream, "rho_total_drift"))
+            if moved is None:
+                continue
+            if self._began is None:
+                self._began = record.step
+            if record.step < self._began + _WARM_UP:
+                continue
+            if self._levels.update(stream.name, record.step, abs(moved)) == "raised":
+                found.append(self._alert(record, stream, moved))
+        return found
+
+    def _alert(self, record: StepRecord, stream: Stream, moved: float) -> Alert:
+        key, since = stream_key(stream, "rho_total_drift"), self._levels.since
+        rho = record.metrics.get(stream_key(stream, "rho"))
+        trend = record.metrics.get(stream_key(stream, "rho_trend"))
+        shown = f"ln(rho / rho at the start) = {moved:+.2f} (notice from 0.5)"
+        if rho is not None:
+            shown += f"; rho is {rho:.3g}"
+        if trend is not None:
+            shown += f", trend {trend:+.2g} a step"
+        way = "last longer and explode sooner" if moved > 0 else "die out sooner"
+        return Alert(
+            kind=self.kind,
+            severity="info",
+            step=record.step,
+            since=since(stream.name),
+            stream=stream.name,
+            streams=(stream.name,),
+            cause="drift",
+            evidence={key: (moved, self._levels.raise_at)},
+            message=text.four_lines(
+                self.kind,
+                record.step,
+                f"rho of {stream.name} has drifted",
+                shown,
+                f"gradients through time now {way}; no fault by itself",
+                "weight decay, or an orthogonal parametrisation: torch.nn.utils."
+                "parametrizations.orthogonal(module, 'weight_hh_l0')",
+            ),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {"levels": self._levels.state_dict(), "began": self._began}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._levels.load_state_dict(state["levels"])
+        self._began = state["began"]

@@ -1,0 +1,71 @@
+"""A level that is raised at one value and cleared at another, over measurements."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Change = Literal["suspected", "raised", ""]
+
+_CALM: int = 3
+"""Measurements running, at the clear value or below, after which a level is over."""
+
+
+class Hysteresis:
+    """Levels of several keys, such as streams.
+
+    Args:
+        raise_at: Value from which on a measurement counts.
+        clear_at: Value up to which it counts as calm.
+        confirm: How many measurements running have to count.
+    """
+
+    def __init__(self, raise_at: float, clear_at: float, confirm: int = 2) -> None:
+        self.raise_at, self.clear_at, self._confirm = raise_at, clear_at, confirm
+        self._over: dict[str, list[int]] = {}  # key: times over, since which step
+        self._raised: dict[str, int] = {}  # key: calm measurements running
+
+    def update(self, key: str, step: int, value: float) -> Change:
+        """Take in one measurement.
+
+        Returns:
+            ``raised`` where the level has just been confirmed, ``suspected`` where one
+            measurement counts and more are needed, else nothing.
+        """
+        if key in self._raised:
+            calm = self._raised[key] + 1 if value <= self.clear_at else 0
+            self._raised[key] = calm
+            if calm >= _CALM:
+                del self._raised[key]
+                self._over.pop(key, None)
+            return ""
+        if not value >= self.raise_at:
+            self._over.pop(key, None)
+            return ""
+        times, since = self._over.get(key, (0, step))
+        self._over[key] = [times + 1, since]
+        if times + 1 < self._confirm:
+            return "suspected"
+        self._raised[key] = 0
+        return "raised"
+
+    def since(self, key: str) -> int:
+        """Return the step at which a raised key's evidence began."""
+        return self._over[key][1]
+
+    @property
+    def active(self) -> bool:
+        """Whether any key is raised."""
+        return bool(self._raised)
+
+    def forget(self, key: str) -> None:
+        """Forget a key whose reference has changed."""
+        self._over.pop(key, None)
+        self._raised.pop(key, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {"over": dict(self._over), "raised": dict(self._raised)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._over, self._raised = dict(state["over"]), dict(state["raised"])

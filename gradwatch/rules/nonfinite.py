@@ -1,0 +1,105 @@
+"""NaN and Inf, in a gradient or in the logged loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.metrics import run_key
+from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.rules import text
+
+_SKIPS_ALLOWED: Final = 10
+_QUIET_STEPS: Final = 25
+
+_NORM = run_key("grad_norm")
+_NONFINITE = run_key("nonfinite")
+_LOSS = run_key("loss")
+
+
+class Nonfinite:
+    """A gradient or a logged loss holds NaN or Inf.
+
+    What a loss scaler or a refusing clipper skips is expected, up to ten steps in a
+    row; the incident ends after 25 finite steps.
+    """
+
+    kind = "nonfinite"
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self.active = False
+        self._skips = 0
+        self._quiet = 0
+        self._finite: list[float] | None = None  # step and norm
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        norm = record.metrics.get(_NORM)
+        loss = record.metrics.get(_LOSS)
+        count = record.metrics.get(_NONFINITE, 0.0)
+        bad_loss = loss is not None and not math.isfinite(loss)
+        if not count and not bad_loss:
+            self._skips = 0
+            self._quiet += 1
+            if norm is not None and math.isfinite(norm):
+                self._finite = [record.step, norm]
+            if self._quiet >= _QUIET_STEPS:
+                self.active = False
+            return []
+        self._quiet = 0
+        if "skipped_step" in record.events:
+            self._skips += 1
+            by = record.facts.get("skipped_by", "user")
+            excused = by in ("scaler", "clipper", "unknown")
+            if excused and self._skips <= _SKIPS_ALLOWED:
+                return []
+        self.active = True
+        return [self._alert(record, count, loss)]
+
+    def _alert(self, record: StepRecord, count: float, loss: float | None) -> Alert:
+        cause = self._cause(record, count, loss)
+        names = record.facts.get("nonfinite", [])
+        if count:
+            what = f"{count:.0f} gradient tensors hold NaN or Inf"
+            shown = f"first on the way back: {', '.join(names) or 'unknown'}"
+            evidence: dict[str, tuple[float, float | None]] = {_NONFINITE: (count, 1.0)}
+        else:
+            what, shown = "the logged loss is not finite", f"loss {loss}"
+            evidence = {_LOSS: (float(loss or 0.0), None)}
+        if self._finite is not None:
+            step, norm = self._finite
+            shown += f"; last finite gradient norm {norm:.3g} at step {step:.0f}"
+        else:
+            shown += "; no gradient was finite before"
+        why, do = text.NONFINITE[cause]
+        if self._skips > _SKIPS_ALLOWED:
+            what = f"{self._skips} steps in a row were skipped for NaN or Inf"
+        return Alert(
+            kind=self.kind,
+            severity="error",
+            step=record.step,
+            since=record.step - max(self._skips - 1, 0),
+            cause=cause,
+            evidence=evidence,
+            message=text.four_lines(self.kind, record.step, what, shown, why, do),
+        )
+
+    def _cause(
+        self, record: StepRecord, count: float, loss: float | None
+    ) -> str | None:
+        if loss is not None and not math.isfinite(loss):
+            return "nan_data" if self._finite is not None else None
+        if self._skips > _SKIPS_ALLOWED and record.facts.get("skipped_by") == "scaler":
+            return "fp16_overflow"
+        if loss is not None:
+            return "nan_backward"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        vars(self).update(state)

@@ -1,0 +1,93 @@
+"""One batch unlike the others, by the total gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.metrics import run_key
+from gradwatch.numerics.streaming import Window, median, push, robust_z
+from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.rules import text
+
+_WARM_UP: Final = 12
+_WINDOW: Final = 25
+"""Fewest and most logarithms of norms that a norm is compared with."""
+
+_NORM = run_key("grad_norm")
+
+
+class Spike:
+    """One norm far above the recent ones that is over within three steps.
+
+    Robust z of ln(norm) >= 10 and at least 25 times the median of the last 25; said
+    once the norm is back, because a longer one belongs to another kind.
+    """
+
+    kind = "spike"
+    active = False
+    score: Final = 10.0
+    ratio: Final = 25.0
+    within: Final = 3
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self._logs: Window = ()
+        self._peak = -math.inf
+        self._raised: list[float] | None = None  # step, norm, ratio, z; or too long
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        norm = record.metrics.get(_NORM)
+        if norm is None or not math.isfinite(norm) or norm <= 0:
+            self._raised = None
+            return []
+        log, usual = math.log(norm), median(self._logs)
+        if len(self._logs) < _WARM_UP:
+            self._logs = push(self._logs, log, _WINDOW)
+            return []
+        if log - usual < math.log(self.ratio):
+            self._logs = push(self._logs, log, _WINDOW)
+            self._peak = max(self._peak, usual)
+            raised, self._raised = self._raised, None
+            return [self._alert(record, raised)] if raised else []
+        z = robust_z(self._logs, log, floor=0.1)
+        if self._raised is None:
+            # A norm that was usual before is a net that had forgotten it, no spike.
+            if z >= self.score and log > self._peak + 1:
+                self._raised = [record.step, norm, math.exp(log - usual), z]
+        elif not self._raised or record.step - self._raised[0] >= self.within:
+            self._raised = []  # too long for a spike
+            self._logs = push(self._logs, log, _WINDOW)
+        return []
+
+    def _alert(self, record: StepRecord, raised: Sequence[float]) -> Alert:
+        step, norm, ratio, z = raised
+        usual = norm / ratio
+        message = text.four_lines(
+            self.kind,
+            record.step,
+            f"one gradient norm stood out at step {step:.0f}; it is back",
+            f"norm {norm:.3g}, {ratio:.3g} times the median {usual:.3g} "
+            f"(robust z {z:.1f}; both 25 and 10 are needed)",
+            "a batch unlike the others, most likely: a long sequence, a bad label, "
+            "an outlier in the input",
+            text.clip_line(5 * usual, int(step)),
+        )
+        return Alert(
+            kind=self.kind,
+            severity="warning",
+            step=record.step,
+            since=int(step),
+            cause="bad_batch",
+            evidence={_NORM: (norm, self.ratio * usual)},
+            message=message,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        vars(self).update(state)

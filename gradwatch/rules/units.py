@@ -1,0 +1,160 @@
+"""Units and gates that have stopped to take part, by the state depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.metrics import stream_key
+from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.rules import text
+from gradwatch.rules.hysteresis import Hysteresis
+
+_GATES: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
+    "LSTM": {"i": ("shut", "input_gate"), "o": ("shut", "output_gate")},
+    "GRU": {"z": ("open", "update_gate")},
+}
+"""Of each kind of net: gate -> the metric that shows it stuck, and the cause."""
+
+
+class DeadUnits:
+    """Half of the ReLU units are 0 at every step of every sequence looked at.
+
+    Raised at .5, at two measurements running (the second is asked for at once),
+    cleared at .3. In healthy runs the largest share was .17.
+    """
+
+    kind = "dead_units"
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self.wants: str | None = None
+        self._streams = [s for s in streams if s.kind == "RNN_RELU"]
+        self._levels = Hysteresis(raise_at=0.5, clear_at=0.3)
+
+    @property
+    def active(self) -> bool:
+        """Whether a stream is still below its clear value."""
+        return self._levels.active
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self.wants, found = None, []
+        for stream in self._streams:
+            share = record.metrics.get(stream_key(stream, "dead"))
+            if share is None:
+                continue
+            change = self._levels.update(stream.name, record.step, share)
+            if change == "suspected":
+                self.wants = "state"
+            elif change == "raised":
+                found.append(self._alert(record, stream, share))
+        return found
+
+    def _alert(self, record: StepRecord, stream: Stream, share: float) -> Alert:
+        since = self._levels.since(stream.name)
+        active = record.metrics.get(stream_key(stream, "act_deriv"))
+        shown = (
+            f"dead {share:.2f} in {stream.name} (alarm from {self._levels.raise_at})"
+        )
+        if active is not None:
+            shown += f"; share of active units at a step {active:.2f}"
+        return Alert(
+            kind=self.kind,
+            severity="warning",
+            step=record.step,
+            since=since,
+            stream=stream.name,
+            streams=(stream.name,),
+            cause="dead_relu",
+            evidence={stream_key(stream, "dead"): (share, self._levels.raise_at)},
+            message=text.four_lines(
+                self.kind,
+                record.step,
+                f"{100 * share:.0f} % of the units of {stream.name} never fire",
+                shown,
+                "a ReLU that is 0 everywhere passes no gradient and cannot come back: "
+                "a step that was too large, or biases that hold it down",
+                text.bias_line(stream, since),
+            ),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return self._levels.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._levels.load_state_dict(dict(state))
+
+
+class GateStuck:
+    """A gate that lets nothing in, nothing out, or nothing change, nearly everywhere.
+
+    The input or output gate of an LSTM below .05, or the update gate of a GRU above
+    .95, in 95 % of all units and steps, at two measurements running (the second is
+    asked for at once); cleared at 85 %. In healthy runs, gates that were set to
+    remember among them, the largest share was 60 %.
+    """
+
+    kind = "gate_stuck"
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self.wants: str | None = None
+        self._watched = [
+            (stream, gate, stream_key(stream, metric, gate), cause)
+            for stream in streams
+            for gate, (metric, cause) in _GATES.get(stream.kind, {}).items()
+        ]
+        self._levels = Hysteresis(raise_at=0.95, clear_at=0.85)
+
+    @property
+    def active(self) -> bool:
+        """Whether a gate is still above its clear value."""
+        return self._levels.active
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self.wants, found = None, []
+        for stream, gate, key, cause in self._watched:
+            share = record.metrics.get(key)
+            if share is None:
+                continue
+            change = self._levels.update(key, record.step, share)
+            if change == "suspected":
+                self.wants = "state"
+            elif change == "raised":
+                found.append(self._alert(record, stream, gate, key, cause))
+        return found
+
+    def _alert(
+        self, record: StepRecord, stream: Stream, gate: str, key: str, cause: str
+    ) -> Alert:
+        share, since = record.metrics[key], self._levels.since(key)
+        side, means = text.STUCK[cause]
+        return Alert(
+            kind=self.kind,
+            severity="warning",
+            step=record.step,
+            since=since,
+            stream=stream.name,
+            streams=(stream.name,),
+            cause=cause,
+            evidence={key: (share, self._levels.raise_at)},
+            message=text.four_lines(
+                self.kind,
+                record.step,
+                f"gate {gate} of {stream.name} is stuck",
+                f"{side} in {100 * share:.0f} % of units and steps "
+                f"(alarm from {100 * self._levels.raise_at:.0f} %)",
+                means,
+                text.bias_line(stream, since),
+            ),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return self._levels.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._levels.load_state_dict(dict(state))
