@@ -46,9 +46,11 @@ def gradient_metrics(reading: Reading, before: Mapping[int, float]) -> dict[str,
             broken = sum(not math.isfinite(value) for value in before.values())
         metrics[_NONFINITE] = float(broken)
         if "post" in reading.host:
-            post = _floats(reading.host["post"])
-            seen = dict(before) | dict(zip(reading.step.post_live, post, strict=True))
-            clipped = math.hypot(*(seen[i] for i in before))
+            clipped = norm
+            if reading.host["post"] is not reading.host.get("pre"):
+                post = _floats(reading.host["post"])
+                after = dict(zip(reading.step.post_live, post, strict=True))
+                clipped = math.hypot(*(after.get(i, n) for i, n in before.items()))
             metrics[_CLIPPED] = clipped
             if math.isfinite(norm) and math.isfinite(clipped):
                 metrics[_RATIO] = min(clipped / norm, 1.0) if norm else 1.0

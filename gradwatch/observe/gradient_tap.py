@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,8 +25,24 @@ from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.observe.capture import Step
 from gradwatch.observe.measure import Norms, all_finite, joined, norms, over
-from gradwatch.observe.weights import Changes
+from gradwatch.observe.weights import Changes, Moving
 from gradwatch.recurrent import clean_path
+
+
+class _Held(NamedTuple):
+    """What an optimizer holds of the watched parameters.
+
+    Attributes:
+        size: How many parameters it had when this was looked up.
+        optimizer: The optimizer, not kept alive.
+        params: Indices of the watched parameters that it holds.
+        moving: The recurrent weights among them.
+    """
+
+    size: int
+    optimizer: weakref.ref[Optimizer]
+    params: list[int]
+    moving: Moving
 
 
 class GradientTap:
@@ -104,7 +120,7 @@ class GradientTap:
             hook.remove()
         self.names, self._params = [clean_path(n) for n, _ in named], params
         self._index = {id(p): i for i, p in enumerate(params)}
-        self._mine: dict[int, tuple[int, weakref.ref[Optimizer], list[int]]] = {}
+        self._mine: dict[int, _Held] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._changes = Changes(self._weights_of())
         trigger = _trigger(self)
@@ -204,21 +220,23 @@ class GradientTap:
 
     # ---- optimizers
 
-    def _held(self, optimizer: Optimizer) -> list[int]:
-        """Return which watched parameters an optimizer holds; kept by its size."""
+    def _held(self, optimizer: Optimizer) -> _Held:
+        """Return what an optimizer holds; looked up anew where its size has changed."""
         size = 0
         for group in optimizer.param_groups:
             size += len(group["params"])
         known = self._mine.get(id(optimizer))
-        if known is None or known[0] != size or known[1]() is not optimizer:
-            held = self._look_up(optimizer)
-            if not held and size:
+        if known is None or known.size != size or known.optimizer() is not optimizer:
+            index = self._look_up(optimizer)
+            if not index and size:
                 self.rescan()  # its parameters may be new to us
-                held = self._look_up(optimizer)
-            known = self._mine[id(optimizer)] = (size, weakref.ref(optimizer), held)
-            if held and self.scaler is None:
+                index = self._look_up(optimizer)
+            moving = self._changes.among(self._params[i] for i in index)
+            known = _Held(size, weakref.ref(optimizer), index, moving)
+            self._mine[id(optimizer)] = known
+            if index and self.scaler is None:
                 self._find_scaler()
-        return known[2]
+        return known
 
     def optimized(self) -> dict[int, float] | None:
         """Return the learning rates of all parameters that known optimizers hold.
@@ -231,7 +249,7 @@ class GradientTap:
         """
         if not self._any_optimizer:
             return None
-        known = [ref() for _, ref, held in self._mine.values() if held]
+        known = [held.optimizer() for held in self._mine.values() if held.params]
         groups = [g for o in known if o is not None for g in o.param_groups]
         return {
             id(p): rate
@@ -250,7 +268,7 @@ class GradientTap:
             return
         with self._guard:
             held = self._held(optimizer)
-            if not held:
+            if not held.params:
                 return
             self._any_optimizer = True
             if self._outermost == id(optimizer):
@@ -267,10 +285,10 @@ class GradientTap:
             closure = _closure(args, kwargs) is not None
             if not (self._open or closure) or not self._due(self.number):
                 return
-            self._changes.remember(self._params[i] for i in held)
+            self._changes.remember(held.moving)
             if closure:  # backward runs inside step()
                 return
-            self._read(optimizer, held)
+            self._read(optimizer, held.params)
             if self._refuse and not all(all_finite(read) for _, read in self._post):
                 self._depth = 0
                 self._close(("skipped_step",), by="refused")
@@ -281,7 +299,7 @@ class GradientTap:
             return
         with self._guard:
             held = self._held(optimizer)
-            if not held:
+            if not held.params:
                 return
             self._depth = max(self._depth - 1, 0)
             if self._depth:
@@ -293,7 +311,7 @@ class GradientTap:
                 return
             if self._due(self.number):
                 if _closure(args, kwargs) is not None:
-                    self._read(optimizer, held)
+                    self._read(optimizer, held.params)
                 if (moved := self._changes.compare()) is not None:
                     self._moved.append(moved)
             self._stepped.add(id(optimizer))

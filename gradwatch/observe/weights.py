@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradwatch.observe.measure import Norms, norms
+from gradwatch.observe.measure import Norms, joined, norms
+
+_SMALL: Final = 1 << 16
+"""Up to this many entries numpy costs a third of torch on the CPU, in one thread."""
+
+
+class _View(NamedTuple):
+    """A small weight as numpy sees it, and a buffer of its size.
+
+    The view keeps the memory alive, so that the same address is the same memory.
+    """
+
+    address: int
+    values: np.ndarray
+    buffer: np.ndarray
+
+
+Moving = Sequence[tuple[str, nn.Parameter]]
+"""Names of streams with the weight that an optimizer is about to change."""
 
 
 class Changes:
@@ -20,23 +41,36 @@ class Changes:
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self._tracked = {id(w): (name, w) for name, w in weights.items()}
         self._copies: dict[str, Tensor] = {}
-        self._names: list[str] = []
-        self._moving: list[nn.Parameter] = []
-        self._norms: Norms = []
+        self._views: dict[str, _View] = {}
+        self._moving: Moving = ()
+        self._norms: list[Norms] = []
 
-    def remember(self, params: Iterable[nn.Parameter]) -> None:
-        """Copy and measure those weights that an optimizer is about to change."""
+    def among(self, params: Iterable[nn.Parameter]) -> Moving:
+        """Return which of some parameters are recurrent weights, with their names."""
         known = [self._tracked.get(id(param)) for param in params]
-        self._names = [pair[0] for pair in known if pair is not None]
-        self._moving = [pair[1] for pair in known if pair is not None]
-        for name, weight in zip(self._names, self._moving, strict=True):
-            copy = self._copies.get(name)
-            if copy is None or copy.shape != weight.shape:
-                copy = torch.empty_like(weight, requires_grad=False)
-                self._copies[name] = copy
-            copy.copy_(weight.detach())
-        if self._moving:  # now, while they are at hand for the optimizer
-            self._norms = norms(self._moving)
+        return [pair for pair in known if pair is not None]
+
+    def remember(self, moving: Moving) -> None:
+        """Copy and measure weights that an optimizer is about to change."""
+        self._moving = moving
+        self._norms = [self._one(name, weight) for name, weight in moving]
+
+    def _one(self, name: str, weight: nn.Parameter) -> Norms:
+        view = self._views.get(name)
+        if view is None or view.address != weight.data_ptr():
+            view = _view(weight)
+            if view is not None:
+                self._views[name] = view
+        if view is not None:
+            np.copyto(view.buffer, view.values)
+            return [_norm(view.buffer)]
+        self._views.pop(name, None)
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != weight.shape or copy.dtype != weight.dtype:
+            copy = torch.empty_like(weight, requires_grad=False)
+            self._copies[name] = copy
+        copy.copy_(weight.detach())
+        return norms([weight])
 
     def compare(self) -> tuple[list[str], Norms, Norms] | None:
         """Measure how far they have moved.
@@ -47,9 +81,34 @@ class Changes:
         """
         if not self._moving:
             return None
-        changes = [
-            self._copies[name].sub_(weight.detach())
-            for name, weight in zip(self._names, self._moving, strict=True)
-        ]
-        self._moving = []
-        return self._names, norms(changes), self._norms
+        changes: list[Norms] = []
+        for name, weight in self._moving:
+            view = self._views.get(name)
+            if view is None:
+                changes.append(norms([self._copies[name].sub_(weight.detach())]))
+                continue
+            values = view.values
+            if view.address != weight.data_ptr():
+                values = weight.detach().numpy().reshape(-1)
+            changes.append([_norm(np.subtract(view.buffer, values, out=view.buffer))])
+        names = [name for name, _ in self._moving]
+        self._moving = ()
+        return names, joined(changes), joined(self._norms)
+
+
+def _view(weight: Tensor) -> _View | None:
+    """Return the view of a small float32 weight on the CPU, else None."""
+    small = weight.dtype is torch.float32 and 0 < weight.numel() <= _SMALL
+    plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
+    if not small or not plain or not weight.is_contiguous():
+        return None
+    values = weight.detach().numpy().reshape(-1)
+    return _View(weight.data_ptr(), values, values.copy())
+
+
+def _norm(values: np.ndarray) -> float:
+    square = float(values.dot(values))
+    if math.isfinite(square) and square > 1e-30:
+        return math.sqrt(square)
+    wide = values.astype(np.float64)  # overflow, underflow, or not finite
+    return math.sqrt(float(wide.dot(wide)))

@@ -25,7 +25,11 @@ class Drift:
     kind = "drift"
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self._streams = [s for s in streams if not s.gates]
+        self._watched = [
+            (stream, stream_key(stream, "rho_total_drift"))
+            for stream in streams
+            if not stream.gates
+        ]
         self._levels = Hysteresis(raise_at=0.5, clear_at=0.35)
         self._began: int | None = None
 
@@ -37,10 +41,10 @@ class Drift:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         found = []
-        for stream in self._streams:
-            if f"reinit:{stream.name}" in record.events:
+        for stream, key in self._watched:
+            if record.events and f"reinit:{stream.name}" in record.events:
                 self._levels.forget(stream.name)
-            moved = record.metrics.get(stream_key(stream, "rho_total_drift"))
+            moved = record.metrics.get(key)
             if moved is None:
                 continue
             if self._began is None:

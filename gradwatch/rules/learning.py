@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Alert, StepRecord, Stream
@@ -40,8 +40,9 @@ class _Ledger:
 
     def note(self, record: StepRecord) -> bool:
         """Take in a record's facts; tell whether the step can be judged."""
-        found = {k: v for k, v in record.facts.items() if isinstance(v, dict)}
-        self.facts.update(found)
+        if record.facts:
+            found = {k: v for k, v in record.facts.items() if isinstance(v, dict)}
+            self.facts.update(found)
         norm = record.metrics.get(_NORM, 0.0)
         return norm > 0 and math.isfinite(norm) and "skipped_step" not in record.events
 
@@ -79,6 +80,20 @@ class _Ledger:
         vars(self).update({key: dict(value) for key, value in state.items()})
 
 
+class _Keys(NamedTuple):
+    """The keys of one stream, made once."""
+
+    hh: str
+    ih: str
+    ratio: str
+    dead: str
+
+    @classmethod
+    def of(cls, stream: Stream) -> _Keys:
+        names = ("grad_norm_hh", "grad_norm_ih", "update_ratio", "dead")
+        return cls(*(stream_key(stream, name) for name in names))
+
+
 class NoGradient:
     """W_hh has no gradient at all, or one that is 0 in every entry.
 
@@ -91,7 +106,7 @@ class NoGradient:
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
-        self._streams = tuple(streams)
+        self._watched = [(stream, _Keys.of(stream)) for stream in streams]
         self._ledger = _Ledger()
 
     @property
@@ -105,8 +120,8 @@ class NoGradient:
         ledger = self._ledger
         if not ledger.note(record):
             return []
-        for stream in self._streams:
-            norm = record.metrics.get(stream_key(stream, "grad_norm_hh"))
+        for stream, keys in self._watched:
+            norm = record.metrics.get(keys.hh)
             if norm or self._excused(stream, norm):
                 ledger.there(stream)
                 continue
@@ -115,7 +130,7 @@ class NoGradient:
             if missing == hold - 1:
                 self.wants = "state"  # so that the facts are of now
             elif missing >= hold and stream.name not in ledger.raised:
-                found += self._judged(record, stream, norm)
+                found += self._judged(record, stream, keys)
         return found
 
     def _excused(self, stream: Stream, norm: float | None) -> bool:
@@ -125,11 +140,10 @@ class NoGradient:
             return True
         return norm == 0 and self._ledger.fact(stream, "T") == 1
 
-    def _judged(
-        self, record: StepRecord, stream: Stream, norm: float | None
-    ) -> list[Alert]:
+    def _judged(self, record: StepRecord, stream: Stream, keys: _Keys) -> list[Alert]:
         """Return the alert, if a cause can be seen or a gradient of zeros is there."""
         ledger, reach = self._ledger, self._ledger.fact(stream, "reach")
+        norm = record.metrics.get(keys.hh)
         cause: str | None = None
         if ledger.fact(stream, "requires_grad") is False:
             cause = "frozen"
@@ -137,9 +151,9 @@ class NoGradient:
             if reach not in ("unused", "detached"):
                 return []  # reached, and its gradients were taken away since
             cause = reach
-        elif record.metrics.get(stream_key(stream, "grad_norm_ih"), 0.0) > 0:
+        elif record.metrics.get(keys.ih, 0.0) > 0:
             cause = "readout_index"
-        elif record.metrics.get(stream_key(stream, "dead"), 0.0) >= 1.0:
+        elif record.metrics.get(keys.dead, 0.0) >= 1.0:
             return []
         ledger.raised[stream.name] = 0
         why, do = text.NO_GRADIENT[cause]
@@ -147,7 +161,6 @@ class NoGradient:
             "weight": text.path_of(stream, "weight_hh"),
             "module": text.path_of(stream, ""),
         }
-        key = stream_key(stream, "grad_norm_hh")
         shown = "none at all" if norm is None else "0 in every entry"
         message = text.four_lines(
             self.kind,
@@ -167,7 +180,7 @@ class NoGradient:
                 stream=stream.name,
                 streams=(stream.name,),
                 cause=cause,
-                evidence={} if norm is None else {key: (norm, 0.0)},
+                evidence={} if norm is None else {keys.hh: (norm, 0.0)},
                 message=message,
             )
         ]
@@ -192,7 +205,7 @@ class NotUpdating:
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
-        self._streams = tuple(streams)
+        self._watched = [(stream, _Keys.of(stream)) for stream in streams]
         self._ledger = _Ledger()
 
     @property
@@ -206,10 +219,10 @@ class NotUpdating:
         ledger = self._ledger
         if not ledger.note(record):
             return []
-        for stream in self._streams:
-            if not record.metrics.get(stream_key(stream, "grad_norm_hh")):
+        for stream, keys in self._watched:
+            if not record.metrics.get(keys.hh):
                 continue
-            ratio = record.metrics.get(stream_key(stream, "update_ratio"))
+            ratio = record.metrics.get(keys.ratio)
             unheld = ratio is None and ledger.fact(stream, "in_optimizer") is False
             if ratio != 0 and not unheld:
                 ledger.there(stream)
@@ -219,10 +232,12 @@ class NotUpdating:
             if missing == hold - 1:
                 self.wants = "state"  # so that the facts are of now
             elif missing >= hold and stream.name not in ledger.raised:
-                found.append(self._alert(record, stream, unheld))
+                found.append(self._alert(record, stream, keys, unheld))
         return found
 
-    def _alert(self, record: StepRecord, stream: Stream, unheld: bool) -> Alert:
+    def _alert(
+        self, record: StepRecord, stream: Stream, keys: _Keys, unheld: bool
+    ) -> Alert:
         ledger = self._ledger
         ledger.raised[stream.name] = 0
         cause: str | None = "not_in_optimizer" if unheld else None
@@ -230,8 +245,7 @@ class NotUpdating:
             cause = "frozen"
         why, do = text.NOT_UPDATING[cause]
         weight = text.path_of(stream, "weight_hh")
-        norm = record.metrics[stream_key(stream, "grad_norm_hh")]
-        ratio = stream_key(stream, "update_ratio")
+        norm = record.metrics[keys.hh]
         return Alert(
             kind=self.kind,
             severity="info" if cause == "frozen" else "warning",
@@ -240,7 +254,7 @@ class NotUpdating:
             stream=stream.name,
             streams=(stream.name,),
             cause=cause,
-            evidence={} if unheld else {ratio: (0.0, 0.0)},
+            evidence={} if unheld else {keys.ratio: (0.0, 0.0)},
             message=text.four_lines(
                 self.kind,
                 record.step,

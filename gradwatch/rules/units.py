@@ -28,7 +28,11 @@ class DeadUnits:
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
-        self._streams = [s for s in streams if s.kind == "RNN_RELU"]
+        self._watched = [
+            (stream, stream_key(stream, "dead"))
+            for stream in streams
+            if stream.kind == "RNN_RELU"
+        ]
         self._levels = Hysteresis(raise_at=0.5, clear_at=0.3)
 
     @property
@@ -39,8 +43,8 @@ class DeadUnits:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
-        for stream in self._streams:
-            share = record.metrics.get(stream_key(stream, "dead"))
+        for stream, key in self._watched:
+            share = record.metrics.get(key)
             if share is None:
                 continue
             change = self._levels.update(stream.name, record.step, share)
