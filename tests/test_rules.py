@@ -161,8 +161,8 @@ def test_lower_kinds_are_evidence_while_a_higher_one_is_open():
     assert incidents.take(alert("nonfinite"))[0] is not None
     for kind in ("exploding", "lr_too_high", "loss_divergence", "spike"):
         assert incidents.take(alert(kind))[0] is None
-    assert incidents.take(alert("dead_units"))[0] is not None
-    assert [i.kind for i in incidents] == ["nonfinite", "dead_units"]
+    assert incidents.take(alert("underflow"))[0] is not None
+    assert [i.kind for i in incidents] == ["nonfinite", "underflow"]
 
 
 def test_an_explosion_explains_the_nan_it_ends_in():

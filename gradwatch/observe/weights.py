@@ -53,7 +53,8 @@ class Changes:
     def remember(self, moving: Moving) -> None:
         """Copy and measure weights that an optimizer is about to change."""
         self._moving = moving
-        self._norms = [self._one(name, weight) for name, weight in moving]
+        with np.errstate(all="ignore"):  # what overflows is measured again, wider
+            self._norms = [self._one(name, weight) for name, weight in moving]
 
     def _one(self, name: str, weight: nn.Parameter) -> Norms:
         view = self._views.get(name)
@@ -81,19 +82,20 @@ class Changes:
         """
         if not self._moving:
             return None
-        changes: list[Norms] = []
-        for name, weight in self._moving:
-            view = self._views.get(name)
-            if view is None:
-                changes.append(norms([self._copies[name].sub_(weight.detach())]))
-                continue
-            values = view.values
-            if view.address != weight.data_ptr():
-                values = weight.detach().numpy().reshape(-1)
-            changes.append([_norm(np.subtract(view.buffer, values, out=view.buffer))])
+        with np.errstate(all="ignore"):
+            changes = [self._change(name, weight) for name, weight in self._moving]
         names = [name for name, _ in self._moving]
         self._moving = ()
         return names, joined(changes), joined(self._norms)
+
+    def _change(self, name: str, weight: nn.Parameter) -> Norms:
+        view = self._views.get(name)
+        if view is None:
+            return norms([self._copies[name].sub_(weight.detach())])
+        values = view.values
+        if view.address != weight.data_ptr():  # an optimizer that replaces the data
+            values = weight.detach().numpy().reshape(-1)
+        return [_norm(np.subtract(view.buffer, values, out=view.buffer))]
 
 
 def _view(weight: Tensor) -> _View | None:
