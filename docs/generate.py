@@ -15,14 +15,17 @@ MEASURED = {
     ),
     "spectrum": (
         "At steps 0, 1, 2, 4, 8 and then every 50, of the weights that the forward of "
-        "that step used; `sigma_max` and `orthogonality` every second time. How: "
-        "[spectral-radius.md](spectral-radius.md)."
+        "that step used; `sigma_max` and `orthogonality` every second time; "
+        "`rho_drift` of the update that ends the step, absent where `W_hh` is "
+        "parametrised. How: [spectral-radius.md](spectral-radius.md), "
+        "[drift.md](drift.md)."
     ),
-    "state": "Not measured by this version; the names are reserved.",
+    "state": (
+        "At steps 0, 1, 2, 4, 8 and then every 50, from a replay of `flow_samples` "
+        "sequences of the step. How each is defined and read: [state.md](state.md)."
+    ),
     "flow": "Not measured by this version; the names are reserved.",
 }
-LATER = {"rho_drift", "rho_drift_reliable", "rho_trend", "rho_total_drift", "rho_eff"}
-LATER |= {"rho_gain_log10"}
 
 HEAD = """# Metrics
 
@@ -42,9 +45,8 @@ Headline metrics go to W&B by default, without their gates; the others with
 def row(metric: Metric) -> str:
     """Return one line of a table."""
     gates = metric.gates + (f" (whole: {metric.unsuffixed})" * bool(metric.unsuffixed))
-    name = f"`{metric.name}`" + (" (later)" if metric.name in LATER else "")
     cells = [
-        name,
+        f"`{metric.name}`",
         metric.scope,
         gates or "-",
         metric.nets,
