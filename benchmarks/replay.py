@@ -102,7 +102,7 @@ def run(
     if "packed" in case.layout:
         lengths = sorted(LENGTHS, reverse=True) if "sorted" in case.layout else LENGTHS
     x = torch.randn(STEPS, batch, FEATURES, dtype=dtype)
-    states = _states(module, case, batch, dtype) if case.states else None
+    states = first_states(module, case, batch, dtype) if case.states else None
     health = Health(lambda line: None)
     probe = Probe(
         module,
@@ -131,9 +131,10 @@ def run(
     return module, replayed, truth, found
 
 
-def _states(
+def first_states(
     module: nn.Module, case: Case, batch: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
+    """Return first states (h, c) for a case; c is None but for an LSTM."""
     count = case.layers * (1 + case.two_way)
     width = getattr(module, "proj_size", 0) or HIDDEN
     h = torch.randn(count, batch, width, dtype=dtype)

@@ -6,8 +6,9 @@ docstring says, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -102,6 +103,24 @@ def calling_scaler(depth: int = 16) -> Any | None:
                 return owner
         frame, depth = frame.f_back, depth - 1
     return None
+
+
+@contextlib.contextmanager
+def without_cudnn(device: torch.device) -> Iterator[None]:
+    """Have recurrent functions run without cuDNN, on the GPU.
+
+    It wants the weights in one chunk of memory and warns where they are not. Not by
+    ``torch.backends.cudnn.flags``: that asks for settings which newer ones bar.
+    """
+    cudnn = torch.backends.cudnn
+    if device.type != "cuda" or not cudnn.enabled:
+        yield
+        return
+    cudnn.enabled = False
+    try:
+        yield
+    finally:
+        cudnn.enabled = True
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:

@@ -83,7 +83,8 @@ class Pipeline:
 
     def wanted(self) -> set[str]:
         """Return the depths that rules ask for at the next step."""
-        return {w for rule in self.rules if (w := getattr(rule, "wants", None))}
+        asked = [getattr(rule, "wants", None) or () for rule in self.rules]
+        return {w for own in asked for w in ((own,) if isinstance(own, str) else own)}
 
     def _judge(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
         given: list[Alert] = []
@@ -158,6 +159,7 @@ class Pipeline:
                 "norms": list(memory.norms),
                 "facts": dict(memory.facts),
                 "rho": dict(memory.rho),
+                "signals": dict(memory.signals),
                 "left_out": dict(memory.left_out),
             },
             "rules": {
@@ -176,6 +178,7 @@ class Pipeline:
             norms=tuple(memory["norms"]),
             facts=memory["facts"],
             rho=memory.get("rho", {}),
+            signals=memory.get("signals", {}),
             left_out=memory.get("left_out", {}),
         )
         for rule in self.rules:

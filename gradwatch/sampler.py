@@ -19,8 +19,11 @@ from gradwatch.derive import Layout, Reading
 from gradwatch.health import Health
 from gradwatch.observe.capture import Step
 from gradwatch.observe.depths import Depths, Sampled
+from gradwatch.observe.flow import Flow
 from gradwatch.observe.gradient_tap import GradientTap
 from gradwatch.observe.measure import Drain
+from gradwatch.observe.spectrum import Spectrum
+from gradwatch.observe.state import State
 from gradwatch.recurrent import (
     Recurrence,
     clean_path,
@@ -34,7 +37,7 @@ _BATCH: Final = 16
 _BATCH_S: Final = 1.0
 """Most steps, and seconds, that an unremarkable step waits to be taken in."""
 
-_NOT_SAMPLED: Final = Sampled(None, None, {})
+_NOT_SAMPLED: Final = Sampled(None, None, None, {})
 
 
 class _Pending(NamedTuple):
@@ -161,9 +164,8 @@ class Sampler:
         if step.number % _RESCAN_STEPS == 0:
             self.tap.rescan()
         numbers = step.numbers
-        for depth, run in (("spectrum", sampled.spectrum), ("state", sampled.state)):
-            if run is not None:
-                numbers |= {f"{depth}.{k}": t for k, t in run.numbers.items()}
+        for depth, run in _runs(sampled).items():
+            numbers |= {f"{depth}.{k}": t for k, t in run.numbers.items()}
         loss, self.loss = self.loss, None
         if isinstance(loss, Tensor):
             numbers["loss"], loss = loss, None
@@ -217,6 +219,7 @@ class Sampler:
                 layout=waiting.layout,
                 spectrum=waiting.sampled.spectrum,
                 state=waiting.sampled.state,
+                flow=waiting.sampled.flow,
                 time=waiting.time,
                 loss=float(host["loss"]) if "loss" in host else waiting.loss,
                 overhead=waiting.overhead,
@@ -230,8 +233,7 @@ class Sampler:
 
     def _note_costs(self, sampled: Sampled, finish: float) -> None:
         """Tell the schedule what the depths of a step cost; the finish is shared."""
-        runs = {"spectrum": sampled.spectrum, "state": sampled.state}
-        ran = {depth: run for depth, run in runs.items() if run is not None}
+        ran = _runs(sampled)
         for depth, run in ran.items():
             changed = self._schedule.ran(depth, run.seconds + finish / len(ran))
             if changed is not None:
@@ -276,3 +278,9 @@ class Sampler:
             self.drain()
         finally:
             self.depths.close()
+
+
+def _runs(sampled: Sampled) -> dict[str, Spectrum | State | Flow]:
+    """Return what was launched in a step, by depth."""
+    runs = {"spectrum": sampled.spectrum, "state": sampled.state, "flow": sampled.flow}
+    return {depth: run for depth, run in runs.items() if run is not None}

@@ -23,6 +23,8 @@ _EARLY: Final = {
 _STRETCH: Final = (1, 2, 5, 10, 20)
 _TOO_LONG: Final = 1.0
 """Seconds that one probe may take; a longer one is left out."""
+_RAREST: Final = 50
+"""Steps after which what a rule asks for is let through, whatever it costs."""
 _STEPS_KEPT: Final = 64
 _RUNS_KEPT: Final = 5
 
@@ -75,6 +77,22 @@ class Schedule:
     def ask(self, depth: str, step: int) -> None:
         """Have a depth run at one coming step, whatever its cadence."""
         self._asked[depth] = step
+
+    def ask_within_budget(self, depth: str, step: int) -> None:
+        """Have a depth run at one coming step, unless it has run too often lately.
+
+        A depth whose runs cost more than its third of the budget is let through when
+        as many steps have passed since it was last let through as would pay for it,
+        but for 50 at most.
+        """
+        costs, steps = self._costs[depth], self._steps
+        needed = 1.0
+        if self.budget is not None and costs and steps:
+            share = statistics.median(costs) / max(statistics.median(steps), 1e-9)
+            needed = min(share / (self.budget / 3), _RAREST)
+        last = self._asked.get(depth)
+        if last is None or step - last >= needed:
+            self.ask(depth, step)
 
     def stepped(self, seconds: float) -> None:
         """Take note of how long a training step took."""

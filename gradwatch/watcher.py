@@ -198,7 +198,9 @@ class Watch:
         self._pipeline.handed_on()
         if self._sampler is not None:
             for depth in self._pipeline.wanted():
-                self._settings.schedule.ask(depth, self._sampler.tap.number)
+                self._settings.schedule.ask_within_budget(
+                    depth, self._sampler.tap.number
+                )
         norms = self._pipeline.memory.norms
         custom = self._settings.sinks or self._settings.rules is not None
         if custom or len(norms) < WARM_UP:

@@ -134,6 +134,48 @@ def _one_sequence(module, suffix, inputs, h, c):
     return steps
 
 
+def adjoints(module, sequences, states, loss_of):
+    """The gradients of every h and c, by autograd through the unrolled cell.
+
+    ``states``: first states as in :func:`unrolled`, or None for zeros. ``loss_of``
+    takes the runs of :func:`unrolled` and returns the loss. Returns, for each layer and
+    direction, one ``(T_i, .)`` gradient of h and of c (or None) per sequence.
+    """
+    if states is None:
+        count = len(sequences)
+        cell = isinstance(module, torch.nn.RNNCellBase)
+        rows = 1 if cell else module.num_layers * (1 + module.bidirectional)
+        width = getattr(module, "proj_size", 0) or module.hidden_size
+        states = (
+            torch.zeros(rows, count, width, dtype=torch.float64),
+            torch.zeros(rows, count, module.hidden_size, dtype=torch.float64),
+        )
+    states = [None if s is None else s.double().requires_grad_() for s in states]
+    runs = unrolled(module, sequences, states)
+    loss = loss_of(runs)
+    found = {}
+    for place, own in runs.items():
+        found[place] = []
+        for run in own:
+            parts = []
+            for name in ("h", "c"):
+                tensors = [step[name] for step in run if name in step]
+                grads = (
+                    torch.autograd.grad(
+                        loss, tensors, retain_graph=True, allow_unused=True
+                    )
+                    if tensors
+                    else ()
+                )
+                filled = [
+                    torch.zeros_like(t) if g is None else g
+                    for t, g in zip(tensors, grads, strict=True)
+                ]
+                parts.append(torch.stack(filled).detach() if filled else None)
+            found[place].append(tuple(parts))
+    return found
+
+
 def state_metrics(kind, runs, recurrent):
     """Every metric of the state depth of one layer and direction, by its definition."""
     steps = [step for run in runs for step in run]

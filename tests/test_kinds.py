@@ -44,6 +44,11 @@ def watched(model, steps=40, optimizer=None, each=None, **setup):
     return watch, alarms
 
 
+def others(watch):
+    """The incidents, but for the notice that nets on 64 pixels begin with."""
+    return [i for i in watch.incidents if i.kind != "vanishing"]
+
+
 def only(alarms, kind, cause, stream):
     [alarm] = alarms
     assert (alarm.kind, alarm.cause, alarm.stream) == (kind, cause, stream)
@@ -76,7 +81,7 @@ def test_biases_that_fall_in_mid_training_are_found_one_step_after_they_are_seen
     watch, alarms = watched(model, 110, at=70, change=sink, clip=1.0)
     alarm = only(alarms, "dead_units", "dead_relu", "rnn.l0")
     assert (alarm.since, alarm.step) == (100, 101)
-    assert watch.incidents[0].until is None
+    assert others(watch)[0].until is None
     assert "zeros_(b)" in alarm.message
 
 
@@ -112,7 +117,7 @@ def test_gates_that_are_set_to_remember_are_not_stuck(kind, seed):
         if kind is nn.LSTM:
             model.rnn.bias_ih_l0[:48] = -memory
     watch, alarms = watched(model)
-    assert alarms == [] and watch.incidents == []
+    assert alarms == [] and others(watch) == []
 
 
 # ---- no gradient
@@ -156,13 +161,13 @@ def test_the_last_output_of_a_bidirectional_net_is_a_wrong_readout(kind):
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 def test_its_healthy_twin_reads_h_n(kind):
     watch, alarms = watched(one_module("h_n", kind), 30)
-    assert alarms == [] and watch.incidents == []
+    assert alarms == [] and others(watch) == []
 
 
 def test_a_detached_output_is_said_once_for_all_its_streams():
     watch, alarms = watched(one_module("detached"), 30)
     only(alarms, "no_gradient", "detached", "rnn.l0")
-    assert watch.incidents[0].streams == ("rnn.l0", "rnn.l0_reverse")
+    assert others(watch)[0].streams == ("rnn.l0", "rnn.l0_reverse")
 
 
 def test_a_module_that_is_never_called_is_unused():
@@ -174,7 +179,7 @@ def test_a_spare_module_that_nobody_trains_is_no_fault():
     model = Reader("h_n")
     used = [p for n, p in model.named_parameters() if not n.startswith("spare")]
     watch, alarms = watched(model, 30, torch.optim.Adam(used, 1e-3))
-    assert alarms == [] and watch.incidents == []
+    assert alarms == [] and others(watch) == []
 
 
 def test_a_frozen_encoder_is_a_notice():
@@ -182,7 +187,7 @@ def test_a_frozen_encoder_is_a_notice():
     model.rnn.requires_grad_(False)
     watch, alarms = watched(model, 30)
     assert alarms == []
-    [incident] = watch.incidents
+    [incident] = others(watch)
     assert (incident.kind, incident.severity) == ("no_gradient", "info")
     assert incident.cause == "frozen"
 
@@ -200,7 +205,7 @@ def test_modules_that_take_turns_are_no_fault():
             else:
                 model.spare(x)[0].square().mean().backward()
             optimizer.step()
-    assert alarms == [] and watch.incidents == []
+    assert alarms == [] and others(watch) == []
 
 
 def test_a_sequence_of_one_step_has_no_recurrence_to_learn():
@@ -245,7 +250,7 @@ def test_a_learning_rate_of_zero_is_a_notice():
     ]
     watch, alarms = watched(model, 20, torch.optim.Adam(groups, 1e-3))
     assert alarms == []
-    [incident] = watch.incidents
+    [incident] = others(watch)
     assert (incident.severity, incident.cause) == ("info", "frozen")
 
 
@@ -257,7 +262,7 @@ def test_a_warm_up_from_zero_is_no_fault():
         optimizer.param_groups[0]["lr"] = 1e-3 * max(step - 4, 0) / 20
 
     watch, alarms = watched(model, 40, optimizer, each=warm)
-    assert alarms == [] and watch.incidents == []
+    assert alarms == [] and others(watch) == []
 
 
 # ---- drift
@@ -298,6 +303,7 @@ def records(metric, values, **facts):
     for step, value in enumerate(values):
         metrics = {"gradwatch/grad_norm": 1.0, "gradwatch/rnn/l0/grad_norm_hh": 0.5}
         metrics |= {} if value is None else {f"gradwatch/rnn/l0/{metric}": value}
+        facts = {"rnn": {"T": 9, "B": 9, "reach": "reached"}} | facts
         yield StepRecord(step=step, metrics=metrics, facts=facts if not step else {})
 
 
@@ -396,7 +402,7 @@ def test_what_a_broken_net_shows_is_evidence_of_what_broke_it():
 
 def test_every_rule_replays_alike_from_a_saved_state():
     """Half the records, a state through JSON, the other half: the same alerts."""
-    made = list(records("dead", [0.1] * 30 + [0.8] * 30, rnn={"T": 5}))
+    made = list(records("dead", [0.1] * 30 + [0.8] * 30, rnn={"T": 5, "B": 9}))
     straight, first, second = (default_rules([stream()]) for _ in range(3))
     expected = [a for r in made for rule in straight for a in rule.update(r)]
     got = [a for r in made[:31] for rule in first for a in rule.update(r)]

@@ -88,21 +88,21 @@ def test_nan_right_after_a_burst_is_an_explosion():
     assert given(Exploding([STREAM]), [*usual(20), 2.0, math.nan]) == []
 
 
-def test_exploding_asks_for_the_spectrum_when_it_suspects():
+def test_exploding_asks_for_what_could_explain_it_when_it_suspects():
     rule = Exploding([STREAM])
     given(rule, usual(20))
     rule.update(record(20, 20.0))
-    assert rule.wants == "spectrum"
+    assert rule.wants == ("spectrum", "flow")
     rule.update(record(21, 20.0))
-    assert rule.wants is None
+    assert rule.wants == ()
 
 
 def test_a_spike_is_said_once_it_is_over():
-    assert given(Spike([STREAM]), [*usual(20), 500.0, 1.0]) == [("spike", 21)]
-    assert given(Spike([STREAM]), [*usual(20), 500.0, 500.0, 1.0]) == [("spike", 22)]
-    assert given(Spike([STREAM]), [*usual(20), 20.0, 1.0]) == []
-    assert given(Spike([STREAM]), [*usual(11), 500.0, 1.0]) == []
-    assert given(Spike([STREAM]), [*usual(20), *[500.0] * 6, 1.0]) == []
+    assert given(Spike([STREAM]), [*usual(60), 500.0, 1.0]) == [("spike", 61)]
+    assert given(Spike([STREAM]), [*usual(60), 500.0, 500.0, 1.0]) == [("spike", 62)]
+    assert given(Spike([STREAM]), [*usual(60), 20.0, 1.0]) == []
+    assert given(Spike([STREAM]), [*usual(49), 500.0, 1.0]) == []
+    assert given(Spike([STREAM]), [*usual(60), *[500.0] * 6, 1.0]) == []
 
 
 def test_a_noisy_norm_needs_more_for_a_spike():

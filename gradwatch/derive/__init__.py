@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from gradwatch.derive.flow import Signals, flow_metrics
 from gradwatch.derive.gradients import gradient_metrics, gradients, naming
 from gradwatch.derive.reading import Layout, Reading
-from gradwatch.derive.spectrum import Histories, spectrum_metrics, without
+from gradwatch.derive.spectrum import Histories, spectrum_metrics
 from gradwatch.derive.state import Replayed, log10_times, state_metrics
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import Window, median, push
+from gradwatch.observe.flow import Flow
 from gradwatch.record import StepRecord, Stream
 
 __all__ = ["Layout", "Memory", "Reading", "derive"]
@@ -37,6 +39,7 @@ class Memory:
         norms: The last usual gradient norms.
         facts: All facts as they are now.
         rho: The certified radii of every gate.
+        signals: What the loss put into every stream, at the start and lately.
         left_out: Module -> how many replays were dropped.
     """
 
@@ -44,6 +47,7 @@ class Memory:
     norms: Window = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     rho: Histories = field(default_factory=dict)
+    signals: Signals = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -55,9 +59,12 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
     metrics = gradient_metrics(reading, before)
     metrics[_SKIPPED] = float(skipped)
     rho, left_out, facts = memory.rho, memory.left_out, dict(reading.facts)
+    signals, profiles = memory.signals, dict[str, list[float]]()
     for event in reading.events:
         if event.startswith("reinit:"):
-            rho = without(rho, event.removeprefix("reinit:"))
+            name = event.removeprefix("reinit:")
+            rho = {k: v for k, v in rho.items() if k != name}
+            signals = {k: v for k, v in signals.items() if k != name}
     if reading.spectrum is not None:
         blocks = reading.part("spectrum")
         found, rho = spectrum_metrics(reading.spectrum, blocks, step.number, rho)
@@ -69,6 +76,13 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
         facts = _with_replays(facts, replayed)
         for stream, _ in reading.state.streams:
             metrics |= _over_time(stream, metrics, facts)
+        if reading.flow is not None:
+            blocks, lost = reading.part("flow"), replayed.left_out.keys()
+            found, profiles, signals = flow_metrics(
+                reading.flow, blocks, reading.scale, lost, signals
+            )
+            metrics |= found
+            facts = _with_carried(facts, reading.flow, blocks)
     norm = metrics.get(_NORM, math.nan)
     known, changed = _facts(memory, facts)
     if step.skipped_by:
@@ -82,12 +96,18 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
         step=step.number,
         time=reading.time,
         metrics=metrics,
+        profiles=profiles,
         facts=changed,
         events=step.events + reading.events,
     )
     norms = push(memory.norms, norm, _NORMS_KEPT) if usual else memory.norms
     after = Memory(
-        skipped=skipped, norms=norms, facts=known, rho=rho, left_out=left_out
+        skipped=skipped,
+        norms=norms,
+        facts=known,
+        rho=rho,
+        signals=signals,
+        left_out=left_out,
     )
     return after, record
 
@@ -114,6 +134,21 @@ def _with_replays(facts: dict[str, Any], replayed: Replayed) -> dict[str, Any]:
     words = dict.fromkeys(replayed.approximate, "approximate: dropout drawn anew")
     words |= {path: f"left out: {why}" for path, why in replayed.left_out.items()}
     said = {p: {**facts.get(p, {}), "replay": w} for p, w in words.items()}
+    return {**facts, **said}
+
+
+def _with_carried(
+    facts: dict[str, Any], run: Flow, blocks: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Note the modules that go on from the detached states of an earlier call."""
+    carried = {
+        path for n, path in enumerate(run.carried) if float(blocks[f"carried.{n}"]) > 0
+    }
+    paths = {stream.module for stream in run.streams}
+    said = {
+        path: {**facts.get(path, {}), "state_detached": True}
+        for path in paths & carried
+    }
     return {**facts, **said}
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from gradwatch.metrics import stream_key
 from gradwatch.observe.capture import Step
+from gradwatch.observe.flow import Flow
 from gradwatch.observe.measure import HostNumbers
 from gradwatch.observe.spectrum import Spectrum
 from gradwatch.observe.state import State
@@ -47,6 +48,7 @@ class Reading:
         layout: Which parameters are behind which key.
         spectrum: The spectrum run of this step, its numbers under ``spectrum.``.
         state: The state run of this step, its numbers under ``state.``.
+        flow: The flow run of this step, its numbers under ``flow.``.
         time: Seconds since the epoch.
         loss: The last value given to ``watch.log``, or None.
         overhead: Share of the time since the last record that gradwatch used.
@@ -59,6 +61,7 @@ class Reading:
     layout: Layout = field(default_factory=lambda: Layout((), {}))
     spectrum: Spectrum | None = None
     state: State | None = None
+    flow: Flow | None = None
     time: float = 0.0
     loss: float | None = None
     overhead: float = 0.0

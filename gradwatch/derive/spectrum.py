@@ -59,11 +59,6 @@ def spectrum_metrics(
     return metrics, histories
 
 
-def without(known: Histories, stream: str) -> Histories:
-    """Return the histories without a stream's: its weights were set anew."""
-    return {name: history for name, history in known.items() if name != stream}
-
-
 def _radius_metrics(stream: Stream, radii: Sequence[Radius]) -> dict[str, float]:
     flags = [float(r.certified) for r in radii]
     metrics = _per_gate(stream, "rho_certified", flags, min(flags))

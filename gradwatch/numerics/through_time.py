@@ -2,7 +2,8 @@
 
 A fused module exposes neither its gates, nor the inputs of its upper layers, nor c.
 They are found again from what it was given: each layer's output by the fused kernel,
-its gates by one matrix product over all steps.
+its gates by one matrix product over all steps. The way back through the same layers is
+in :mod:`gradwatch.numerics.adjoint`.
 
 Axes: T time, B sequences, I input, H units, P output of a layer (H, or the size of the
 projection), G sigmoid gates.
@@ -16,6 +17,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
+
+from gradwatch._torch import without_cudnn
 
 SIGMOID_GATES: Final[Mapping[str, tuple[str, ...]]] = {
     "RNN_TANH": (),
@@ -110,8 +113,7 @@ def _fused(
 ) -> Tensor:
     flat = [w for w in weights if w is not None]
     options = (weights.bias_ih is not None, 1, 0.0, False, False, False)
-    # cuDNN wants the weights in one chunk of memory, and warns where they are not.
-    with torch.backends.cudnn.flags(enabled=False):
+    with without_cudnn(x.device):
         if kind == "LSTM":
             assert c0 is not None
             h: Tensor = torch.lstm(x, (h0[None], c0[None]), flat, *options)[0]

@@ -18,9 +18,12 @@ class Capture:
         weights: Copies of the weights that the call used, by name, as
             :func:`gradwatch.recurrent.used_weights` gives them. Copies, because an
             optimizer may step before the end of backward.
+        addresses: Where in memory the weights themselves were, by name.
         shape: ``(T, B)``, or None where unknown.
         dtype: Type of the output, such as ``float32``.
         reached: Whether a gradient reached its output: evaluation has none.
+        wants_grads: Whether the gradients that reach it are to be copied; not once it
+            has been taken: a second pass over the graph would add to them.
         rows: What it was given and returned, for a few sequences; or why that could
             not be had; None where it was not wanted.
         states: The states that it returned; held so that their memory is not given to
@@ -29,9 +32,11 @@ class Capture:
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
+    addresses: dict[str, int] = field(default_factory=dict)
     shape: tuple[int, int] | None = None
     dtype: str = ""
     reached: bool = False
+    wants_grads: bool = False
     rows: Rows | str | None = None
     states: tuple[Tensor, ...] = ()
     previous: Capture | None = None

@@ -1,4 +1,4 @@
-"""The sampled depths, state and spectrum: when they run, and on what.
+"""The sampled depths, state, spectrum and flow: when they run, and on what.
 
 The probes show what a forward used; at the end of backward what is due is launched;
 after the optimizer's step the update of the weights is added.
@@ -15,8 +15,9 @@ import torch
 
 from gradwatch.health import Health
 from gradwatch.observe.capture import Capture
+from gradwatch.observe.flow import Flow
 from gradwatch.observe.probe import Probe, Wanted
-from gradwatch.observe.sequence import trajectory
+from gradwatch.observe.sequence import Trajectory, trajectory
 from gradwatch.observe.spectrum import (
     Recurrent,
     Spectrum,
@@ -35,6 +36,7 @@ class Sampled(NamedTuple):
 
     spectrum: Spectrum | None
     state: State | None
+    flow: Flow | None
     facts: Mapping[str, Any]
 
 
@@ -64,6 +66,7 @@ class Depths:
         self.probes: list[Probe] = []
         self.spectrum: Spectrum | None = None
         self.state: State | None = None
+        self.flow: Flow | None = None
         self.events: list[str] = []
         self.facts: dict[str, Any] = {}
         self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
@@ -71,10 +74,12 @@ class Depths:
         self._guards = {
             "spectrum": health.guard("spectrum"),
             "state": health.guard("state"),
+            "flow": health.guard("flow"),
         }
         self._spectrum_runs = 0
         self._sampled = False
         self._chains: dict[int, list[Capture]] = {}
+        self._replays: dict[int, Trajectory] = {}
         guard = health.guard("probe", self.close)
         try:  # a failure half-way undoes what came before
             for module in {id(r.module): r.module for r in found}.values():
@@ -104,25 +109,38 @@ class Depths:
     def _wanted(self) -> Wanted:
         """Tell what a forward now is to show; it may belong to a sampled step."""
         steps = self._upcoming()
-        rows = any(self._due("state", n) for n in steps)
-        return Wanted(rows or any(self._due("spectrum", n) for n in steps), rows)
+        grads = any(self._due("flow", n) for n in steps)
+        rows = grads or any(self._due("state", n) for n in steps)
+        weights = rows or any(self._due("spectrum", n) for n in steps)
+        soon = bool(steps) and self._due("flow", steps[-1] + 1)
+        return Wanted(weights, rows, grads, address=grads or soon)
 
     # ---- the end of backward
 
     def on_backward(self, step: int) -> None:
         """Launch what is due; the weights are those that the forward used."""
-        due = [d for d in ("spectrum", "state") if self._due(d, step)]
+        due = {d for d in ("spectrum", "state", "flow") if self._due(d, step)}
         if not due:
             return
         self._sampled = True
-        if self.spectrum is None or self.state is None:
+        if None in (self.spectrum, self.state, self.flow):
             self._take()
-        if "spectrum" in due and self.spectrum is None and self._chains:
+        if not self._chains:
+            return
+        if "spectrum" in due and self.spectrum is None:
             with self._guards["spectrum"]:
                 self._launch_spectrum()
-        if "state" in due and self._chains:
-            with self._guards["state"], torch.no_grad():
-                self._launch_state()
+        with torch.no_grad():
+            if self.state is None and due & {"state", "flow"}:
+                with self._guards["state"]:
+                    self._launch_replays(measured="state" in due)
+            if "flow" in due and self.flow is None and self._replays:
+                with self._guards["flow"]:
+                    self._launch_flow()
+            if "state" in due and self.state is not None:
+                with self._guards["state"]:
+                    gate_gradients(self.recurrences(), self.state)
+        self._replays.clear()
 
     def _take(self) -> None:
         """Take the calls that gradients have reached; the first of a step stand."""
@@ -159,20 +177,38 @@ class Depths:
         run.seconds = time.perf_counter() - began
         self.spectrum, self._spectrum_runs = run, self._spectrum_runs + 1
 
-    def _launch_state(self) -> None:
+    def _launch_replays(self, *, measured: bool) -> None:
+        """Replay the forward of every module, and measure its states where due."""
         began = time.perf_counter()
+        run = State()
+        for module, own in self._members().items():
+            if chain := self._chains.get(module):
+                replayed = trajectory(own, chain)
+                if measured:
+                    run.add(own[0].stream.module, own, replayed)
+                else:
+                    run.check(own[0].stream.module, replayed)
+                if isinstance(replayed, Trajectory):
+                    self._replays[module] = replayed
+        run.seconds = time.perf_counter() - began
+        self.state = run
+
+    def _launch_flow(self) -> None:
+        """Run backpropagation through time over what was replayed."""
+        began = time.perf_counter()
+        run = Flow()
+        for module, own in self._members().items():
+            if (replayed := self._replays.get(module)) is not None:
+                run.add(own[0].stream.module, own, replayed)
+        run.seconds = time.perf_counter() - began
+        self.flow = run
+
+    def _members(self) -> dict[int, list[Recurrence]]:
+        """Return the recurrences of each module that still lives, by its id."""
         members: dict[int, list[Recurrence]] = {}
         for recurrence in self.recurrences():
             members.setdefault(id(recurrence.module), []).append(recurrence)
-        run = self.state
-        if run is None:
-            run = State()
-            for module, own in members.items():
-                if chain := self._chains.get(module):
-                    run.add(own[0].stream.module, own, trajectory(own, chain))
-            self.state = run
-        gate_gradients([m for own in members.values() for m in own], run)
-        run.seconds += time.perf_counter() - began
+        return members
 
     # ---- a step has closed
 
@@ -189,6 +225,9 @@ class Depths:
             The runs and the facts of the step; None where no depth was due.
         """
         if not self._sampled:
+            for probe in self.probes:
+                if probe.calls:
+                    probe.forget()
             return None
         run = self.spectrum
         if run is not None:
@@ -198,22 +237,31 @@ class Depths:
             run.seconds += time.perf_counter() - began
         self._note_reach()
         self._note_parameters(optimized())
-        sampled = Sampled(run, self.state, dict(self.facts))
+        sampled = Sampled(run, self.state, self.flow, dict(self.facts))
         for probe in self.probes:
             probe.forget()
         self._chains.clear()
-        self._sampled, self.spectrum, self.state = False, None, None
+        self._sampled = False
+        self.spectrum = self.state = self.flow = None
         return sampled
 
     def _after(self) -> Callable[[Stream], Recurrent | None]:
         """Return what looks up a stream's weights as they are now."""
         now = {r.stream.name: r for r in self.recurrences()}
+        used = {
+            (module, name): address
+            for module, chain in self._chains.items()
+            for name, address in chain[0].addresses.items()
+        }
 
         def weights(stream: Stream) -> Recurrent | None:
             recurrence = now.get(stream.name)
             weight = None if recurrence is None else plain_weight(recurrence)
             if recurrence is None or weight is None:
                 return None
+            name = (id(recurrence.module), f"weight_hh{recurrence.suffix}")
+            if used.get(name) != weight.data_ptr():
+                return None  # the forward was called with other weights
             if not stream.proj_size:
                 return stream, weight, None
             projection = recurrence.module._parameters.get(
@@ -227,11 +275,16 @@ class Depths:
         """Note of each module whether gradients reached a call of it in this step."""
         for probe in self.probes:
             module = probe.module()
+            if module is None:
+                continue
             paths = {s.module for s, ref, _ in self._found if ref() is module}
             reach = "detached" if probe.calls else "unused"
             reach = "reached" if id(module) in self._chains else reach
             for path in paths:
                 self.facts[path] = {**self.facts.get(path, {}), "reach": reach}
+        for stream, ref, _ in self._found:
+            if ref() is None:
+                self.facts[stream.module] = {"reach": "gone"}
 
     def _note_parameters(self, optimized: Mapping[int, float] | None) -> None:
         """Note of each W_hh whether it can learn and whether anything trains it."""

@@ -251,13 +251,7 @@ class GradientTap:
             return None
         known = [held.optimizer() for held in self._mine.values() if held.params]
         groups = [g for o in known if o is not None for g in o.param_groups]
-        return {
-            id(p): rate
-            if isinstance(rate := group.get("lr"), int | float)
-            else math.nan
-            for group in groups
-            for p in group["params"]
-        }
+        return {id(p): _rate(group) for group in groups for p in group["params"]}
 
     def _look_up(self, optimizer: Optimizer) -> list[int]:
         params = (p for group in optimizer.param_groups for p in group["params"])
@@ -431,6 +425,14 @@ class GradientTap:
         self.number += 1
         self._fresh()
         self._on_step(step)
+
+
+def _rate(group: dict[str, Any]) -> float:
+    """Return the learning rate of a group; NaN where reading it would wait."""
+    rate = group.get("lr")
+    if isinstance(rate, Tensor) and rate.device.type == "cpu" and rate.numel() == 1:
+        return float(rate)
+    return float(rate) if isinstance(rate, int | float) else math.nan
 
 
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.observe.capture import Capture
-from gradwatch.observe.rows import given_states, take_rows, tensors
+from gradwatch.observe.rows import Rows, given_states, take_rows, tensors
 from gradwatch.recurrent import shape_of, used_weights
 
 
@@ -73,10 +73,19 @@ class RngHook(_Inert):
 
 
 class Wanted(NamedTuple):
-    """What a forward now has to show: the weights, and a few of its sequences."""
+    """What a forward now has to show.
+
+    Attributes:
+        weights: The weights that it used.
+        rows: What it was given and returned, for a few sequences.
+        grads: What backward brings to those.
+        address: Where it returns its states: the next step asks whose states it has.
+    """
 
     weights: bool
     rows: bool
+    grads: bool = False
+    address: bool = False
 
 
 class Probe:
@@ -110,6 +119,7 @@ class Probe:
         self._copied: tuple[object, dict[str, Tensor]] = (None, {})
         self._computed: dict[str, Tensor] = {}
         self._rng: Tensor | None = None
+        self._returned = (0, 0)
         self._handles = [
             module.register_forward_hook(ForwardHook(self), with_kwargs=True)
         ]
@@ -128,15 +138,20 @@ class Probe:
             handle.remove()
         self._handles.clear()
         self.owner = None
-        self.forget()
+        self.forget(everything=True)
 
-    def forget(self) -> None:
-        """Let go of what the open step captured."""
+    def forget(self, *, everything: bool = False) -> None:
+        """Let go of what the open step captured.
+
+        Args:
+            everything: Also of calls that no gradient has reached: else they wait for
+                a backward of their own, and die with the graph that holds them.
+        """
         for capture in list(self._captures):
-            capture.release()
+            if everything or capture.reached:
+                capture.release()
         self._reached.clear()
         self._by_state.clear()
-        self._copied[1].clear()
         self._copied = (None, {})
         self._computed.clear()
         self._rng = None
@@ -162,6 +177,8 @@ class Probe:
             length = sum(c.shape[0] for c in chain if c.shape is not None)
             if length > steps:
                 longest, steps = chain, length
+        for capture in reached:
+            capture.wants_grads = False
         return longest[::-1]
 
     def on_weight(self, name: str, output: object) -> None:
@@ -185,25 +202,38 @@ class Probe:
         if self.closed or not torch.is_grad_enabled():
             return
         wanted = self._wanted()
-        if not wanted.weights:
+        if not wanted.weights and not wanted.address:
             return
         with self._guard:
+            before = self._returned
+            heads = [t for t in tensors(output) if _torch.holds_values(t)]
+            self._returned = (before[1], heads[-1].data_ptr() if heads else 0)
+            if not wanted.weights:
+                return
             self.calls += 1
-            heads = [t for t in tensors(output) if t.requires_grad]
+            if self._reached and _torch.graph_task_id() == -1:
+                self._drop_reached()  # nobody took them after their backward
+            heads = [t for t in tensors(output) if t.requires_grad and not t.is_leaf]
             if not heads or not all(map(_torch.holds_values, heads)):
                 return
             given = args[0] if args else kwargs.get("input")
             capture = Capture(
-                weights=self._copies(module, recurrent_only=not wanted.rows),
                 shape=shape_of(module, given),
                 dtype=str(heads[0].dtype).removeprefix("torch."),
             )
+            self._copy_weights(capture, module, recurrent_only=not wanted.rows)
             if wanted.rows:
-                self._look(capture, module, given, given_states(args, kwargs), output)
+                states = given_states(args, kwargs)
+                self._look(capture, module, given, states, output)
+                carried = bool(states) and states[-1].data_ptr() in before
+                if carried and isinstance(capture.rows, Rows):
+                    capture.rows.carried = not any(map(_passes_gradient, states))
             self._captures.add(capture)
-            on_grad = _OnGrad(self, capture)
-            for head in heads:
-                head.register_hook(on_grad)
+            capture.wants_grads = wanted.grads and isinstance(capture.rows, Rows)
+            names = "hc" if isinstance(module, nn.RNNCellBase) else "yhc"
+            for name, head in zip(names, tensors(output), strict=False):
+                if head.requires_grad and not head.is_leaf:
+                    head.register_hook(_OnGrad(self, capture, name))
 
     def _look(
         self,
@@ -220,7 +250,7 @@ class Probe:
         )
         if isinstance(given, PackedSequence) or getattr(module, "bidirectional", False):
             return  # a reverse direction begins anew in each call
-        if states and all(s.requires_grad for s in states):
+        if states and all(map(_passes_gradient, states)):
             before = self._by_state.get(_identity(states))
             capture.previous = before() if before is not None else None
         if isinstance(module, nn.RNNCellBase):
@@ -230,16 +260,28 @@ class Probe:
         capture.states = tuple(s.detach() for s in returned)
         self._by_state[_identity(returned)] = weakref.ref(capture)
 
-    def _copies(self, module: nn.Module, *, recurrent_only: bool) -> dict[str, Tensor]:
+    def _copy_weights(
+        self, capture: Capture, module: nn.Module, *, recurrent_only: bool
+    ) -> None:
         """Copy the weights, once for all the calls that use the same ones."""
         weights = self._computed | used_weights(module, recurrent_only=recurrent_only)
+        capture.addresses = {name: w.data_ptr() for name, w in weights.items()}
         used = tuple((n, w.data_ptr(), w._version) for n, w in weights.items())
         if self._copied[0] != used:
             self._copied = (used, {n: w.clone() for n, w in weights.items()})
-        return self._copied[1]
+        capture.weights = self._copied[1]
 
-    def reached(self, capture: Capture) -> None:
-        """Take note that a gradient reached a call."""
+    def _drop_reached(self) -> None:
+        for capture in self._reached:
+            capture.release()
+        self._reached.clear()
+
+    def reached(self, capture: Capture, name: str, grad: Tensor) -> None:
+        """Take note that a gradient reached one of a call's outputs."""
+        if capture.wants_grads and not self.closed:
+            with self._guard:
+                if isinstance(capture.rows, Rows):
+                    capture.rows.take_grad(name, grad)
         if not self.closed and not capture.reached:
             capture.reached = True
             if capture.weights:  # else the graph has outlived the step
@@ -247,6 +289,11 @@ class Probe:
 
 
 _States = tuple[tuple[int, int, torch.Size], ...]
+
+
+def _passes_gradient(state: Tensor) -> bool:
+    """Tell whether a gradient goes on from a state to the call that made it."""
+    return state.requires_grad and not state.is_leaf
 
 
 def _identity(states: tuple[Tensor, ...]) -> _States:
@@ -257,11 +304,15 @@ def _identity(states: tuple[Tensor, ...]) -> _States:
 class _OnGrad:
     """A tensor hook; the graph that holds it may outlive the probe."""
 
-    __slots__ = ("capture", "probe")
+    __slots__ = ("capture", "name", "probe")
+    __torch_unserializable__ = True
+    """Saving a tensor leaves this hook out, and is not warned of."""
 
-    def __init__(self, probe: Probe, capture: Capture) -> None:
+    def __init__(self, probe: Probe, capture: Capture, name: str) -> None:
         self.probe = probe
         self.capture = capture
+        self.name = name
 
-    def __call__(self, grad: Tensor) -> None:
-        self.probe.reached(self.capture)
+    def __call__(self, grad: Tensor | None) -> None:
+        if grad is not None:  # None: backward passes by, and nothing comes here
+            self.probe.reached(self.capture, self.name, grad)

@@ -10,8 +10,8 @@ Axes: T time, B batch, K sequences looked at, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ class Rows:
         masks: Draws the masks of that dropout anew, one for each layer but the last,
             shape ``(T, K, directions * P)``; None where they cannot be known.
         rounded: Whether the call computed in less than float32.
+        batch: How many sequences the call had.
+        carried: Whether the first states are those that an earlier call returned, with
+            no gradient through them; they may still be new zeros at the old address.
+        composite: Whether h was made from the returned c by operations of its own, so
+            that the gradient of c holds what comes through h: an LSTMCell on the CPU,
+            but for an unbatched one, which returns views.
+        pick: Takes the sequences out of what is laid out like the input; its
+            ``of_states`` out of states.
+        grads: What backward brought to the output ``y`` and to the states ``h``, ``c``
+            that the call returned, for these sequences; filled by the tensor hooks.
     """
 
     x: Tensor
@@ -49,6 +59,26 @@ class Rows:
     dropout: float = 0.0
     masks: Callable[[], Iterator[Tensor]] | None = None
     rounded: bool = False
+    batch: int = 0
+    carried: bool = False
+    composite: bool = False
+    pick: Pick
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+    def take_grad(self, name: str, grad: Tensor) -> None:
+        """Copy what backward brought to one of the tensors that the call returned."""
+        of = self.pick if name == "y" else self.pick.of_states
+        self.grads[name] = of(grad.detach())
+
+
+class Pick(Protocol):
+    """Takes the sequences looked at out of a batch."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Copy them from a tensor laid out like the input: ``(T, K, F)``."""
+
+    def of_states(self, state: Tensor) -> Tensor:
+        """Copy them from states as the module takes them."""
 
 
 def tensors(output: object) -> Iterator[Tensor]:
@@ -105,6 +135,8 @@ def take_rows(
         pick = _Dense(module, data, count)
     if pick.wrong(y, module) or not pick.batch:
         return "its output is not that of the module it extends, or is empty"
+    if not _are_states(module, states, pick.batch):
+        return "its first states are not those of the module it extends"
     with torch.no_grad():
         h0, c0 = (*(pick.of_states(s.detach()) for s in states), None, None)[:2]
         dropout = _dropout(module)
@@ -123,7 +155,26 @@ def take_rows(
             dropout=dropout,
             masks=_masks(module, pick, y, rng) if dropout and known else None,
             rounded=y.dtype in _HALF or torch.is_autocast_enabled(y.device.type),
+            batch=pick.batch,
+            composite=isinstance(module, nn.LSTMCell)
+            and y.dim() == 2
+            and not y.is_cuda,
+            pick=pick,
         )
+
+
+def _width(module: nn.Module) -> int:
+    """Return how wide the output of one direction is."""
+    return int(getattr(module, "proj_size", 0) or module.hidden_size)  # type: ignore[arg-type]  # nn.Module types attributes loosely
+
+
+def _are_states(module: nn.Module, states: tuple[Tensor, ...], batch: int) -> bool:
+    """Tell whether tensors are first states (h,) or (h, c) of such a module."""
+    layers = int(getattr(module, "num_layers", 1))
+    rows = layers * (2 if getattr(module, "bidirectional", False) else 1)
+    shapes = [(rows * batch * _width(module)), rows * batch * int(module.hidden_size)]  # type: ignore[arg-type]  # nn.Module types attributes loosely
+    known = [s.is_floating_point() and s.numel() for s in states]
+    return len(states) <= 2 and known == shapes[: len(states)]
 
 
 def _dropout(module: nn.Module) -> float:
@@ -179,8 +230,7 @@ class _Dense:
 
     def wrong(self, y: Tensor, module: nn.Module) -> bool:
         """Tell whether an output is not what such a module returns."""
-        width = int(getattr(module, "proj_size", 0) or module.hidden_size)  # type: ignore[arg-type]  # nn.Module types attributes loosely
-        width *= 2 if getattr(module, "bidirectional", False) else 1
+        width = _width(module) * (2 if getattr(module, "bidirectional", False) else 1)
         return y.shape != (*self._leading, width)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -231,7 +281,8 @@ class _Packed:
 
     def wrong(self, y: Tensor, module: nn.Module) -> bool:
         """Tell whether an output is not what such a module returns."""
-        return y.dim() != 2 or len(y) != self._length
+        width = _width(module) * (2 if getattr(module, "bidirectional", False) else 1)
+        return y.shape != (self._length, width)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Copy the sequences of the packed data, 0 behind their ends."""

@@ -27,6 +27,10 @@ class Trajectory:
     """The replay of one module's forward, for a few sequences of one step.
 
     Attributes:
+        calls: What the calls were given and returned, in their order.
+        kind: ``RNN_TANH``, ``RNN_RELU``, ``LSTM`` or ``GRU``.
+        states: The first states of each layer and direction, in PyTorch's order.
+        masks: What dropout multiplied each layer's output by; empty without dropout.
         layers: ``layers[layer][direction]``.
         weights: Of each, as they were used.
         lengths: Of each sequence, shape ``(K,)``, on the device; None where all have T
@@ -38,6 +42,10 @@ class Trajectory:
         largest: As in :class:`gradwatch.observe.rows.Rows`, over all the calls.
     """
 
+    calls: list[Rows]
+    kind: str
+    states: list[tuple[Tensor, Tensor | None]]
+    masks: list[Tensor]
     layers: list[list[Layer]]
     weights: list[list[Weights]]
     lengths: Tensor | None
@@ -83,6 +91,10 @@ def trajectory(
     rounded = not exact or any(rows.rounded for rows in known)
     largest = [rows.largest for rows in known if rows.largest is not None]
     return Trajectory(
+        calls=known,
+        kind=kind,
+        states=states,
+        masks=masks,
         layers=layers,
         weights=stacked,
         lengths=lengths,

@@ -38,16 +38,22 @@ class State:
     numbers: Numbers = field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(
-        self, path: str, members: Sequence[Recurrence], replayed: Trajectory | str
-    ) -> None:
-        """Measure one module's trajectory; or note why there is none."""
+    def check(self, path: str, replayed: Trajectory | str) -> None:
+        """Take note of how far one module's replay is off; or why there is none."""
         if isinstance(replayed, str):
             self.left_out[path] = replayed
             return
         if replayed.mismatch is not None:
             self.numbers[f"mismatch.{len(self.modules)}"] = replayed.mismatch
         self.modules.append((path, replayed.tolerance))
+
+    def add(
+        self, path: str, members: Sequence[Recurrence], replayed: Trajectory | str
+    ) -> None:
+        """Measure one module's trajectory, its mismatch included."""
+        self.check(path, replayed)
+        if isinstance(replayed, str):
+            return
         each = len(replayed.layers[0])
         for number, member in enumerate(members):
             found = _of_layer(member.stream, replayed, *divmod(number, each))

@@ -12,23 +12,28 @@ from typing import Protocol, runtime_checkable
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules.drift import Drift
 from gradwatch.rules.exploding import Exploding
+from gradwatch.rules.growth import Growth
 from gradwatch.rules.incidents import Incidents
 from gradwatch.rules.learning import NoGradient, NotUpdating
 from gradwatch.rules.nonfinite import Nonfinite
 from gradwatch.rules.spike import Spike
 from gradwatch.rules.units import DeadUnits, GateStuck
+from gradwatch.rules.vanishing import Truncated, Vanishing
 
 __all__ = [
     "DeadUnits",
     "Drift",
     "Exploding",
     "GateStuck",
+    "Growth",
     "Incidents",
     "NoGradient",
     "Nonfinite",
     "NotUpdating",
     "Rule",
     "Spike",
+    "Truncated",
+    "Vanishing",
     "default_rules",
 ]
 
@@ -38,7 +43,8 @@ class Rule(Protocol):
     """Judges one record after the other.
 
     A rule may also have: ``wants``, the name of a depth that it asks for at the next
-    step; ``kind`` and ``active``, by which an incident of that kind stays open; and
+    step, or several; ``kind`` and ``active``, by which an incident of that kind stays
+    open; and
     ``state_dict`` / ``load_state_dict`` of plain values.
     """
 
@@ -50,6 +56,7 @@ def default_rules(streams: Sequence[Stream]) -> list[Rule]:
     """Return the catalogue's rules for the streams of one model."""
     return [
         Exploding(streams),
+        Growth(streams),
         Nonfinite(streams),
         Spike(streams),
         DeadUnits(streams),
@@ -57,4 +64,6 @@ def default_rules(streams: Sequence[Stream]) -> list[Rule]:
         NoGradient(streams),
         NotUpdating(streams),
         Drift(streams),
+        Vanishing(streams),
+        Truncated(streams),
     ]

@@ -45,7 +45,7 @@ class Exploding:
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.active = False
-        self.wants: str | None = None
+        self.wants: tuple[str, ...] = ()
         self._streams = tuple(streams)
         self._keys = [
             (s.name, stream_key(s, "rho"), stream_key(s, "update_ratio"))
@@ -63,7 +63,7 @@ class Exploding:
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
-        self.wants = None
+        self.wants = ()
         self._note_rho(record)
         norm = record.metrics.get(_NORM)
         if norm is None:
@@ -84,7 +84,7 @@ class Exploding:
         self._carriers = dict(record.facts.get("carriers", self._carriers))
         if not self._high:
             self._since, self._jumps = record.step, {}
-            self.wants = None if self.active else "spectrum"
+            self.wants = () if self.active else ("spectrum", "flow")
         self._high = [*self._high, ratio][-self.lasting :]
         self._note_jumps(record)
         if self.active or not self._decided(norm):

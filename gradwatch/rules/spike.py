@@ -11,9 +11,10 @@ from gradwatch.numerics.streaming import Window, median, push, robust_z
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules import text
 
-_WARM_UP: Final = 12
+_WARM_UP: Final = 50
+"""Norms before any is judged: a net that opens to its gradients jumps once."""
 _WINDOW: Final = 25
-"""Fewest and most logarithms of norms that a norm is compared with."""
+"""Logarithms of norms that a norm is compared with."""
 
 _NORM = run_key("grad_norm")
 
@@ -33,6 +34,7 @@ class Spike:
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._logs: Window = ()
+        self._taken = 0
         self._peak = -math.inf
         self._raised: list[float] | None = None  # step, norm, ratio, z; or too long
 
@@ -43,8 +45,11 @@ class Spike:
             self._raised = None
             return []
         log, usual = math.log(norm), median(self._logs)
-        if len(self._logs) < _WARM_UP:
+        self._taken += 1
+        if self._taken <= _WARM_UP:
             self._logs = push(self._logs, log, _WINDOW)
+            if len(self._logs) == _WINDOW:
+                self._peak = max(self._peak, median(self._logs))
             return []
         if log - usual < math.log(self.ratio):
             self._logs = push(self._logs, log, _WINDOW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
@@ -18,6 +19,8 @@ TITLES: Final[Mapping[str, str]] = MappingProxyType(
         "no_gradient": "gradwatch: recurrent weights without a gradient",
         "not_updating": "gradwatch: recurrent weights do not change",
         "drift": "gradwatch: the spectral radius has drifted",
+        "vanishing": "gradwatch: vanishing gradients",
+        "truncated": "gradwatch: backpropagation is truncated",
     }
 )
 """Constant per kind and at most 64 characters: W&B drops repeats by title."""
@@ -110,6 +113,58 @@ NOT_UPDATING: Final[Mapping[str | None, tuple[str, str]]] = MappingProxyType(
     }
 )
 """Cause -> why, and what to do; ``{weight}`` is filled in."""
+
+
+GROWTH: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "large_recurrent_weights": (
+            "the recurrent weights are too large for the gates to hold back; clipping "
+            "would hide that, not cure it"
+        ),
+        "drift": "rho has grown by a tenth or more since the start",
+        "active_subnetwork": (
+            "rho is below 1, but the part of the net that is active is not: only the "
+            "units that fire count"
+        ),
+        "nonnormal": "rho is below 1, but powers of W_hh grow before they shrink",
+        "large_radius": "rho is 1 or above, and a ReLU does not hold it back",
+        "chaos": "rho is 1 or above and the activation does not hold it back: chaos",
+    }
+)
+"""Cause of a growth through time -> why."""
+
+_VANISHING: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "truncation": "the state is detached: no gradient passes to an earlier call",
+        "saturation": "the activations are saturated: their slope is below .35",
+        "forget_gate": "the forget gate is shut: the cell keeps nothing",
+        "update_gate": "the update gate is shut: the state keeps nothing",
+        "drift": "rho has fallen by a tenth or more since the start",
+        "horizon_too_long": "the sequence is longer than what the cell remembers",
+        "small_radius": "the recurrent weights shrink what goes through them",
+    }
+)
+
+
+def vanishing(stream: Stream, cause: str, length: int) -> tuple[str, str]:
+    """Return why gradients vanish in a stream, and the line that helps."""
+    why = (
+        f"{_VANISHING[cause]}; no gradient reaches the first steps, which is a fault "
+        "where the task needs them"
+    )
+    size = stream.hidden_size
+    if cause == "truncation":
+        return why, "a longer piece of the sequence in each call"
+    if cause == "saturation":
+        return why, "inputs = 0.1 * inputs  # or normalise them; then from the start"
+    if stream.gates:
+        bias = path_of(stream, "bias_ih")
+        value = math.log(max(length, 2))
+        return why, (
+            f"torch.nn.init.constant_({bias}[{size}:{2 * size}], {value:.1f})"
+            "  # ln of the lag, on the gate that keeps; from the start"
+        )
+    return why, orthogonal_line(stream, 0, bare=False).split("  #")[0]
 
 
 def title(kind: str) -> str:

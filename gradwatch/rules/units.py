@@ -16,6 +16,13 @@ _GATES: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
 }
 """Of each kind of net: gate -> the metric that shows it stuck, and the cause."""
 
+_STATES: Final = 40
+"""Fewest states from which a unit that was 0 in all of them is called dead."""
+_REPLAYED: Final = 4
+"""Sequences that stand for the batch below the uppermost layer."""
+_MEANT: Final = 20.0
+"""Lengths of the sequence that a memory may last and still be meant."""
+
 
 class DeadUnits:
     """Half of the ReLU units are 0 at every step of every sequence looked at.
@@ -33,6 +40,8 @@ class DeadUnits:
             for stream in streams
             if stream.kind == "RNN_RELU"
         ]
+        self._top = {s.module: s.layer for s in sorted(streams, key=lambda s: s.layer)}
+        self._facts: dict[str, Any] = {}
         self._levels = Hysteresis(raise_at=0.5, clear_at=0.3)
 
     @property
@@ -43,9 +52,10 @@ class DeadUnits:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
+        self._facts.update(record.facts)
         for stream, key in self._watched:
             share = record.metrics.get(key)
-            if share is None:
+            if share is None or not self._enough(stream):
                 continue
             change = self._levels.update(stream.name, record.step, share)
             if change == "suspected":
@@ -53,6 +63,14 @@ class DeadUnits:
             elif change == "raised":
                 found.append(self._alert(record, stream, share))
         return found
+
+    def _enough(self, stream: Stream) -> bool:
+        """Tell whether enough states were seen: of few, half are 0 by chance."""
+        facts = self._facts.get(stream.module, {})
+        length, batch = facts.get("T", 0), facts.get("B", 0)
+        if stream.layer < self._top[stream.module]:
+            batch = min(batch, _REPLAYED)
+        return bool(length * batch >= _STATES)
 
     def _alert(self, record: StepRecord, stream: Stream, share: float) -> Alert:
         since = self._levels.since(stream.name)
@@ -84,11 +102,12 @@ class DeadUnits:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        return self._levels.state_dict()
+        return {"levels": self._levels.state_dict(), "facts": dict(self._facts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self._levels.load_state_dict(dict(state))
+        self._levels.load_state_dict(state["levels"])
+        self._facts = dict(state["facts"])
 
 
 class GateStuck:
@@ -96,7 +115,9 @@ class GateStuck:
 
     The input or output gate of an LSTM below .05, or the update gate of a GRU above
     .95, in 95 % of all units and steps, at two measurements running (the second is
-    asked for at once); cleared at 85 %. Gates that were set to remember stay below.
+    asked for at once); cleared at 85 %. Gates that were set to remember are excused:
+    an update gate that keeps for up to 20 lengths of the sequence, and an input gate
+    beside a forget gate that does.
     """
 
     kind = "gate_stuck"
@@ -109,6 +130,7 @@ class GateStuck:
             for gate, (metric, cause) in _GATES.get(stream.kind, {}).items()
         ]
         self._levels = Hysteresis(raise_at=0.95, clear_at=0.85)
+        self._lengths: dict[str, int] = {}
 
     @property
     def active(self) -> bool:
@@ -118,16 +140,31 @@ class GateStuck:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
+        for name, facts in record.facts.items():
+            if isinstance(facts, dict) and "T" in facts:
+                self._lengths[name] = facts["T"]
         for stream, gate, key, cause in self._watched:
             share = record.metrics.get(key)
             if share is None:
                 continue
+            if self._meant(record, stream, cause):
+                share = 0.0
             change = self._levels.update(key, record.step, share)
             if change == "suspected":
                 self.wants = "state"
             elif change == "raised":
                 found.append(self._alert(record, stream, gate, key, cause))
         return found
+
+    def _meant(self, record: StepRecord, stream: Stream, cause: str) -> bool:
+        """Tell whether a gate is what a long memory looks like, as chrono sets it."""
+        steps = record.metrics.get(stream_key(stream, "timescale"), 0.0)
+        length = self._lengths.get(stream.module, 0)
+        lasting = steps <= _MEANT * length
+        if cause == "input_gate":
+            held = record.metrics.get(stream_key(stream, "open", "f"), 0.0)
+            return lasting and held >= 0.5
+        return lasting and cause == "update_gate"
 
     def _alert(
         self, record: StepRecord, stream: Stream, gate: str, key: str, cause: str
@@ -156,8 +193,9 @@ class GateStuck:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        return self._levels.state_dict()
+        return {"levels": self._levels.state_dict(), "lengths": dict(self._lengths)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self._levels.load_state_dict(dict(state))
+        self._levels.load_state_dict(state["levels"])
+        self._lengths = dict(state["lengths"])

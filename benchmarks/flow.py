@@ -1,0 +1,302 @@
+"""How exact the gradient through time is, and what a run of the flow depth costs.
+
+Every layout that a fused module or a cell can be called in, with losses that read the
+output, its last step, h_n, c_n, or all of them, is compared with autograd through a
+cell unrolled by hand in float64: the largest error of dL/dh_t and dL/dc_t over their
+largest value. The cost is that of one replay over the training step beside it, with a
+loss at every step. One thread.
+
+Run: python -m benchmarks.flow [--quick]
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from benchmarks.replay import (
+    FEATURES,
+    HIDDEN,
+    KINDS,
+    LENGTHS,
+    STEPS,
+    Case,
+    cases,
+    first_states,
+)
+from gradwatch.health import Health
+from gradwatch.observe.flow import Flow, backward
+from gradwatch.observe.probe import Probe, Wanted
+from gradwatch.observe.sequence import Trajectory, trajectory
+from gradwatch.recurrent import recurrences
+from tests import reference
+
+READS = ("output", "last output", "h_n", "c_n", "all")
+
+
+def reads(case: Case) -> Iterator[str]:
+    """Yield what a loss can read of a case."""
+    yield from (r for r in READS if r != "c_n" or "LSTM" in case.kind)
+
+
+def errors(case: Case, read: str, dtype: torch.dtype, seed: int = 0) -> float:
+    """Return the largest error of an adjoint, relative to its stream's largest."""
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"bias": case.bias}
+    if not case.cell:
+        options |= {"num_layers": case.layers, "bidirectional": case.two_way}
+        options["batch_first"] = case.layout == "batch first"
+    module = KINDS[case.kind](FEATURES, HIDDEN, **options).to(dtype)
+    for parameter in module.parameters():
+        parameter.data.mul_(1.5)
+    batch = 1 if case.layout == "unbatched" else len(LENGTHS)
+    lengths = [STEPS] * batch
+    if "packed" in case.layout:
+        ordered = sorted(LENGTHS, reverse=True)
+        lengths = ordered if "sorted" in case.layout else list(LENGTHS)
+    x = torch.randn(STEPS, batch, FEATURES, dtype=dtype)
+    states = first_states(module, case, batch, dtype) if case.states else None
+    width = (getattr(module, "proj_size", 0) or HIDDEN) * (1 + case.two_way)
+    weigh = {
+        "y": torch.randn(STEPS, batch, width, dtype=dtype),
+        "h": torch.randn(case.layers * (1 + case.two_way), batch, width, dtype=dtype),
+        "c": torch.randn(case.layers * (1 + case.two_way), batch, HIDDEN, dtype=dtype),
+    }
+    weigh["h"] = weigh["h"][..., : width // (1 + case.two_way)]
+    chosen = _chosen(read, "LSTM" in case.kind)
+    probe = Probe(
+        module,
+        None,
+        wanted=lambda: Wanted(True, True, True),
+        samples=None,
+        guard=Health(print).guard("probe"),
+    )
+    _loss(module, case, x, lengths, states, weigh, chosen).backward()
+    members = recurrences(module)
+    replayed = trajectory(members, probe.take())
+    assert isinstance(replayed, Trajectory), replayed
+    with torch.no_grad():
+        found = backward(members, replayed)
+    probe.close()
+    order = sorted(range(batch), key=lambda i: -lengths[i])
+    order = order if "packed" in case.layout else list(range(batch))
+    sequences = [x[: lengths[i], i] for i in order]
+    if states is not None:
+        states = tuple(s if s is None else s[:, order] for s in states)
+    true = reference.adjoints(
+        module,
+        sequences,
+        states,
+        lambda runs: _reference_loss(runs, order, weigh, chosen),
+    )
+    worst = 0.0
+    for member, (_, back) in zip(members, found, strict=True):
+        place = member.stream.layer, int(member.stream.direction == "reverse")
+        largest = max(h.abs().max().item() for h, _ in true[place])
+        for n, (h, c) in enumerate(true[place]):
+            gap = (back.h[: len(h), n].double() - h).abs().max().item()
+            worst = max(worst, gap / max(largest, 1e-30))
+            if c is not None and back.c is not None:
+                most = max(cell.abs().max().item() for _, cell in true[place])
+                gap = (back.c[: len(c), n].double() - c).abs().max().item()
+                worst = max(worst, gap / max(most, 1e-30))
+    return worst
+
+
+def _chosen(read: str, lstm: bool) -> set[str]:
+    every = {"output", "h_n", "c_n"} if lstm else {"output", "h_n"}
+    return every if read == "all" else {read}
+
+
+def _loss(
+    module: nn.Module,
+    case: Case,
+    x: Tensor,
+    lengths: list[int],
+    states: tuple[Tensor, Tensor | None] | None,
+    weigh: dict[str, Tensor],
+    chosen: set[str],
+) -> Tensor:
+    """Call as a user would, and weigh what the loss reads."""
+    lstm, flat = "LSTM" in case.kind, case.layout == "unbatched"
+    hx: Any = None
+    if states is not None:
+        parts = [s.clone() for s in states if s is not None]
+        if case.cell:
+            parts = [p[0, 0] if flat else p[0] for p in parts]
+        elif flat:
+            parts = [p[:, 0] for p in parts]
+        hx = tuple(parts) if lstm else parts[0]
+    x = x[:, 0] if flat else x
+    outputs: list[Tensor] = []
+    if case.cell or case.chain:
+        for step in x:
+            if case.cell:
+                hx = module(step, hx)
+                outputs.append(hx[0] if lstm else hx)
+            else:
+                out, hx = module(step[:, None], hx)
+                outputs.append(out[:, 0])
+        y = torch.stack(outputs)
+    else:
+        given: Any = x
+        if case.layout == "batch first":
+            given = x.transpose(0, 1)
+        elif "packed" in case.layout:
+            given = _packed(x, lengths, case)
+        out, hx = module(given, hx)
+        y = out.data if isinstance(out, PackedSequence) else out
+    by = weigh["y"]
+    if flat:
+        by = by[:, 0]
+    elif case.layout == "batch first" and not case.chain:
+        by = by.transpose(0, 1)
+    elif "packed" in case.layout:
+        by = _packed(by, lengths, case).data
+    loss = torch.zeros((), dtype=x.dtype)
+    if "output" in chosen:
+        loss = loss + (y * by).sum()
+    if "last output" in chosen:
+        last = weigh["y"].clone()
+        for i, length in enumerate(lengths):
+            last[: length - 1, i] = 0
+        if flat:
+            last = last[:, 0]
+        elif case.layout == "batch first" and not case.chain:
+            last = last.transpose(0, 1)
+        elif "packed" in case.layout:
+            last = _packed(last, lengths, case).data
+        loss = loss + (y * last).sum()
+    h, c = hx if lstm else (hx, None)
+    for name, state, key in (("h_n", h, "h"), ("c_n", c, "c")):
+        if name in chosen:
+            loss = loss + (state * weigh[key].reshape(state.shape)).sum()
+    return loss
+
+
+def _packed(x: Tensor, lengths: list[int], case: Case) -> PackedSequence:
+    return pack_padded_sequence(
+        x, torch.tensor(lengths), enforce_sorted="sorted" in case.layout
+    )
+
+
+def _reference_loss(
+    runs: dict[Any, Any], order: list[int], weigh: dict[str, Tensor], chosen: set[str]
+) -> Tensor:
+    top = max(layer for layer, _ in runs)
+    ways = sorted(way for layer, way in runs if layer == top)
+    loss = torch.zeros((), dtype=torch.float64)
+    for n, i in enumerate(order):
+        parts = []
+        for way in ways:
+            hs = [step["h"] for step in runs[top, way][n]]
+            parts.append(torch.stack(hs[::-1] if way else hs))
+        y, by = torch.cat(parts, -1), weigh["y"][:, i].double()
+        if "output" in chosen:
+            loss = loss + (y * by[: len(y)]).sum()
+        if "last output" in chosen:
+            loss = loss + (y[-1] * by[len(y) - 1]).sum()
+        for name, key in (("h_n", "h"), ("c_n", "c")):
+            if name not in chosen:
+                continue
+            for (layer, way), own in runs.items():
+                row = weigh[key][layer * len(ways) + way, i].double()
+                loss = loss + (own[n][-1][key] * row).sum()
+    return loss
+
+
+COSTS = (
+    ("RNN tanh", nn.RNN, 100),
+    ("LSTM", nn.LSTM, 100),
+    ("GRU", nn.GRU, 100),
+    ("RNN tanh, T=1000", nn.RNN, 1000),
+    ("LSTM, T=1000", nn.LSTM, 1000),
+    ("GRU, T=1000", nn.GRU, 1000),
+)
+
+
+def cost(kind: Any, length: int, samples: int | None, rounds: int) -> list[float]:
+    """Return, pair by pair, a flow run's time over that of the step beside it."""
+    torch.manual_seed(0)
+    module = kind(64, 128)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+    x = torch.randn(length, 32, 64)
+    looking = False
+    probe = Probe(
+        module,
+        None,
+        wanted=lambda: Wanted(looking, looking, looking),
+        samples=samples,
+        guard=Health(print).guard("probe"),
+    )
+    members, ratios = recurrences(module), []
+
+    def step() -> float:
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        module(x)[0].square().mean().backward()
+        optimizer.step()
+        return time.perf_counter() - began
+
+    for number in range(rounds + 2):
+        looking = False
+        bare = step()
+        looking = True
+        seen = step()
+        began = time.perf_counter()
+        with torch.no_grad():
+            replayed = trajectory(members, probe.take())
+            assert isinstance(replayed, Trajectory)
+            flow = Flow()
+            flow.add("rnn", members, replayed)
+            flow.numbers["0"].tolist()
+        probe.forget()
+        if number >= 2:
+            ratios.append((time.perf_counter() - began + max(seen - bare, 0)) / bare)
+    probe.close()
+    return ratios
+
+
+def main() -> None:
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    chosen = list(cases())
+    chosen = chosen[::15] if quick else chosen
+    print("| module | cases | float64 | float32 |\n|---|---|---|---|")
+    for kind in KINDS:
+        for chain in (False, True):
+            own = [
+                (case, read)
+                for case in chosen
+                if case.kind == kind and case.chain == chain
+                for read in reads(case)
+            ]
+            if own:
+                row = [
+                    f"{max(errors(case, read, dtype) for case, read in own):.0e}"
+                    for dtype in (torch.float64, torch.float32)
+                ]
+                name = kind + (", one step a call" if chain else "")
+                print(f"| {name} | {len(own)} | {' | '.join(row)} |", flush=True)
+    print("\n| module | 4 of 32 | 8 of 32 | all 32 |\n|---|---|---|---|")
+    for name, make, length in COSTS:
+        row = []
+        for samples in (4, 8, None):
+            rounds = 3 if quick else (8 if length > 500 else 30)
+            low, middle, high = statistics.quantiles(
+                cost(make, length, samples, rounds), n=4
+            )
+            row.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

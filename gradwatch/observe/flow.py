@@ -1,0 +1,283 @@
+"""The flow depth: how far back gradients reach, as numbers that stay on the device.
+
+Axes: T time, K sequences looked at, V vectors. A profile is aligned at the end of each
+sequence, in the stream's own direction of time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradwatch.numerics.adjoint import (
+    Adjoint,
+    Linear,
+    adjoint,
+    linearised,
+    pulled_back,
+)
+from gradwatch.numerics.through_time import turned
+from gradwatch.observe.measure import Numbers
+from gradwatch.observe.sequence import Trajectory
+from gradwatch.record import Stream
+from gradwatch.recurrent import Recurrence
+
+VECTORS: Final = 4
+READ: Final = 1e-3
+"""Share of its largest value from which on a gradient counts."""
+BURN_IN: Final = 10
+"""Steps back that a Lyapunov exponent leaves out, where there are twice as many."""
+NAMES: Final = (
+    "adjoint_log10",
+    "demand",
+    "signal",
+    "horizon",
+    "flow_gain",
+    "flow_log10",
+    "growth_log10",
+    "lyapunov",
+)
+
+
+@dataclass(slots=True)
+class Flow:
+    """A run of the flow depth whose numbers may still be on the device.
+
+    Attributes:
+        streams: The streams; of the i-th, ``flow.<i>`` holds the values of
+            :data:`NAMES`, and ``flow.<i>.adjoint``, ``.adjoint_cell`` and ``.direct``
+            the profiles.
+        shares: Of each stream, how many sequences were replayed, of how many.
+        carried: Paths of modules whose first states an earlier call may have returned;
+            the norm of the n-th one's is ``flow.carried.<n>``.
+        numbers: The numbers.
+        seconds: What the launch cost on the host's clock.
+    """
+
+    streams: list[Stream] = field(default_factory=list)
+    shares: list[tuple[int, int]] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
+    numbers: Numbers = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(
+        self, path: str, members: Sequence[Recurrence], replayed: Trajectory
+    ) -> None:
+        """Measure the gradient's way back through one module's trajectory."""
+        first = replayed.calls[0]
+        if first.carried and first.h0 is not None:
+            number = len(self.carried)
+            self.numbers[f"carried.{number}"] = torch.linalg.vector_norm(first.h0)
+            self.carried.append(path)
+        found = backward(members, replayed)
+        for member, (layer, back) in zip(members, found, strict=True):
+            at = str(len(self.streams))
+            self.numbers |= {
+                f"{at}{name}": value
+                for name, value in _measured(layer, back, replayed.lengths).items()
+            }
+            self.streams.append(member.stream)
+            self.shares.append((first.x.shape[1], first.batch))
+
+
+class _Seen(NamedTuple):
+    """What the tensor hooks saw of one layer and direction.
+
+    Attributes:
+        h: Direct gradients of its states beside those of its output, ``(T, K, P)``.
+        c: The same of its cell states, or None.
+        totals: As :func:`gradwatch.numerics.adjoint.adjoint` takes them.
+    """
+
+    h: Tensor | None
+    c: Tensor | None
+    totals: list[tuple[int, Tensor | None, Tensor | None]]
+
+
+def backward(
+    members: Sequence[Recurrence], replayed: Trajectory
+) -> list[tuple[Linear, Adjoint]]:
+    """Run backpropagation through time over a replayed module, from the top down.
+
+    Args:
+        members: The module's recurrences, layer by layer, forward before reverse.
+        replayed: Its replay, with the gradients that the tensor hooks saw.
+
+    Returns:
+        For each recurrence its linearisation and its adjoint.
+    """
+    each = len(replayed.layers[0])
+    cell = not members[0].suffix
+    found: dict[int, tuple[Linear, Adjoint]] = {}
+    above = None if cell else _output_gradient(replayed)
+    for number in range(len(replayed.layers) - 1, -1, -1):
+        below = None
+        parts = [None] * each if above is None else above.chunk(each, -1)
+        for way, part in enumerate(parts):
+            place = number * each + way
+            layer = replayed.layers[number][way]
+            linear = linearised(
+                replayed.kind,
+                layer,
+                replayed.states[place],
+                replayed.weights[number][way],
+            )
+            seen = _seen(replayed, place, linear, cell)
+            direct = torch.zeros_like(layer.h)
+            if part is not None:
+                direct = turned(part, replayed.lengths) if way else part
+            if seen.h is not None:
+                direct = direct + seen.h
+            back = adjoint(linear, direct, seen.c, seen.totals)
+            found[place] = linear, back
+            x = turned(back.x, replayed.lengths) if way else back.x
+            below = x if below is None else below + x
+        above = below
+        if above is not None and number and replayed.masks:
+            above = above * replayed.masks[number - 1]
+    return [found[place] for place in range(len(members))]
+
+
+def _output_gradient(replayed: Trajectory) -> Tensor:
+    like = replayed.layers[0][0].h
+    parts = []
+    for call in replayed.calls:
+        grad = call.grads.get("y")
+        parts.append(torch.zeros_like(call.y) if grad is None else grad)
+    return torch.cat(parts).to(like.dtype)
+
+
+def _seen(replayed: Trajectory, place: int, linear: Linear, cell: bool) -> _Seen:
+    """Return what was seen of the states of one layer and direction.
+
+    Between two calls of a chain autograd has seen the whole gradient of the state that
+    was passed on; at the end of the last one, only what the loss itself read of it.
+    """
+    dtype = linear.slope.dtype
+    totals: list[tuple[int, Tensor | None, Tensor | None]] = []
+    end = -1
+    for call in replayed.calls:
+        end += len(call.x)
+        h, c = (call.grads.get(name) for name in "hc")
+        h = None if h is None else h[place].to(dtype)
+        c = None if c is None else c[place].to(dtype)
+        totals.append((end, h, c))
+    steps, h, c = totals.pop()
+    if cell:  # h is output and state in one: autograd saw its whole gradient
+        totals = [(t, h_t, None) for t, h_t, _ in totals]
+        composite = replayed.calls[-1].composite
+        if composite and linear.cell is not None and c is not None and h is not None:
+            c = c - h * linear.cell[steps]
+    return _Seen(
+        _at_end(h, steps, replayed.lengths), _at_end(c, steps, replayed.lengths), totals
+    )
+
+
+def _at_end(grad: Tensor | None, last: int, lengths: Tensor | None) -> Tensor | None:
+    """Put a gradient at the last step of each sequence, 0 elsewhere."""
+    if grad is None:
+        return None
+    steps = torch.arange(last + 1, device=grad.device)[:, None, None]
+    ends = torch.full_like(grad[:, :1], last, dtype=torch.int64)
+    if lengths is not None:
+        ends = lengths[:, None] - 1
+    return torch.where(steps == ends, grad, 0)
+
+
+def _measured(
+    layer: Linear, back: Adjoint, lengths: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the values of NAMES under an empty name, and the profiles."""
+    steps, count = back.h.shape[:2]
+    device = back.h.device
+    ends = torch.full((count,), steps, device=device) if lengths is None else lengths
+    total_h, total = _sizes(back.h, back.c)
+    direct_h, direct = _sizes(back.direct_h, back.direct_c)
+    aligned = _aligned(total, ends).sum(1).sqrt()
+    values = [(total[0].sum().sqrt() / aligned.amax()).log10()]
+    read = (direct > READ**2 * direct.amax(0)) & (direct > 0)
+    counted = read.sum(0).to(direct.dtype)
+    share = (counted / ends).where(counted > 0, math.nan)
+    values += [_middle(share), direct.sum(0).sqrt().mean()]
+    steps_read = torch.arange(1, steps + 1, device=device)[:, None]
+    last = (read * steps_read).amax(0) - 1
+    logs = _reaches(layer, back, ends, last)
+    values.append(_horizon(logs[:, VECTORS], last))
+    values += _gains(logs[:, :VECTORS], ends)
+    found = {"": torch.stack([value.to(values[0]) for value in values])}
+    found[".adjoint"] = _aligned(total_h, ends).sum(1).sqrt()
+    if back.c is not None:
+        cells = back.c.square().sum(-1)
+        found[".adjoint_cell"] = _aligned(cells, ends).sum(1).sqrt()
+    found[".direct"] = _aligned(direct_h, ends).sum(1).sqrt()
+    return found
+
+
+def _sizes(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the squared norms of h, and of h and c together, shape ``(T, K)``."""
+    own = h.square().sum(-1)
+    return own, own if c is None else own + c.square().sum(-1)
+
+
+def _aligned(values: Tensor, ends: Tensor) -> Tensor:
+    """Shift each sequence so that it ends at the last step; 0 before its first."""
+    steps = len(values)
+    source = torch.arange(steps, device=values.device)[:, None] - (steps - ends)
+    return values.gather(0, source.clamp_min(0)).where(source >= 0, 0)
+
+
+def _reaches(layer: Linear, back: Adjoint, ends: Tensor, last: Tensor) -> Tensor:
+    """Pull random vectors back from the ends, and what the last step read gets.
+
+    Returns:
+        ln of their norms by lag, shape ``(T + 1, VECTORS + 1, K)``; the last is of what
+        the last step that is read gets directly.
+    """
+    count, width = back.h.shape[1:]
+    cells = 0 if layer.cell is None else layer.cell.shape[-1]
+    fixed = torch.Generator().manual_seed(0)  # never the user's
+    drawn = torch.randn(VECTORS, count, width + cells, generator=fixed)
+    drawn = drawn.to(back.h.device, back.h.dtype)
+    at = last.clamp_min(0)[None, :, None]
+    h = back.direct_h.gather(0, at.expand(1, -1, width))
+    c = None
+    if back.direct_c is not None:
+        own = back.direct_c.gather(0, at.expand(1, -1, cells))
+        c = torch.cat((drawn[..., width:], own))
+    starts = torch.cat(((ends - 1).expand(VECTORS, -1), last[None]))
+    return pulled_back(layer, (torch.cat((drawn[..., :width], h)), c), starts)
+
+
+def _horizon(logs: Tensor, last: Tensor) -> Tensor:
+    """Return how many steps back the last step that is read still reaches."""
+    lags = torch.arange(len(logs), device=logs.device)[:, None]
+    largest = logs.nan_to_num(-math.inf, math.inf, -math.inf).amax(0)
+    reaching = logs >= largest + math.log(READ)
+    furthest = (reaching * lags).amax(0).to(logs.dtype)
+    return _middle(furthest.where(last >= 0, math.nan))
+
+
+def _gains(logs: Tensor, ends: Tensor) -> list[Tensor]:
+    """Return flow_gain, flow_log10, growth_log10 and lyapunov."""
+    whole = logs.gather(0, ends.expand(1, VECTORS, -1))[0]
+    gain = _middle(whole / ends).exp()
+    decades = _middle(whole) / math.log(10)
+    known = logs.where(logs == logs, -math.inf)
+    mean_square = torch.logsumexp(2 * known, 1) - math.log(VECTORS)
+    growth = mean_square.amax() / 2 / math.log(10)
+    skipped = (ends > 2 * BURN_IN) * BURN_IN
+    start = logs.gather(0, skipped.expand(1, VECTORS, -1))[0]
+    rate = (whole - start) / (ends - skipped)
+    return [gain, decades, growth, _middle(rate)]
+
+
+def _middle(values: Tensor) -> Tensor:
+    """Return the median of all values that are not NaN; NaN where there are none."""
+    flat = values.flatten()
+    low, high = flat.nanmedian(), -(-flat).nanmedian()
+    return torch.where(low == high, low, (low + high) / 2)
