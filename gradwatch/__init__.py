@@ -7,7 +7,7 @@ One call attaches to every nn.RNN, nn.LSTM, nn.GRU and their cells in a model:
     gradwatch.watch(model)
 """
 
-from gradwatch import sinks
+from gradwatch import plot, sinks
 from gradwatch._version import __version__
 from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, TrainingAlert
 from gradwatch.runs import Run, load
@@ -24,6 +24,7 @@ __all__ = [
     "Watch",
     "__version__",
     "load",
+    "plot",
     "sinks",
     "watch",
 ]

@@ -81,9 +81,13 @@ class Pipeline:
                     sink.write(record, given)
         return given
 
-    def wanted(self) -> set[str]:
-        """Return the depths that rules ask for at the next step."""
-        asked = [getattr(rule, "wants", None) or () for rule in self.rules]
+    def wanted(self, attribute: str) -> set[str]:
+        """Return the depths that rules ask for at the next step.
+
+        Args:
+            attribute: ``wants``, or ``wishes`` for what the budget has to allow.
+        """
+        asked = [getattr(rule, attribute, None) or () for rule in self.rules]
         return {w for own in asked for w in ((own,) if isinstance(own, str) else own)}
 
     def _judge(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:

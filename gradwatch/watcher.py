@@ -197,10 +197,11 @@ class Watch:
         """Hand on what was taken in; return the norm below which a step can wait."""
         self._pipeline.handed_on()
         if self._sampler is not None:
-            for depth in self._pipeline.wanted():
-                self._settings.schedule.ask_within_budget(
-                    depth, self._sampler.tap.number
-                )
+            schedule, step = self._settings.schedule, self._sampler.tap.number
+            for depth in self._pipeline.wanted("wishes"):
+                schedule.ask_within_budget(depth, step)
+            for depth in self._pipeline.wanted("wants"):
+                schedule.ask(depth, step)
         norms = self._pipeline.memory.norms
         custom = self._settings.sinks or self._settings.rules is not None
         if custom or len(norms) < WARM_UP:

@@ -23,6 +23,7 @@ FLOORS = (
     "rules",
     "sinks.fold sinks.jsonl sinks.tensorboard sinks.wandb_rows sinks.wandb sinks",
     "console opening sampler pipeline watcher runs",
+    "plot",
 )
 ROOMS = [name for floor in FLOORS for name in floor.split()]
 """From the ground up, each room above all that it may import."""

@@ -43,8 +43,8 @@ class Rule(Protocol):
     """Judges one record after the other.
 
     A rule may also have: ``wants``, the name of a depth that it asks for at the next
-    step, or several; ``kind`` and ``active``, by which an incident of that kind stays
-    open; and
+    step, or several; ``wishes``, the same where the budget allows it; ``kind`` and
+    ``active``, by which an incident of that kind stays open; and
     ``state_dict`` / ``load_state_dict`` of plain values.
     """
 

@@ -31,6 +31,7 @@ class Growth:
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
+        self.wishes: str | None = None
         self._watched = [(s, stream_key(s, "growth_log10")) for s in streams]
         self._context = [
             (s.name, name, stream_key(s, name)) for s in streams for name in _CONTEXT
@@ -56,9 +57,10 @@ class Growth:
             if growth is not None:
                 self._probed = record.step
                 found += self._probe(record, stream, key, growth)
-        suspected = len(self._over) > len(self._raised)
-        if suspected or (self._raised and record.step + 1 - self._probed >= _OFTEN):
+        if len(self._over) > len(self._raised):  # a suspicion
             self.wants = "flow"
+        due = self._raised and record.step + 1 - self._probed >= _OFTEN
+        self.wishes = "flow" if due else None
         return found
 
     def _probe(
@@ -122,7 +124,7 @@ class Growth:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        static = ("_watched", "_context", "wants")
+        static = ("_watched", "_context", "wants", "wishes")
         return {k: v for k, v in vars(self).items() if k not in static}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

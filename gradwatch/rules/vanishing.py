@@ -44,7 +44,7 @@ class Vanishing:
     kind = "vanishing"
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self.wants: str | None = None
+        self.wishes: str | None = None
         self._watched = [
             (s, {name: stream_key(s, name) for name in _METRICS}) for s in streams
         ]
@@ -77,7 +77,7 @@ class Vanishing:
                 continue
             self._probed = record.step
             found += self._probe(record, stream, keys, reach)
-        self.wants = self._asks(record.step)
+        self.wishes = self._asks(record.step)
         return found
 
     def _note(self, record: StepRecord) -> None:
@@ -219,7 +219,7 @@ class Vanishing:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        static = ("_watched", "_context", "wants")
+        static = ("_watched", "_context", "wishes")
         return {k: v for k, v in vars(self).items() if k not in static}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
