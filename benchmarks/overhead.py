@@ -5,7 +5,7 @@ arms' blocks are shuffled, and of each arm the faster half counts: a machine is 
 and what is slow was disturbed. A second bare model is the control; the spread is the
 standard error of the faster half. One thread.
 
-Run: python benchmarks/overhead.py [--rounds 60] [--models lstm,rnn]
+Run: python benchmarks/overhead.py [--rounds 60] [--models lstm,rnn] [--loss last]
 """
 
 import argparse
@@ -23,16 +23,18 @@ import gradwatch
 
 
 class Net(nn.Module):
-    """A recurrent module and a linear head on its last output."""
+    """A recurrent module and a linear head on its output, at every step or the last."""
 
-    def __init__(self, recurrent: nn.Module, hidden: int) -> None:
+    def __init__(self, recurrent: nn.Module, hidden: int, every: bool = True) -> None:
         super().__init__()
         self.rnn = recurrent
         self.head = nn.Linear(hidden, 10)
+        self.every = every
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``(T, B, F)`` to ``(B, 10)``."""
-        return self.head(self.rnn(x)[0][-1])
+        """Map ``(T, B, F)`` to ``(T * B, 10)``, or ``(B, 10)``."""
+        out = self.rnn(x)[0]
+        return self.head(out.flatten(0, 1) if self.every else out[-1])
 
 
 MODELS = {
@@ -105,14 +107,16 @@ def arms(base: Net, folder: str, run: Any) -> list[Arm]:
     return made
 
 
-def measure(key: str, rounds: int) -> None:
+def measure(key: str, rounds: int, every_step: bool) -> None:
     """Time every arm on one model and print the table."""
     import wandb
 
     title, kind, features, hidden, length, batch, steps = MODELS[key]
     torch.manual_seed(0)
-    base = Net(kind(features, hidden), hidden)
+    base = Net(kind(features, hidden), hidden, every_step)
     x, y = torch.randn(length, batch, features), torch.randint(10, (batch,))
+    y = y.repeat(length) if every_step else y
+    title += ", loss at every step" if every_step else ", loss at the last step"
     with tempfile.TemporaryDirectory() as folder:
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
 
@@ -165,10 +169,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--models", default="lstm,rnn")
+    parser.add_argument("--loss", choices=("every", "last"), default="every")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     for key in chosen.models.split(","):
-        measure(key, chosen.rounds)
+        measure(key, chosen.rounds, chosen.loss == "every")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ MEASURED = {
         "At steps 0, 1, 2, 4, 8 and then every 50, from a replay of `flow_samples` "
         "sequences of the step. How each is defined and read: [state.md](state.md)."
     ),
-    "flow": "Not measured by this version; the names are reserved.",
+    "flow": (
+        "At steps 0, 1, 2, 4, 8, 16, 32, 64 and then every 100, and when a rule asks: "
+        "backpropagation through time over the same replay. How each is defined and "
+        "read: [flow.md](flow.md)."
+    ),
 }
 
 HEAD = """# Metrics

@@ -42,7 +42,7 @@ def main() -> None:
         "flow-orthogonal-rnn": classifier(nn.RNN, hidden=64, orthogonal=True),
     }
     for name, model in nets.items():
-        with gradwatch.watch(model, every={"flow": 15}, dir=None) as watch:
+        with gradwatch.watch(model, every={"flow": 20}, budget=None, dir=None) as watch:
             optimizer = torch.optim.Adam(model.parameters(), 1e-3)
             learn(model, optimizer, digit_batches(STEPS, batch=32), clip=1.0)
             watch.flush()

@@ -100,6 +100,9 @@ def main() -> None:
     adam = torch.optim.Adam(lstm.parameters(), 3e-3)
     train(lstm, lstm_watch, lstm_run, adam, range(150))
     print(f"\n{lstm_watch}\n")
+    picture = lstm_watch.dir / "flow.svg"
+    gradwatch.plot.flow(lstm_watch.records).save(picture)
+    print(f"How far back its gradients reach, as a picture: {picture}")
     lstm_watch.close()
     lstm_run.finish()
 

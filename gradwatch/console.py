@@ -18,9 +18,10 @@ _COLUMNS: Final = ("rho", "drift", "sigma'", "saturated", "grad_hh", "update")
 _WIDTH: Final = 100
 _SHORTEST: Final = 12
 _LEGEND: Final = (
-    "rho, drift: spectral radius of W_hh, and its change by one update (?: not sure); "
-    "sigma': mean\nslope of the activation, saturated: its share below .05; "
-    "grad_hh: of W_hh; update: its change"
+    "reach: how many of T steps back gradients go; rho, drift: spectral radius of "
+    "W_hh, its change by\none update (?: not sure); sigma': mean slope of the activation; "
+    "saturated: its share below .05;\ngrad_hh: norm of W_hh's gradient; update: its "
+    "relative change"
 )
 
 
@@ -83,7 +84,7 @@ def table(
         notes: Stream -> what is not measured and why.
         seen: Module -> its ``T``, ``B`` and ``dtype`` when last sampled.
     """
-    head = ("stream", "kind", "size", "T", *_COLUMNS)
+    head = ("stream", "kind", "size", "reach", *_COLUMNS)
     rows = [head] + [_row(stream, latest, seen) for stream in streams[:_ROWS]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     room = max(_WIDTH - sum(widths[1:]) - 2 * len(widths[1:]), _SHORTEST)
@@ -124,12 +125,15 @@ def _row(
     flat = number(of("saturated"))
     if stream.kind == "RNN_RELU":
         flat = f"dead {number(of('dead'))}"
-    length = seen.get(stream.module, {}).get("T")
+    length, reached = seen.get(stream.module, {}).get("T"), of("horizon")
+    reach = "-" if length is None else str(length)
+    if length is not None and reached is not None:
+        reach = f"{reached:.0f}/{length}"
     return (
         shown(stream.name),
         stream.kind.lower(),
         f"{stream.input_size}->{stream.hidden_size}",
-        "-" if length is None else str(length),
+        reach,
         rho,
         drift,
         number(of("act_deriv")),

@@ -121,7 +121,10 @@ GROWTH: Final[Mapping[str, str]] = MappingProxyType(
             "the recurrent weights are too large for the gates to hold back; clipping "
             "would hide that, not cure it"
         ),
-        "drift": "rho has grown by a tenth or more since the start",
+        "drift": (
+            "rho has grown by a tenth or more since the start; clipping would hide "
+            "that, not cure it"
+        ),
         "active_subnetwork": (
             "rho is below 1, but the part of the net that is active is not: only the "
             "units that fire count"
