@@ -1,7 +1,7 @@
 """Peak memory of a training with a watch over that of a bare one, at T = 1000.
 
-Each arm is a process of its own; the peak is that of its resident memory. Gradients,
-states, spectrum and flow at their default cadences.
+Each arm is a process of its own, three times, in turns; the peak is that of its resident
+memory. Gradients, states, spectrum and flow at their default cadences.
 
 Run: python -m benchmarks.memory [--steps 110]
 """
@@ -17,6 +17,7 @@ from torch import nn
 import gradwatch
 
 LENGTH, BATCH, FEATURES, HIDDEN = 1000, 32, 64, 128
+ROUNDS = 3
 
 
 def train(watched: bool, steps: int) -> None:
@@ -46,17 +47,15 @@ def main() -> None:
     if chosen.arm is not None:
         train(chosen.arm == "watched", chosen.steps)
         return
-    peaks = {}
-    for arm in ("bare", "watched"):
+    peaks: dict[str, list[float]] = {"bare": [], "watched": []}
+    for arm in ("bare", "watched") * ROUNDS:
         command = [sys.executable, "-m", "benchmarks.memory", "--arm", arm]
         command += ["--steps", str(chosen.steps)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks[arm] = float(done.stdout.split()[-1])
-    added = peaks["watched"] / peaks["bare"] - 1
-    print(
-        f"LSTM {FEATURES}->{HIDDEN}, T={LENGTH}, B={BATCH}, {chosen.steps} steps: bare "
-        f"{peaks['bare']:.0f} MiB, watched {peaks['watched']:.0f} MiB, {added:+.1%}"
-    )
+        peaks[arm].append(float(done.stdout.split()[-1]))
+    print(f"LSTM {FEATURES}->{HIDDEN}, T={LENGTH}, B={BATCH}, {chosen.steps} steps")
+    for arm, found in peaks.items():
+        print(f"{arm}: {', '.join(f'{peak:.0f}' for peak in sorted(found))} MiB")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ _WIDTH: Final = 100
 _SHORTEST: Final = 12
 _LEGEND: Final = (
     "reach: how many of T steps back gradients go; rho, drift: spectral radius of "
-    "W_hh, its change by\none update (?: not sure); sigma': mean slope of the activation; "
-    "saturated: its share below .05;\ngrad_hh: norm of W_hh's gradient; update: its "
-    "relative change"
+    "W_hh, its change by\none update (?: not sure); sigma': mean slope of the "
+    "activation; saturated: its share below .05;\ngrad_hh: norm of W_hh's gradient; "
+    "update: its relative change"
 )
 
 

@@ -102,9 +102,8 @@ def test_a_run_that_diverges_raises_one_alarm(name):
     if "learning rate" in name:
         assert "learning rate is too high" in alarm.message or alarm.kind == "nonfinite"
     elif "clipped" in name:
-        assert "rho of rnn.l0 was 1" in alarm.message
-    else:  # the very next step is NaN: rho cannot be measured any more
-        assert "undecided" in alarm.message
+        assert "rho has grown by a tenth or more" in alarm.message
+        assert "gradwatch/rnn/l0/growth_log10" in alarm.evidence
 
 
 @pytest.mark.slow
@@ -201,7 +200,7 @@ def test_nan_at_step_five_is_said_once(lines):
         assert [(a.kind, a.step, a.severity) for a in alarms] == [
             ("nonfinite", 5, "error")
         ]
-        assert watch.alerts == alarms
+        assert [a for a in watch.alerts if a.severity != "info"] == alarms
         assert "last finite gradient norm" in alarms[0].message
         assert "at step 4" in alarms[0].message
     assert sum(level == "ERROR" for level, _ in lines) == 1
@@ -222,4 +221,8 @@ def test_rules_replayed_on_the_file_give_the_alerts_of_the_run(tmp_path):
                 out, _ = incidents.take(alert)
                 replayed += [out] if out is not None else []
     assert replayed == alerts == run.alerts
-    assert run.incidents == watch.incidents
+
+    def by_kind(incident):
+        return incident.kind
+
+    assert sorted(run.incidents, key=by_kind) == sorted(watch.incidents, key=by_kind)

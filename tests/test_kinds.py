@@ -271,11 +271,11 @@ def test_a_warm_up_from_zero_is_no_fault():
 def test_a_radius_that_wanders_off_is_a_notice():
     model = classifier(nn.RNN, hidden=16)
 
-    def swell(step):
+    def shrink(step):
         with torch.no_grad():
-            model.rnn.weight_hh_l0.mul_(1.006)
+            model.rnn.weight_hh_l0.mul_(0.994)
 
-    watch, alarms = watched(model, 160, each=swell)
+    watch, alarms = watched(model, 160, each=shrink)
     assert [a.kind for a in alarms] == []
     [notice] = [a for a in watch.alerts if a.kind == "drift"]
     assert notice.severity == "info" and notice.stream == "rnn.l0"

@@ -14,7 +14,7 @@ FLOORS = (
     "recurrent",
     "observe.measure observe.rows observe.capture observe.probe observe.sequence",
     "observe.spectrum observe.state observe.flow observe.depths",
-    "observe.weights observe.gradient_tap",
+    "observe.weights observe.optimizers observe.gradient_tap",
     "derive.reading derive.gradients derive.spectrum derive.state derive.flow",
     "derive",
     "rules.text rules.hysteresis rules.incidents",

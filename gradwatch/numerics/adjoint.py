@@ -87,8 +87,8 @@ def linearised(
         slope = 1 - layer.h.square()
         return Linear(weights, slope, slope, None, None)
     assert layer.sigmoid is not None
-    own = layer.sigmoid - layer.sigmoid.square()
     if kind == "GRU":
+        own = layer.sigmoid - layer.sigmoid.square()
         before = torch.cat((h0[None], layer.h[:-1]))
         reset, keep = layer.sigmoid.unbind(2)
         width = layer.h.shape[-1]
@@ -103,15 +103,12 @@ def linearised(
     before = torch.cat((c0[None], layer.c[:-1]))
     i, f, o = layer.sigmoid.unbind(2)
     shown = layer.c.tanh()
-    slope = torch.cat(
-        (
-            layer.tanh * own[:, :, 0],
-            before * own[:, :, 1],
-            i * (1 - layer.tanh.square()),
-            shown * own[:, :, 2],
-        ),
-        -1,
-    )
+    slope = i.new_empty(*i.shape[:2], 4 * i.shape[2])  # the largest tensor here
+    parts = slope.chunk(4, -1)
+    torch.mul(layer.tanh, i - i.square(), out=parts[0])
+    torch.mul(before, f - f.square(), out=parts[1])
+    torch.mul(i, 1 - layer.tanh.square(), out=parts[2])
+    torch.mul(shown, o - o.square(), out=parts[3])
     return Linear(weights, slope, slope, f, o * (1 - shown.square()))
 
 
@@ -123,14 +120,14 @@ class Adjoint(NamedTuple):
         c: dL/dc_t of an LSTM, total, shape ``(T, B, H)``, or None.
         direct_h: What of dL/dh_t does not come through a later step.
         direct_c: The same for c.
-        x: dL/dx_t, shape ``(T, B, I)``.
+        x: dL/dx_t, shape ``(T, B, I)``; None where it was not asked for.
     """
 
     h: Tensor
     c: Tensor | None
     direct_h: Tensor
     direct_c: Tensor | None
-    x: Tensor
+    x: Tensor | None
 
 
 def adjoint(
@@ -138,6 +135,8 @@ def adjoint(
     direct_h: Tensor,
     direct_c: Tensor | None = None,
     totals: Sequence[tuple[int, Tensor | None, Tensor | None]] = (),
+    *,
+    to_input: bool = True,
 ) -> Adjoint:
     """Run backpropagation through time over a linearised layer.
 
@@ -149,6 +148,8 @@ def adjoint(
         totals: For steps at which a call of the module ended and the next one took its
             state: the step, and what autograd saw there for h and c beside
             ``direct_h``, all later steps included. None where it saw nothing.
+        to_input: Whether dL/dx is wanted: that of the lowest layer is nobody's direct
+            gradient.
 
     Returns:
         The adjoint.
@@ -173,14 +174,18 @@ def adjoint(
             c = own_c[t] + carry_c
         delta, whole, carry = layer.back(t, (h, c))
         hs.append(h)
-        deltas.append(delta)
+        if to_input:
+            deltas.append(delta)
         if whole is not None:
             cs.append(whole)
     total = torch.stack(hs[::-1])
-    read = torch.stack(deltas[::-1])
+    cells = torch.stack(cs[::-1]) if cs else None
+    if not to_input:
+        return Adjoint(total, cells, own_h, own_c, None)
     if layer.read is not layer.slope:  # in a GRU, r stands between W_hh and n
         read = torch.cat((total, total, total), -1) * layer.read
-    cells = torch.stack(cs[::-1]) if cs else None
+    else:
+        read = torch.stack(deltas[::-1])
     return Adjoint(total, cells, own_h, own_c, read @ layer.weights.ih)
 
 

@@ -87,8 +87,8 @@ def replay_layer(
         return Layer(h, None, h, None, None)
     before = torch.cat((h0[None], h[:-1]))
     given = linear(x, weights.ih, weights.bias_ih)
-    carried = linear(before, weights.hh, weights.bias_hh)
     if kind == "GRU":
+        carried = linear(before, weights.hh, weights.bias_hh)
         width = given.shape[-1] // 3
         pre = given[..., : 2 * width] + carried[..., : 2 * width]
         pre = pre.unflatten(-1, (2, width))
@@ -96,8 +96,11 @@ def replay_layer(
         reset = sigmoid[:, :, 0] * carried[..., 2 * width :]
         n = (given[..., 2 * width :] + reset).tanh()
         return Layer(h, None, n, sigmoid, logsigmoid(pre[:, :, 1]))
-    pre = given.add_(carried)
-    i, f, g, o = pre.chunk(4, -1)
+    # In place: of long sequences these are the largest tensors.
+    pre = given.flatten(0, 1).addmm_(before.flatten(0, 1), weights.hh.t())
+    if weights.bias_hh is not None:
+        pre += weights.bias_hh
+    i, f, g, o = pre.view_as(given).chunk(4, -1)
     sigmoid = torch.stack((i, f, o), 2).sigmoid_()
     tanh = g.tanh()
     c = torch.empty_like(tanh)

@@ -133,10 +133,11 @@ def backward(
                 direct = turned(part, replayed.lengths) if way else part
             if seen.h is not None:
                 direct = direct + seen.h
-            back = adjoint(linear, direct, seen.c, seen.totals)
+            back = adjoint(linear, direct, seen.c, seen.totals, to_input=number > 0)
             found[place] = linear, back
-            x = turned(back.x, replayed.lengths) if way else back.x
-            below = x if below is None else below + x
+            if back.x is not None:
+                x = turned(back.x, replayed.lengths) if way else back.x
+                below = x if below is None else below + x
         above = below
         if above is not None and number and replayed.masks:
             above = above * replayed.masks[number - 1]

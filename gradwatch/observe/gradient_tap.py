@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,24 +25,9 @@ from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.observe.capture import Step
 from gradwatch.observe.measure import Norms, all_finite, joined, norms, over
-from gradwatch.observe.weights import Changes, Moving
+from gradwatch.observe.optimizers import Held, Optimizers
+from gradwatch.observe.weights import Changes
 from gradwatch.recurrent import clean_path
-
-
-class _Held(NamedTuple):
-    """What an optimizer holds of the watched parameters.
-
-    Attributes:
-        size: How many parameters it had when this was looked up.
-        optimizer: The optimizer, not kept alive.
-        params: Indices of the watched parameters that it holds.
-        moving: The recurrent weights among them.
-    """
-
-    size: int
-    optimizer: weakref.ref[Optimizer]
-    params: list[int]
-    moving: Moving
 
 
 class GradientTap:
@@ -120,9 +105,9 @@ class GradientTap:
             hook.remove()
         self.names, self._params = [clean_path(n) for n, _ in named], params
         self._index = {id(p): i for i, p in enumerate(params)}
-        self._mine: dict[int, _Held] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._changes = Changes(self._weights_of())
+        self._optimizers = Optimizers(params, self._changes)
         trigger = _trigger(self)
         self._hooks = [p.register_post_accumulate_grad_hook(trigger) for p in params]
 
@@ -220,23 +205,17 @@ class GradientTap:
 
     # ---- optimizers
 
-    def _held(self, optimizer: Optimizer) -> _Held:
-        """Return what an optimizer holds; looked up anew where its size has changed."""
-        size = 0
-        for group in optimizer.param_groups:
-            size += len(group["params"])
-        known = self._mine.get(id(optimizer))
-        if known is None or known.size != size or known.optimizer() is not optimizer:
-            index = self._look_up(optimizer)
-            if not index and size:
+    def _held(self, optimizer: Optimizer) -> Held:
+        """Return what an optimizer holds of the watched parameters."""
+        held = self._optimizers.known(optimizer)
+        if held is None:
+            held = self._optimizers.look_up(optimizer)
+            if not held.params and held.size:
                 self.rescan()  # its parameters may be new to us
-                index = self._look_up(optimizer)
-            moving = self._changes.among(self._params[i] for i in index)
-            known = _Held(size, weakref.ref(optimizer), index, moving)
-            self._mine[id(optimizer)] = known
-            if index and self.scaler is None:
+                held = self._optimizers.look_up(optimizer)
+            if held.params and self.scaler is None:
                 self._find_scaler()
-        return known
+        return held
 
     def optimized(self) -> dict[int, float] | None:
         """Return the learning rates of all parameters that known optimizers hold.
@@ -244,18 +223,9 @@ class GradientTap:
         An optimizer is known once it has stepped and holds a watched parameter.
 
         Returns:
-            Id of a parameter -> its learning rate, NaN where that is no plain number;
-            None while no optimizer is known.
+            Id of a parameter -> its learning rate; None while no optimizer is known.
         """
-        if not self._any_optimizer:
-            return None
-        known = [held.optimizer() for held in self._mine.values() if held.params]
-        groups = [g for o in known if o is not None for g in o.param_groups]
-        return {id(p): _rate(group) for group in groups for p in group["params"]}
-
-    def _look_up(self, optimizer: Optimizer) -> list[int]:
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        return [self._index[id(p)] for p in params if id(p) in self._index]
+        return self._optimizers.rates() if self._any_optimizer else None
 
     def _on_pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self._guard.failed:
@@ -425,14 +395,6 @@ class GradientTap:
         self.number += 1
         self._fresh()
         self._on_step(step)
-
-
-def _rate(group: dict[str, Any]) -> float:
-    """Return the learning rate of a group; NaN where reading it would wait."""
-    rate = group.get("lr")
-    if isinstance(rate, Tensor) and rate.device.type == "cpu" and rate.numel() == 1:
-        return float(rate)
-    return float(rate) if isinstance(rate, int | float) else math.nan
 
 
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
