@@ -1,7 +1,7 @@
 """Peak memory of a training with a watch over that of a bare one, at T = 1000.
 
-Each arm is a process of its own, three times, in turns; the peak is that of its resident
-memory. Gradients, states, spectrum and flow at their default cadences.
+Each arm is a process of its own, three times, in turns; the peak is that of its
+resident memory. Gradients, states, spectrum and flow at their default cadences.
 
 Run: python -m benchmarks.memory [--steps 110]
 """
