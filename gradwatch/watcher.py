@@ -414,6 +414,10 @@ class Watch:
                 times = self._pipeline.memory.left_out.get(recurrence.stream.module)
                 said = facts["replay"].replace("left out", f"left out ({times} times)")
                 notes[recurrence.stream.name] = f"states {said}"
+            elif facts.get("state_detached"):
+                notes[recurrence.stream.name] = (
+                    f"its state is detached every {facts['T']} steps"
+                )
             elif weight is None:
                 notes[recurrence.stream.name] = "W_hh is parametrised: no update_ratio"
             elif not weight.requires_grad:

@@ -269,6 +269,7 @@ def test_a_state_carried_from_step_to_step_is_a_truncation_notice():
             out.square().mean().backward()
             optimizer.step()
             state = state.detach()
+        assert "gru.l0: its state is detached every 20 steps" in repr(watch)
         kinds = [a.kind for a in watch.alerts]
         assert kinds.count("truncated") == 1 and alarms == []
         assert (
