@@ -302,3 +302,21 @@ def test_the_flow_of_a_cell_in_a_loop(cell):
         profile = watch.records[0].profiles["gradwatch/cell/adjoint"]
         assert len(profile) == 6 and all(map(math.isfinite, profile))
         assert watch.latest["gradwatch/cell/demand"] == pytest.approx(1 / 6)
+
+
+def test_where_the_end_of_backward_is_not_called_back_the_optimizer_stands_in(
+    monkeypatch,
+):
+    """As under compiled autograd: states, spectrum and flow come a little later."""
+    monkeypatch.setattr("gradwatch._torch.after_backward", lambda callback: True)
+    torch.manual_seed(0)
+    model = lstm()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with watched(model) as watch:
+        for x in batches(3):
+            step(model, optimizer, x)
+        watch.flush()
+        assert len(watch.records) == 3 and watch.health["failed"] == {}
+        for metric in ("grad_norm_hh", "act_deriv", "rho", "rho_drift", "horizon"):
+            steps, _ = watch.records.series(f"gradwatch/rnn/l0/{metric}")
+            assert steps.tolist() == [0, 1, 2], metric

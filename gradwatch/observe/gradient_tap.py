@@ -252,6 +252,8 @@ class GradientTap:
             self._changes.remember(held.moving)
             if closure:  # backward runs inside step()
                 return
+            if not self._backwards and task == -1:
+                self._on_backward(self.number)  # its end was not called back
             self._read(optimizer, held.params)
             if self._refuse and not all(all_finite(read) for _, read in self._post):
                 self._depth = 0
