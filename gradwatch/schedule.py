@@ -60,6 +60,8 @@ class Schedule:
         self._costs = {d: deque[float](maxlen=_RUNS_KEPT) for d in DEPTHS}
         self._steps = deque[float](maxlen=_STEPS_KEPT)
         self._asked: dict[str, int] = {}
+        self.changes = 0
+        """How often an answer of :meth:`due` may have changed."""
 
     def due(self, depth: str, step: int) -> bool:
         """Tell whether a depth runs at a step."""
@@ -77,6 +79,7 @@ class Schedule:
     def ask(self, depth: str, step: int) -> None:
         """Have a depth run at one coming step, whatever its cadence."""
         self._asked[depth] = step
+        self.changes += 1
 
     def ask_within_budget(self, depth: str, step: int) -> None:
         """Have a depth run at one coming step, unless it has run too often lately.
@@ -125,11 +128,13 @@ class Schedule:
             return None
         self._stretch[depth] = stretch
         self._cadence[depth] = self._every[depth] * stretch
+        self.changes += 1
         return f"{depth} every {self.cadence(depth)} steps"
 
     def leave_out(self, depth: str) -> str:
         """Run a depth no more, as one run takes over a second; return that in words."""
         self._left_out.add(depth)
+        self.changes += 1
         self._cadence[depth] = 0
         return f"{depth} takes over {_TOO_LONG:g} s a run and is left out"
 
@@ -148,6 +153,7 @@ class Schedule:
         Where ``budget`` is None now, the cadences stay fixed: what a budget of the
         earlier run stretched or left out is not taken over.
         """
+        self.changes += 1
         if self.budget is not None:
             self._stretch.update(state["stretch"])
             self._left_out = set(state["left_out"])

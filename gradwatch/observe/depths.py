@@ -78,6 +78,7 @@ class Depths:
         }
         self._spectrum_runs = 0
         self._sampled = False
+        self._answer: tuple[object, Wanted] = (None, Wanted(False, False))
         self._chains: dict[int, list[Capture]] = {}
         self._replays: dict[int, Trajectory] = {}
         guard = health.guard("probe", self.close)
@@ -104,11 +105,22 @@ class Depths:
         return [Recurrence(s, m, suffix) for s, m, suffix in found if m is not None]
 
     def _due(self, depth: str, step: int) -> bool:
-        return not self._guards[depth].failed and self._schedule.due(depth, step)
+        needed = ("state", "flow") if depth == "flow" else (depth,)  # the same replay
+        failed = any(self._guards[part].failed for part in needed)
+        return not failed and self._schedule.due(depth, step)
 
     def _wanted(self) -> Wanted:
-        """Tell what a forward now is to show; it may belong to a sampled step."""
+        """Tell what a forward now is to show; it may belong to a sampled step.
+
+        A cell is called at every time step: the answer is kept for as long as it holds.
+        """
         steps = self._upcoming()
+        asked = (steps, self._schedule.changes)
+        if self._answer[0] != asked:
+            self._answer = (asked, self._wanted_at(steps))
+        return self._answer[1]
+
+    def _wanted_at(self, steps: Sequence[int]) -> Wanted:
         grads = any(self._due("flow", n) for n in steps)
         rows = grads or any(self._due("state", n) for n in steps)
         weights = rows or any(self._due("spectrum", n) for n in steps)

@@ -8,12 +8,8 @@ from typing import Any, Final
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules import text
+from gradwatch.rules.hysteresis import Hysteresis
 
-_RAISE: Final = 2.4
-_AT_ONCE: Final = 2.7
-_CLEAR: Final = 1.7
-_RUNNING: Final = 2
-_CALM: Final = 3
 _OFTEN: Final = 10
 """Steps between probes while an incident is open."""
 _CONTEXT: Final = ("rho", "rho_total_drift")
@@ -36,15 +32,14 @@ class Growth:
         self._context = [
             (s.name, name, stream_key(s, name)) for s in streams for name in _CONTEXT
         ]
-        self._over: dict[str, list[int]] = {}  # stream: times over, since which step
-        self._raised: dict[str, int] = {}  # stream: calm probes running
+        self._levels = Hysteresis(raise_at=2.4, clear_at=1.7, at_once=2.7)
         self._seen: dict[str, dict[str, float]] = {}
         self._probed = 0
 
     @property
     def active(self) -> bool:
         """Whether gradients still grow in some stream."""
-        return bool(self._raised)
+        return self._levels.active
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -54,42 +49,26 @@ class Growth:
                 self._seen.setdefault(name, {})[metric] = record.metrics[key]
         for stream, key in self._watched:
             growth = record.metrics.get(key)
-            if growth is not None:
-                self._probed = record.step
-                found += self._probe(record, stream, key, growth)
-        if len(self._over) > len(self._raised):  # a suspicion
-            self.wants = "flow"
-        due = self._raised and record.step + 1 - self._probed >= _OFTEN
+            if growth is None:
+                continue
+            self._probed = record.step
+            change = self._levels.update(stream.name, record.step, growth)
+            if change == "suspected":
+                self.wants = "flow"
+            elif change == "raised":
+                found.append(self._alert(record, stream, key, growth))
+        due = self.active and record.step + 1 - self._probed >= _OFTEN
         self.wishes = "flow" if due else None
         return found
-
-    def _probe(
-        self, record: StepRecord, stream: Stream, key: str, growth: float
-    ) -> list[Alert]:
-        name = stream.name
-        if name in self._raised:
-            calm = self._raised[name] + 1 if growth <= _CLEAR else 0
-            self._raised[name] = calm
-            if calm >= _CALM:
-                del self._raised[name]
-                self._over.pop(name, None)
-            return []
-        if not growth >= _RAISE:
-            self._over.pop(name, None)
-            return []
-        times, since = self._over.get(name, [0, record.step])
-        self._over[name] = [times + 1, since]
-        if times + 1 < _RUNNING and growth < _AT_ONCE:
-            return []
-        self._raised[name] = 0
-        return [self._alert(record, stream, key, growth)]
 
     def _alert(
         self, record: StepRecord, stream: Stream, key: str, growth: float
     ) -> Alert:
-        since, cause = self._over[stream.name][1], self._cause(stream)
+        levels, cause = self._levels, self._cause(stream)
+        since = levels.since(stream.name)
         shown = (
-            f"growth_log10 {growth:.1f} (alarm from {_RAISE}, twice, or {_AT_ONCE}): "
+            f"growth_log10 {growth:.1f} (alarm from {levels.raise_at}, twice, or "
+            f"{levels.at_once}): "
             f"a gradient grows to 10^{growth:.1f} of its size on its way back"
         )
         return Alert(
@@ -100,7 +79,7 @@ class Growth:
             stream=stream.name,
             streams=(stream.name,),
             cause=cause,
-            evidence={key: (growth, _RAISE)},
+            evidence={key: (growth, levels.raise_at)},
             message=text.four_lines(
                 self.kind,
                 record.step,
@@ -124,9 +103,13 @@ class Growth:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        static = ("_watched", "_context", "wants", "wishes")
-        return {k: v for k, v in vars(self).items() if k not in static}
+        return {
+            "levels": self._levels.state_dict(),
+            "seen": dict(self._seen),
+            "probed": self._probed,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        vars(self).update(state)
+        self._levels.load_state_dict(state["levels"])
+        self._seen, self._probed = dict(state["seen"]), state["probed"]

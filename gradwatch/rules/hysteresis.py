@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Final, Literal
 
 Change = Literal["suspected", "raised", ""]
 
-_CALM: int = 3
+_RUNNING: Final = 2
+_CALM: Final = 3
 """Measurements running, at the clear value or below, after which a level is over."""
 
 
@@ -16,11 +18,14 @@ class Hysteresis:
     Args:
         raise_at: Value from which on a measurement counts.
         clear_at: Value up to which it counts as calm.
-        confirm: How many measurements running have to count.
+        at_once: Value from which on one measurement is enough; else two running are
+            needed.
     """
 
-    def __init__(self, raise_at: float, clear_at: float, confirm: int = 2) -> None:
-        self.raise_at, self.clear_at, self._confirm = raise_at, clear_at, confirm
+    def __init__(
+        self, raise_at: float, clear_at: float, at_once: float = math.inf
+    ) -> None:
+        self.raise_at, self.clear_at, self.at_once = raise_at, clear_at, at_once
         self._over: dict[str, list[int]] = {}  # key: times over, since which step
         self._raised: dict[str, int] = {}  # key: calm measurements running
 
@@ -43,7 +48,7 @@ class Hysteresis:
             return ""
         times, since = self._over.get(key, (0, step))
         self._over[key] = [times + 1, since]
-        if times + 1 < self._confirm:
+        if times + 1 < _RUNNING and value < self.at_once:
             return "suspected"
         self._raised[key] = 0
         return "raised"
