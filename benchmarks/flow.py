@@ -11,7 +11,6 @@ Run: python -m benchmarks.flow [--quick]
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,13 +26,15 @@ from benchmarks.replay import (
     STEPS,
     Case,
     cases,
+    cost,
     first_states,
+    given_states,
 )
 from gradwatch.health import Health
 from gradwatch.observe.flow import Flow, backward
 from gradwatch.observe.probe import Probe, Wanted
 from gradwatch.observe.sequence import Trajectory, trajectory
-from gradwatch.recurrent import recurrences
+from gradwatch.recurrent import Recurrence, recurrences
 from tests import reference
 
 READS = ("output", "last output", "h_n", "c_n", "all")
@@ -124,14 +125,7 @@ def _loss(
 ) -> Tensor:
     """Call as a user would, and weigh what the loss reads."""
     lstm, flat = "LSTM" in case.kind, case.layout == "unbatched"
-    hx: Any = None
-    if states is not None:
-        parts = [s.clone() for s in states if s is not None]
-        if case.cell:
-            parts = [p[0, 0] if flat else p[0] for p in parts]
-        elif flat:
-            parts = [p[:, 0] for p in parts]
-        hx = tuple(parts) if lstm else parts[0]
+    hx = given_states(case, states)
     x = x[:, 0] if flat else x
     outputs: list[Tensor] = []
     if case.cell or case.chain:
@@ -220,46 +214,11 @@ COSTS = (
 )
 
 
-def cost(kind: Any, length: int, samples: int | None, rounds: int) -> list[float]:
-    """Return, pair by pair, a flow run's time over that of the step beside it."""
-    torch.manual_seed(0)
-    module = kind(64, 128)
-    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
-    x = torch.randn(length, 32, 64)
-    looking = False
-    probe = Probe(
-        module,
-        None,
-        wanted=lambda: Wanted(looking, looking, looking),
-        samples=samples,
-        guard=Health(print).guard("probe"),
-    )
-    members, ratios = recurrences(module), []
-
-    def step() -> float:
-        began = time.perf_counter()
-        optimizer.zero_grad()
-        module(x)[0].square().mean().backward()
-        optimizer.step()
-        return time.perf_counter() - began
-
-    for number in range(rounds + 2):
-        looking = False
-        bare = step()
-        looking = True
-        seen = step()
-        began = time.perf_counter()
-        with torch.no_grad():
-            replayed = trajectory(members, probe.take())
-            assert isinstance(replayed, Trajectory)
-            flow = Flow()
-            flow.add("rnn", members, replayed)
-            flow.numbers["0"].tolist()
-        probe.forget()
-        if number >= 2:
-            ratios.append((time.perf_counter() - began + max(seen - bare, 0)) / bare)
-    probe.close()
-    return ratios
+def run_flow(members: list[Recurrence], replayed: Trajectory) -> None:
+    """Run the flow depth, and wait for its numbers."""
+    flow = Flow()
+    flow.add("rnn", members, replayed)
+    flow.numbers["0"].tolist()
 
 
 def main() -> None:
@@ -291,9 +250,10 @@ def main() -> None:
         row = []
         for samples in (4, 8, None):
             rounds = 3 if quick else (8 if length > 500 else 30)
-            low, middle, high = statistics.quantiles(
-                cost(make, length, samples, rounds), n=4
-            )
+            torch.manual_seed(0)
+            module, x = make(64, 128), torch.randn(length, 32, 64)
+            ratios = cost(module, x, run_flow, samples=samples, rounds=rounds)
+            low, middle, high = statistics.quantiles(ratios, n=4)
             row.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
         print(f"| {name} | {' | '.join(row)} |", flush=True)
 

@@ -26,7 +26,7 @@ from gradwatch.numerics.activation import SIGMOID_GATES
 from gradwatch.observe.probe import Probe, Wanted
 from gradwatch.observe.sequence import Trajectory, trajectory
 from gradwatch.observe.state import State
-from gradwatch.recurrent import recurrences
+from gradwatch.recurrent import Recurrence, recurrences
 from tests import reference
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
@@ -142,6 +142,19 @@ def first_states(
     return h, c
 
 
+def given_states(case: Case, states: tuple[Tensor, Tensor | None] | None) -> Any:
+    """Return first states as the module of a case takes them; None for none."""
+    if states is None:
+        return None
+    parts = [s.clone() for s in states if s is not None]
+    flat = case.layout == "unbatched"
+    if case.cell:
+        parts = [p[0, 0] if flat else p[0] for p in parts]
+    elif flat:
+        parts = [p[:, 0] for p in parts]
+    return tuple(parts) if "LSTM" in case.kind else parts[0]
+
+
 def _call(
     module: nn.Module,
     case: Case,
@@ -151,15 +164,7 @@ def _call(
 ) -> Tensor:
     """Call as a user would; return what a loss reads."""
     lstm = "LSTM" in case.kind
-    hx: Any = None
-    if states is not None:
-        squeeze = case.cell or case.layout == "unbatched"
-        parts = [s.clone() for s in states if s is not None]
-        if case.cell:
-            parts = [p[0, 0] if case.layout == "unbatched" else p[0] for p in parts]
-        elif squeeze:
-            parts = [p[:, 0] for p in parts]
-        hx = tuple(parts) if lstm else parts[0]
+    hx = given_states(case, states)
     if case.layout == "unbatched":
         x = x[:, 0]
     if case.cell:
@@ -233,22 +238,38 @@ COSTS = (
 )
 
 
+def run_state(members: list[Recurrence], replayed: Trajectory) -> None:
+    """Run the state depth, and wait for its numbers."""
+    state = State()
+    state.add("rnn", members, replayed)
+    state.numbers["0"].tolist()
+
+
 def cost(
-    kind: Any, features: int, hidden: int, length: int, options: Any, rounds: int
+    module: nn.Module,
+    x: Tensor,
+    run: Callable[[list[Recurrence], Trajectory], None],
+    *,
+    samples: int | None,
+    rounds: int,
 ) -> list[float]:
-    """Return, pair by pair, a state run's time over that of the step beside it."""
-    torch.manual_seed(0)
-    module = kind(features, hidden, **options)
+    """Return, pair by pair, a depth's time over that of the training step beside it.
+
+    Args:
+        module: The module that is trained.
+        x: Its input.
+        run: What the depth does with a replay; the replay and the capture count too.
+        samples: How many sequences are looked at; None for all.
+        rounds: How many pairs.
+    """
     optimizer = torch.optim.Adam(module.parameters(), 1e-3)
-    x = torch.randn(length, 16 if hidden == 32 else 32, features)
-    health = Health(lambda line: None)
     looking = False
     probe = Probe(
         module,
         None,
-        wanted=lambda: Wanted(looking, looking),
-        samples=4,
-        guard=health.guard("probe"),
+        wanted=lambda: Wanted(looking, looking, looking),
+        samples=samples,
+        guard=Health(print).guard("probe"),
     )
     members, ratios = recurrences(module), []
 
@@ -266,10 +287,9 @@ def cost(
         seen = step()
         began = time.perf_counter()
         with torch.no_grad():
-            state = State()
             replayed = trajectory(members, probe.take())
-            state.add("rnn", members, replayed)
-            state.numbers["0"].tolist()
+            assert isinstance(replayed, Trajectory)
+            run(members, replayed)
         probe.forget()
         if number >= 3:
             ratios.append((time.perf_counter() - began + max(seen - bare, 0)) / bare)
@@ -302,7 +322,10 @@ def main() -> None:
     print("\n| module | cost of a state run, in steps (quartiles) |\n|---|---|")
     for name, make, features, hidden, length, options in COSTS:
         rounds = 5 if quick else (20 if length > 500 else 60)
-        ratios = cost(make, features, hidden, length, options, rounds)
+        torch.manual_seed(0)
+        module = make(features, hidden, **options)
+        x = torch.randn(length, 16 if hidden == 32 else 32, features)
+        ratios = cost(module, x, run_state, samples=4, rounds=rounds)
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"| {name} | {middle:.2f} ({low:.2f}-{high:.2f}) |")
 
