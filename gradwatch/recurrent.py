@@ -6,15 +6,18 @@ without running a parametrization: some of them change at every read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gradwatch import _torch
 from gradwatch.record import Stream
 
+WEIGHTS: Final = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 RECURRENT: Final = (nn.RNNBase, nn.RNNCellBase)
 GATES: Final[Mapping[str, tuple[str, ...]]] = {
     "RNN_TANH": (),
@@ -57,8 +60,8 @@ def recurrences(model: nn.Module) -> list[Recurrence]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"gradwatch.watch() got {_of_type(model)}; expected an nn.Module that is "
-            "or contains an nn.RNN, nn.LSTM, nn.GRU or one of their cells."
+            f"the model is {_of_type(model)}; expected an nn.Module that is or "
+            "contains an nn.RNN, nn.LSTM, nn.GRU or one of their cells."
         )
     found: list[Recurrence] = []
     for path, module in model.named_modules():
@@ -70,9 +73,32 @@ def recurrences(model: nn.Module) -> list[Recurrence]:
     if empty:
         raise ValueError(
             f"the weights of {', '.join(empty)} are on the device 'meta' and hold no "
-            "values yet; call model.to_empty(device=...) and initialise, then watch."
+            "values yet; call model.to_empty(device=...) and initialise them first."
         )
     return found
+
+
+def named(
+    found: Sequence[Recurrence], streams: str | Iterable[str] | None
+) -> list[Recurrence]:
+    """Return the recurrences that are named.
+
+    Args:
+        found: All recurrences of a model.
+        streams: Names of streams, or of modules for all their streams; None: all.
+
+    Raises:
+        ValueError: If a name is unknown; the message lists the known ones.
+    """
+    if streams is None:
+        return list(found)
+    wanted = {streams} if isinstance(streams, str) else set(streams)
+    known = {n for r in found for n in (r.stream.name, r.stream.module)}
+    if not wanted or wanted - known:
+        unknown = ", ".join(map(repr, sorted(wanted - known))) or "an empty list"
+        names = ", ".join(r.stream.name for r in found[:20])
+        raise ValueError(f"streams= names {unknown}; this model has {names}.")
+    return [r for r in found if wanted & {r.stream.name, r.stream.module}]
 
 
 def clean_path(path: str) -> str:
@@ -81,7 +107,7 @@ def clean_path(path: str) -> str:
 
 
 def _of_module(path: str, module: nn.Module) -> Iterator[Recurrence]:
-    path = path or type(module).__name__.lower()
+    path = path or parametrize.type_before_parametrizations(module).__name__.lower()
     if isinstance(module, nn.RNNCellBase):
         yield Recurrence(
             _stream(path, path, _cell_kind(module), 0, 0, module), module, ""
@@ -160,6 +186,41 @@ def _attribute(module: nn.Module, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def stored_weights(recurrence: Recurrence) -> dict[str, Tensor]:
+    """Return all weights of a stream as they are now, detached, whatever holds them.
+
+    A parametrized weight is computed, in evaluation mode: in training mode some change
+    when they are read, such as that of ``parametrizations.spectral_norm``.
+
+    Returns:
+        ``weight_ih``, ``weight_hh``, and where they exist ``bias_ih``, ``bias_hh`` and
+        ``weight_hr``: without the suffix of layer and direction.
+    """
+    module, found = recurrence.module, dict[str, Tensor]()
+    for name in WEIGHTS:
+        whole = name + recurrence.suffix
+        value = _attribute(module, whole)
+        if value is None and parametrize.is_parametrized(module, whole):
+            value = _computed(module, whole)
+        if value is not None:
+            found[name] = value.detach()
+    return found
+
+
+def _computed(module: nn.Module, name: str) -> Tensor:
+    steps = list(module.parametrizations[name].modules())  # type: ignore[index, union-attr]
+    modes = [step.training for step in steps]
+    try:
+        for step in steps:
+            step.training = False
+        with torch.no_grad():
+            value: Tensor = getattr(module, name)
+    finally:
+        for step, mode in zip(steps, modes, strict=True):
+            step.training = mode
+    return value
+
+
 def gate_matrices(stream: Stream, weight: Tensor, projection: Tensor | None) -> Tensor:
     """Return the recurrent matrix of each gate, the one that maps h to h.
 
@@ -217,9 +278,9 @@ def _nothing_found(model: nn.Module) -> str:
     shown = ", ".join(kinds[:8]) + (", ..." if len(kinds) > 8 else "")
     return (
         f"{type(model).__name__} contains no nn.RNN, nn.LSTM, nn.GRU nor one of their "
-        f"cells, the modules that can be watched"
+        f"cells, the modules that gradwatch knows"
         + (f"; it contains {shown}." if shown else ".")
-        + " Watch the module that does the recurrence; for one written by hand there "
+        + " Give the module that does the recurrence; for one written by hand there "
         "is gradwatch.numerics.spectral.spectral_radius(weight)."
     )
 

@@ -408,7 +408,7 @@ def test_only_rank_zero_measures(monkeypatch, lines, tmp_path):
 
 
 BAD = {
-    "no module": (lambda: gradwatch.watch("model"), TypeError, "got a str"),
+    "no module": (lambda: gradwatch.watch("model"), TypeError, "the model is a str"),
     "none": (lambda: gradwatch.watch(None), TypeError, "nn.Module"),
     "nothing recurrent": (
         lambda: gradwatch.watch(nn.Sequential(nn.Linear(1, 1), nn.ReLU())),
