@@ -7,7 +7,7 @@ One call attaches to every nn.RNN, nn.LSTM, nn.GRU and their cells in a model:
     gradwatch.watch(model)
 """
 
-from gradwatch import init, plot, sinks
+from gradwatch import clip, init, plot, sinks
 from gradwatch._version import __version__
 from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, TrainingAlert
 from gradwatch.runs import Run, load
@@ -23,6 +23,7 @@ __all__ = [
     "TrainingAlert",
     "Watch",
     "__version__",
+    "clip",
     "init",
     "load",
     "plot",

@@ -83,6 +83,30 @@ def loss_scale(scaler: Any) -> Tensor | None:
     return torch.tensor(scaler.get_scale())
 
 
+def scaler_stage(scaler: Any, optimizer: Any) -> str | None:
+    """Return how far a GradScaler is with an optimizer's gradients in this step.
+
+    Returns:
+        ``READY``: still scaled; ``UNSCALED``; ``STEPPED``. None where it does not
+        scale, and without the private table.
+    """
+    if not scaler.is_enabled():
+        return None
+    known = getattr(scaler, "_per_optimizer_states", None)
+    if not isinstance(known, dict):
+        return None
+    stage = known[id(optimizer)]["stage"] if id(optimizer) in known else None
+    return getattr(stage, "name", "READY")
+
+
+def has_pre_hooks(optimizer: Any) -> bool:
+    """Tell whether an optimizer has step pre-hooks of its own.
+
+    Without the private dict: yes, so that ours is put behind any.
+    """
+    return bool(getattr(optimizer, "_optimizer_step_pre_hooks", True))
+
+
 _SCALER_FILE = torch.amp.GradScaler.step.__code__.co_filename
 
 

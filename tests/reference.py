@@ -1,6 +1,7 @@
 """Slow truths in float64 that the fast numerics are tested against."""
 
 import math
+import statistics
 
 import torch
 from torch import Tensor
@@ -259,3 +260,51 @@ def theil_sen(steps, values) -> float:
         for j in range(i):
             slopes.append((values[i] - values[j]) / (steps[i] - steps[j]))
     return median(slopes)
+
+
+# ---- clippers, spelled out over a list of norms
+
+
+def autoclip_thresholds(norms, percentile=10.0):
+    """The percentile by linear interpolation between the sorted norms so far."""
+    found = []
+    for n in range(1, len(norms) + 1):
+        ranked = sorted(norms[:n])
+        place = (n - 1) * percentile / 100
+        low = math.floor(place)
+        high = min(low + 1, n - 1)
+        found.append(ranked[low] + (place - low) * (ranked[high] - ranked[low]))
+    return found
+
+
+def zclip_thresholds(norms, z_max=2.5, warm_up=25, memory=0.97):
+    first = norms[:warm_up]
+    mean = sum(first) / warm_up
+    variance = sum((g - mean) ** 2 for g in first) / warm_up
+    found = [math.inf] * warm_up
+    for g in norms[warm_up:]:
+        sigma = math.sqrt(variance)
+        z = (g - mean) / sigma
+        limit = mean + z_max * sigma
+        if z > z_max:
+            limit = mean + z_max**2 * sigma / z
+        found.append(limit)
+        used = min(g, limit)
+        variance = memory * variance + (1 - memory) * (used - mean) ** 2
+        mean = memory * mean + (1 - memory) * used
+    return found
+
+
+def logzclip_thresholds(norms, z_max=4.0, warm_up=25, memory=0.97, floor=0.1):
+    logs = [math.log(g) for g in norms]
+    mean = statistics.median(logs[:warm_up])
+    off = statistics.median(abs(v - mean) for v in logs[:warm_up])
+    variance = (1.4826 * off) ** 2
+    found = [math.inf] * warm_up
+    for value in logs[warm_up:]:
+        limit = mean + z_max * max(math.sqrt(variance), floor)
+        found.append(math.exp(limit))
+        used = min(value, limit)
+        variance = memory * variance + (1 - memory) * (used - mean) ** 2
+        mean = memory * mean + (1 - memory) * used
+    return found

@@ -11,10 +11,11 @@ FLOORS = (
     "health metrics schedule numerics.streaming numerics.matrices",
     "numerics.subspace numerics.spectral numerics.singular numerics.drift",
     "numerics.through_time numerics.activation numerics.adjoint",
-    "recurrent rewrite init",
+    "recurrent rewrite init console",
     "observe.measure observe.rows observe.capture observe.probe observe.sequence",
     "observe.spectrum observe.state observe.flow observe.depths",
     "observe.weights observe.optimizers observe.gradient_tap",
+    "clip.gradients clip.clipper clip",
     "derive.reading derive.gradients derive.spectrum derive.state derive.flow",
     "derive",
     "rules.text rules.hysteresis rules.incidents",
@@ -22,7 +23,7 @@ FLOORS = (
     "rules.units rules.learning rules.drift rules.growth rules.vanishing",
     "rules",
     "sinks.fold sinks.jsonl sinks.tensorboard sinks.wandb_rows sinks.wandb sinks",
-    "console opening sampler pipeline watcher runs",
+    "opening sampler pipeline watcher runs",
     "plot",
 )
 ROOMS = [name for floor in FLOORS for name in floor.split()]

@@ -83,6 +83,8 @@ class GradientTap:
         # The engine keeps the last callback until its next pass.
         self._ended = _weakly(self, "_end_of_backward")
         on_pre, on_post = _weakly(self, "_on_pre"), _weakly(self, "_on_post")
+        self._on_last = _weakly(self, "_about_to_step")
+        self._again: dict[int, Any] = {}
         self.global_hooks = [
             register_optimizer_step_pre_hook(on_pre),
             register_optimizer_step_post_hook(on_post),
@@ -119,9 +121,10 @@ class GradientTap:
             self.settle(final=True)
         finally:
             self.closed = True
-            for hook in (*self._hooks, *self.global_hooks):
+            for hook in (*self._hooks, *self.global_hooks, *self._again.values()):
                 hook.remove()
             self._hooks.clear()
+            self._again.clear()
             self._params, self._seen = [], {}
             self._changes = Changes({})
 
@@ -228,6 +231,25 @@ class GradientTap:
         return self._optimizers.rates() if self._any_optimizer else None
 
     def _on_pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer is about to step; its own hooks, such as a clipper's, are next.
+
+        Where it has some, we come again behind the last of them.
+        """
+        self._come_no_more(optimizer)
+        if self.closed or self._guard.failed:
+            return
+        if _torch.has_pre_hooks(optimizer):
+            again = optimizer.register_step_pre_hook(self._on_last)
+            self._again[id(optimizer)] = again
+        else:
+            self._about_to_step(optimizer, args, kwargs)
+
+    def _come_no_more(self, optimizer: Optimizer) -> None:
+        again = self._again.pop(id(optimizer), None)
+        if again is not None:
+            again.remove()
+
+    def _about_to_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.closed or self._guard.failed:
             return
         with self._guard:
@@ -261,6 +283,7 @@ class GradientTap:
         self._on_return()
 
     def _on_post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._come_no_more(optimizer)
         if self.closed or self._guard.failed:
             return
         with self._guard:

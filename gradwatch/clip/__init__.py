@@ -1,0 +1,364 @@
+"""Clippers that refuse NaN: in the training loop, or attached to the optimizer.
+
+    clipper = gradwatch.clip.LogZClip()
+    clipper.attach(optimizer)                       # the loop stays as it is
+    result = clipper.clip_(model.parameters())      # or: before optimizer.step()
+
+One protocol for all: ``clip_``, ``attach``, ``state_dict``, ``print(clipper)``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradwatch.clip.clipper import KEPT, Attached, Clipper, ClipResult
+from gradwatch.clip.gradients import Held, norms_on_host
+from gradwatch.numerics.streaming import median
+
+__all__ = [
+    "AGC",
+    "Attached",
+    "AutoClip",
+    "ClipResult",
+    "Clipper",
+    "LogZClip",
+    "NormClip",
+    "ZClip",
+]
+
+WARM_UP: Final = 25
+"""Norms that a statistic is begun from."""
+_MEMORY: Final = 0.97
+"""Share of a running mean that stays at each step."""
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}; expected a number above 0.")
+    return float(value)
+
+
+@final
+class NormClip(Clipper):
+    """Scale the gradients down to a fixed norm; their direction is kept.
+
+    Args:
+        max_norm: The largest norm, in the gradients' own unit.
+        patience: As for :class:`Clipper`.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> result = NormClip(1.0).clip_([weight])
+        >>> round(result.norm, 4), round(result.ratio, 4), weight.grad
+        (5.0, 0.2, tensor([0.6000, 0.8000]))
+
+    References:
+        Pascanu, Mikolov & Bengio (2013), arXiv:1211.5063.
+    """
+
+    def __init__(self, max_norm: float = 1.0, *, patience: int | None = 10) -> None:
+        self.max_norm = _positive("max_norm", max_norm)
+        super().__init__(patience=patience)
+
+    def _limit(self, norm: float) -> float:
+        return self.max_norm
+
+    def _learn(self, norm: float, let_through: float) -> None:
+        pass  # the threshold is fixed
+
+
+class _Adaptive(Clipper):
+    """A clipper that learns its threshold from the norms so far.
+
+    A statistic that has never seen a healthy norm takes an explosion for normal. So it
+    is not begun while ``watch`` has an open ``exploding`` incident; until that is over
+    the gradients are clipped to norm 1.
+    """
+
+    def __init__(self, *, watch: Any, patience: int | None) -> None:
+        self._watch = watch
+        super().__init__(patience=patience)
+
+    def reset(self) -> None:
+        """Forget the statistic, all norms and counts."""
+        super().reset()
+        self._seen = 0
+        self._held_back = False
+
+    def _limit(self, norm: float) -> float:
+        self._held_back = self._seen < WARM_UP and self._explodes()
+        return 1.0 if self._held_back else self._learnt(norm)
+
+    def _explodes(self) -> bool:
+        return self._watch is not None and any(
+            incident.kind == "exploding" and incident.until is None
+            for incident in self._watch.incidents
+        )
+
+    def _learn(self, norm: float, let_through: float) -> None:
+        if not self._held_back:
+            self._seen += 1
+            self._take_in(norm, let_through)
+
+    @abstractmethod
+    def _learnt(self, norm: float) -> float:
+        """Return the threshold of the statistic; Inf while it warms up."""
+
+    @abstractmethod
+    def _take_in(self, norm: float, let_through: float) -> None:
+        """Move the statistic on by the norm of a step, before and after clipping."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics and counts, as plain values for a checkpoint."""
+        return {**super().state_dict(), "seen": self._seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If ``state`` is of another clipper, or something else.
+        """
+        super().load_state_dict(state)
+        self._seen = int(state["seen"])
+
+
+@final
+class AutoClip(_Adaptive):
+    """Clip to a percentile of the norms seen so far, this one included.
+
+    Args:
+        percentile: In (0, 100]; 10 is the paper's, and clips nine steps in ten.
+        window: How many norms are remembered, at most 1,000.
+        watch: A :class:`gradwatch.Watch` of the model: no norm is remembered while it
+            has an open ``exploding`` incident and fewer than 25 are.
+        patience: As for :class:`Clipper`.
+
+    References:
+        Seetharaman et al. (2020), arXiv:2007.14469, with an unbounded history.
+    """
+
+    def __init__(
+        self,
+        percentile: float = 10.0,
+        *,
+        window: int = KEPT,
+        watch: Any = None,
+        patience: int | None = 10,
+    ) -> None:
+        self.percentile = _positive("percentile", percentile)
+        if percentile > 100:
+            raise ValueError(f"percentile is {percentile}; expected at most 100.")
+        if not 1 <= window <= KEPT:
+            raise ValueError(f"window is {window}; expected 1 to {KEPT} norms.")
+        self.window = window
+        super().__init__(watch=watch, patience=patience)
+
+    def reset(self) -> None:
+        """Forget the history, all norms and counts."""
+        super().reset()
+        self._history: deque[float] = deque(maxlen=self.window)
+
+    def _learnt(self, norm: float) -> float:
+        known = [*self._history, norm][-self.window :]
+        return float(np.percentile(known, self.percentile))
+
+    def _take_in(self, norm: float, let_through: float) -> None:
+        self._history.append(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics and counts, as plain values for a checkpoint."""
+        return {**super().state_dict(), "history": list(self._history)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If ``state`` is of another clipper, or something else.
+        """
+        super().load_state_dict(state)
+        self._history = deque(map(float, state["history"]), maxlen=self.window)
+
+
+class _Running(_Adaptive):
+    """A running mean and variance, begun from the first 25 values."""
+
+    def reset(self) -> None:
+        """Forget mean and variance, all norms and counts."""
+        super().reset()
+        self._first: tuple[float, ...] = ()
+        self._mean = self._variance = math.nan
+
+    def _move(self, value: float) -> None:
+        if len(self._first) < WARM_UP:
+            self._first = (*self._first, value)
+            if len(self._first) == WARM_UP:
+                self._mean, self._variance = self._begin(self._first)
+            return
+        off = value - self._mean
+        self._mean += (1 - _MEMORY) * off
+        self._variance = _MEMORY * self._variance + (1 - _MEMORY) * off * off
+
+    def _begin(self, first: Sequence[float]) -> tuple[float, float]:
+        """Return mean and variance of the first values."""
+        return float(np.mean(first)), float(np.var(first))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics and counts, as plain values for a checkpoint."""
+        own = {"first": list(self._first), "mean": self._mean, "var": self._variance}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If ``state`` is of another clipper, or something else.
+        """
+        super().load_state_dict(state)
+        self._first = tuple(map(float, state["first"]))
+        self._mean, self._variance = float(state["mean"]), float(state["var"])
+
+
+@final
+class ZClip(_Running):
+    r"""Clip a norm that stands out from the running mean, by its z-score.
+
+    :math:`z = (g - \mu) / \sigma`; where :math:`z > z_{max}` the norm becomes
+    :math:`\mu + z_{max}^2 \sigma / z`, and that enters the statistic.
+
+    Args:
+        z_max: Standard deviations from which on a norm is clipped.
+        watch: A :class:`gradwatch.Watch` of the model; the statistic is not begun while
+            it has an open ``exploding`` incident.
+        patience: As for :class:`Clipper`.
+
+    References:
+        Kumar et al. (2025), arXiv:2504.02507.
+    """
+
+    def __init__(
+        self, z_max: float = 2.5, *, watch: Any = None, patience: int | None = 10
+    ) -> None:
+        self.z_max = _positive("z_max", z_max)
+        super().__init__(watch=watch, patience=patience)
+
+    def _learnt(self, norm: float) -> float:
+        sigma = math.sqrt(self._variance)
+        if not sigma > 0:  # NaN while it warms up
+            return math.inf
+        z = (norm - self._mean) / sigma
+        if z <= self.z_max:
+            return self._mean + self.z_max * sigma
+        return self._mean + self.z_max * sigma / (z / self.z_max)
+
+    def _take_in(self, norm: float, let_through: float) -> None:
+        self._move(let_through)
+
+
+@final
+class LogZClip(_Running):
+    r"""Clip a norm whose logarithm stands out from the running mean.
+
+    The norm is let through up to :math:`\exp(\mu + z_{max} \max(\sigma, 0.1))`, where
+    :math:`\mu` and :math:`\sigma` follow :math:`\ln g`: the one that we recommend. A
+    healthy run is hardly ever clipped, and the unit of the loss does not matter. It
+    begins from the median of 25 norms, so that a few bad ones there do no harm.
+
+    Args:
+        z_max: Standard deviations from which on a norm is clipped.
+        watch: A :class:`gradwatch.Watch` of the model; the statistic is not begun while
+            it has an open ``exploding`` incident.
+        patience: As for :class:`Clipper`.
+    """
+
+    FLOOR: Final = 0.1
+    """Least standard deviation of ln g: a steady run is not clipped for 10 %."""
+
+    def __init__(
+        self, z_max: float = 4.0, *, watch: Any = None, patience: int | None = 10
+    ) -> None:
+        self.z_max = _positive("z_max", z_max)
+        super().__init__(watch=watch, patience=patience)
+
+    def _learnt(self, norm: float) -> float:
+        if math.isnan(self._mean):
+            return math.inf
+        deviation = max(math.sqrt(self._variance), self.FLOOR)
+        return math.exp(min(self._mean + self.z_max * deviation, _LARGEST_LOG))
+
+    def _take_in(self, norm: float, let_through: float) -> None:
+        self._move(math.log(let_through))
+
+    def _begin(self, first: Sequence[float]) -> tuple[float, float]:
+        centre = median(tuple(first))
+        spread = 1.4826 * median(tuple(abs(v - centre) for v in first))
+        return centre, spread * spread
+
+
+_LARGEST_LOG: Final = 700.0
+"""exp() of more overflows."""
+
+
+@final
+class AGC(Clipper):
+    r"""Adaptive gradient clipping: each output unit by the size of its own weights.
+
+    The gradient of every row is scaled down to ``clipping`` times
+    :math:`\max(\|w_i\|, 10^{-3})`. Rows of a stacked LSTM weight are units of a gate; a
+    vector is one unit. Not meant for the last layer: leave it out of ``parameters``.
+    The one clipper here that changes the gradient's direction.
+
+    Args:
+        clipping: Largest ratio of a row's gradient to its weights.
+        patience: As for :class:`Clipper`.
+
+    References:
+        Brock et al. (2021), arXiv:2102.06171.
+    """
+
+    def __init__(self, clipping: float = 0.01, *, patience: int | None = 10) -> None:
+        self.clipping = _positive("clipping", clipping)
+        super().__init__(patience=patience)
+
+    def _limit(self, norm: float) -> float:
+        return math.nan  # each unit has its own
+
+    def _learn(self, norm: float, let_through: float) -> None:
+        pass  # the limits are those of the weights
+
+    def _act(
+        self, held: Sequence[Held], norm: float, scale: float
+    ) -> tuple[float, float]:
+        grads = []
+        for one in held:
+            if one.grad.is_sparse:
+                one.param.grad = one.grad.to_dense()
+            grad = one.param.grad
+            assert grad is not None
+            limits = scale * self.clipping * _unit_norms(one.param).clamp_min(_LEAST)
+            factors = limits / _unit_norms(grad).clamp_min(_TINY)
+            grad.mul_(factors.clamp_max(1.0).to(grad.dtype))
+            grads.append(grad)
+        after = math.hypot(*norms_on_host(grads)) / scale
+        return math.nan, min(after / norm, 1.0) if norm else 1.0
+
+
+_LEAST: Final = 1e-3
+"""Weights of a norm below this count as that."""
+_TINY: Final = 1e-30
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """Return the norm of each row, in float32 at least; of a vector, of the whole."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    axes = tuple(range(1 if tensor.dim() > 1 else 0, tensor.dim()))
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=wide)
+    return norms
