@@ -7,7 +7,7 @@ One call attaches to every nn.RNN, nn.LSTM, nn.GRU and their cells in a model:
     gradwatch.watch(model)
 """
 
-from gradwatch import clip, init, plot, sinks
+from gradwatch import clip, init, parametrize, plot, sinks
 from gradwatch._version import __version__
 from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, TrainingAlert
 from gradwatch.runs import Run, load
@@ -26,6 +26,7 @@ __all__ = [
     "clip",
     "init",
     "load",
+    "parametrize",
     "plot",
     "sinks",
     "watch",

@@ -77,7 +77,7 @@ def write(
     planned = _plan(found, new)
     behind = [tensor for written in planned for tensor in written.behind]
     held = holders(optimizer, behind)
-    before = [_radii(r) for r in found]
+    before = [radii(r) for r in found]
     with ExitStack() as undo:
         for written in planned:
             undo.callback(_restorer(written))
@@ -89,7 +89,7 @@ def write(
         tuple(w.name for w in planned if w.recurrence.stream == r.stream) for r in found
     ]
     return [
-        Changed(stream=r.stream.name, weights=n, before=b, after=_radii(r))
+        Changed(stream=r.stream.name, weights=n, before=b, after=radii(r))
         for r, n, b in zip(found, names, before, strict=True)
     ]
 
@@ -201,7 +201,8 @@ def _store(written: _Written) -> None:
         )
 
 
-def _radii(recurrence: Recurrence) -> dict[str, float]:
+def radii(recurrence: Recurrence) -> dict[str, float]:
+    """Return rho of every gate by its letter; of a vanilla net by the empty string."""
     weights = stored_weights(recurrence)
     gates = gate_matrices(
         recurrence.stream, weights["weight_hh"], weights.get("weight_hr")

@@ -11,7 +11,7 @@ FLOORS = (
     "health metrics schedule numerics.streaming numerics.matrices",
     "numerics.subspace numerics.spectral numerics.singular numerics.drift",
     "numerics.through_time numerics.activation numerics.adjoint",
-    "recurrent rewrite init console",
+    "recurrent rewrite init parametrize console",
     "observe.measure observe.rows observe.capture observe.probe observe.sequence",
     "observe.spectrum observe.state observe.flow observe.depths",
     "observe.weights observe.optimizers observe.gradient_tap",
