@@ -169,6 +169,14 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def processes() -> int:
+    """Return how many processes train together."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_world_size())
+    return 1
+
+
 def rank() -> int:
     """Return this process's rank, 0 where there is only one."""
     distributed = torch.distributed

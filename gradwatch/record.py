@@ -66,7 +66,7 @@ class StepRecord:
         metrics: Values by the keys of the catalogue; absent means not measured.
         profiles: Lists of at most 128 values by key.
         facts: What is not a number and may change; written when it changes.
-        events: Such as ``skipped_step``, ``resume``, ``cadence``.
+        events: Such as ``skipped_step``, ``resume``, ``cadence``, ``reinit:<stream>``.
     """
 
     step: int
@@ -75,6 +75,12 @@ class StepRecord:
     profiles: Mapping[str, Sequence[float]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     events: tuple[str, ...] = ()
+
+
+def reinitialised(events: Iterable[str]) -> list[str]:
+    """Return the streams whose weights were made anew, by the events of a step."""
+    start = "reinit:"
+    return [e.removeprefix(start) for e in events if e.startswith(start)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -214,6 +214,13 @@ def radii(recurrence: Recurrence) -> dict[str, float]:
 # ---- what an optimizer remembers
 
 
+def several(optimizer: Optimizers) -> list[Optimizer]:
+    """Return what was given as ``optimizer=`` as a list, unchecked."""
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+
+
 def holders(optimizer: Optimizers, params: Sequence[Tensor]) -> list[Optimizer]:
     """Return the optimizers given, if one of them holds one of the parameters.
 
@@ -221,17 +228,19 @@ def holders(optimizer: Optimizers, params: Sequence[Tensor]) -> list[Optimizer]:
         TypeError: If one is no optimizer.
         ValueError: If they hold none of the parameters.
     """
-    if optimizer is None:
-        return []
-    given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    given = several(optimizer)
     if wrong := [type(o).__name__ for o in given if not isinstance(o, Optimizer)]:
         raise TypeError(
             f"optimizer= got {wrong[0]}; expected a torch.optim.Optimizer, or several. "
             "A wrapper's own is often its .optimizer."
         )
     ours = {id(p) for p in params}
-    if params and not any(
-        id(p) in ours for o in given for g in o.param_groups for p in g["params"]
+    if (
+        given
+        and params
+        and not any(
+            id(p) in ours for o in given for g in o.param_groups for p in g["params"]
+        )
     ):
         raise ValueError(
             "the optimizer given holds none of the weights to change; it was made from "

@@ -143,6 +143,11 @@ class Sampler:
                 weights[recurrence.stream.name] = weight
         return weights
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The watched model, while it lives."""
+        return self._model()
+
     def recurrences(self) -> list[Recurrence]:
         """Return the recurrences whose modules still live."""
         return self.depths.recurrences()

@@ -16,15 +16,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradwatch import _torch, console, opening
+from gradwatch import _torch, console, opening, remedies
 from gradwatch.derive import Reading
 from gradwatch.health import Health
 from gradwatch.numerics.streaming import median
 from gradwatch.observe.probe import ForwardHook
 from gradwatch.opening import DIR, OnAlert, Settings
 from gradwatch.pipeline import Pipeline
-from gradwatch.record import Alert, Incident, Records, Stream, TrainingAlert
+from gradwatch.record import Alert, Incident, Records, Remedy, Stream, TrainingAlert
 from gradwatch.recurrent import Recurrence, plain_weight, recurrences
+from gradwatch.rewrite import Optimizers, several
 from gradwatch.rules import Exploding, Rule, default_rules
 from gradwatch.rules.exploding import WARM_UP
 from gradwatch.sampler import Sampler
@@ -308,6 +309,46 @@ class Watch:
         """Measure again after :meth:`pause`."""
         if self._sampler is not None:
             self._sampler.paused = False
+
+    def apply(self, remedy: Remedy, *, optimizer: Optimizers = None) -> Any:
+        """Carry out a remedy, such as ``watch.alerts[-1].remedy``, on the model.
+
+        It changes weights, and on a healthy net that costs: save a checkpoint first.
+        The optimizer's moments of what changed are deleted, the step is marked with
+        the event ``reinit``, and what the alarms compare with begins anew.
+
+        Args:
+            remedy: Its name, as typed behind ``gradwatch.``, and its arguments.
+            optimizer: The optimizer, or several; None: those that were seen to step.
+
+        Returns:
+            What the remedy returns: what it changed, or the handles of the clippers.
+
+        Raises:
+            TypeError: If ``remedy`` is None or else no Remedy.
+            ValueError: If it is unknown or cannot be applied, or no optimizer is known.
+            RuntimeError: If the watch is closed or off, or there are several processes.
+        """
+        sampler = self._sampler
+        model = sampler.model if sampler is not None else None
+        if sampler is None or model is None or self._closed:
+            raise RuntimeError("this watch is closed or off; nothing was applied.")
+        if opening.processes() > 1:
+            raise RuntimeError(
+                "one process of several knows of this alert; call the remedy on every "
+                f"rank alike instead: {remedies.line(remedy)}"
+            )
+        given = several(optimizer) or sampler.tap.optimizers()
+        if not given:
+            raise ValueError(
+                "no optimizer was seen to step yet; name it: "
+                "watch.apply(remedy, optimizer=optimizer)."
+            )
+        self._bring_up_to_date()
+        done = remedies.apply(remedy, model, given)
+        sampler.events += [f"reinit:{name}" for name in done.streams]
+        sampler.tap.rescan()
+        return done.answer
 
     def probe_now(self) -> None:
         """Have every depth measured at the next step."""

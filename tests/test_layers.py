@@ -15,7 +15,7 @@ FLOORS = (
     "observe.measure observe.rows observe.capture observe.probe observe.sequence",
     "observe.spectrum observe.state observe.flow observe.depths",
     "observe.weights observe.optimizers observe.gradient_tap",
-    "clip.gradients clip.clipper clip",
+    "clip.gradients clip.clipper clip remedies",
     "derive.reading derive.gradients derive.spectrum derive.state derive.flow",
     "derive",
     "rules.text rules.hysteresis rules.incidents",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from gradwatch.derive.flow import Signals, flow_metrics
@@ -19,7 +19,7 @@ from gradwatch.derive.state import Replayed, log10_times, state_metrics
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import Window, median, push
 from gradwatch.observe.flow import Flow
-from gradwatch.record import StepRecord, Stream
+from gradwatch.record import StepRecord, Stream, reinitialised
 
 __all__ = ["Layout", "Memory", "Reading", "derive"]
 
@@ -60,11 +60,10 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
     metrics[_SKIPPED] = float(skipped)
     rho, left_out, facts = memory.rho, memory.left_out, dict(reading.facts)
     signals, profiles = memory.signals, dict[str, list[float]]()
-    for event in reading.events:
-        if event.startswith("reinit:"):
-            name = event.removeprefix("reinit:")
-            rho = {k: v for k, v in rho.items() if k != name}
-            signals = {k: v for k, v in signals.items() if k != name}
+    if anew := reinitialised(reading.events):
+        rho = {k: v for k, v in rho.items() if k not in anew}
+        signals = {k: v for k, v in signals.items() if k not in anew}
+        memory = replace(memory, norms=())
     if reading.spectrum is not None:
         blocks = reading.part("spectrum")
         found, rho = spectrum_metrics(reading.spectrum, blocks, step.number, rho)

@@ -98,14 +98,14 @@ class GradientTap:
         if model is None:
             return
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        params = [p for _, p in named]
-        if len(params) == len(self._params) and all(
+        params, names = [p for _, p in named], [clean_path(n) for n, _ in named]
+        if names == self.names and all(
             a is b for a, b in zip(params, self._params, strict=True)
         ):
             return
         for hook in self._hooks:
             hook.remove()
-        self.names, self._params = [clean_path(n) for n, _ in named], params
+        self.names, self._params = names, params
         self._index = {id(p): i for i, p in enumerate(params)}
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._changes = Changes(self._weights_of())
@@ -219,6 +219,10 @@ class GradientTap:
             if held.params and self.scaler is None:
                 self._find_scaler()
         return held
+
+    def optimizers(self) -> list[Optimizer]:
+        """Return the optimizers that have stepped and hold a watched parameter."""
+        return self._optimizers.alive() if self._any_optimizer else []
 
     def optimized(self) -> dict[int, float] | None:
         """Return the learning rates of all parameters that known optimizers hold.

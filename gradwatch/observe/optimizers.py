@@ -61,14 +61,18 @@ class Optimizers:
         self._known[id(optimizer)] = held
         return held
 
+    def alive(self) -> list[Optimizer]:
+        """Return the optimizers that hold a watched parameter."""
+        known = [held.optimizer() for held in self._known.values() if held.params]
+        return [optimizer for optimizer in known if optimizer is not None]
+
     def rates(self) -> dict[int, float]:
         """Return the learning rates of all parameters that these optimizers hold.
 
         Returns:
             Id of a parameter -> its learning rate; NaN where reading it would wait.
         """
-        known = [held.optimizer() for held in self._known.values() if held.params]
-        groups = [g for o in known if o is not None for g in o.param_groups]
+        groups = [g for o in self.alive() for g in o.param_groups]
         return {id(p): _rate(group) for group in groups for p in group["params"]}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch import remedies
 from gradwatch.metrics import stream_key
-from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
 from gradwatch.rules.hysteresis import Hysteresis
 
@@ -41,9 +42,9 @@ class Drift:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         found = []
+        for name in reinitialised(record.events):
+            self._levels.forget(name)
         for stream, key in self._watched:
-            if record.events and f"reinit:{stream.name}" in record.events:
-                self._levels.forget(stream.name)
             moved = record.metrics.get(key)
             if moved is None:
                 continue
@@ -64,6 +65,8 @@ class Drift:
             shown += f"; rho is {rho:.3g}"
         if trend is not None:
             shown += f", trend {trend:+.2g} a step"
+        remedy = remedies.against(self.kind, "drift", stream)
+        assert remedy is not None
         way = "last longer and explode sooner" if moved > 0 else "die out sooner"
         return Alert(
             kind=self.kind,
@@ -80,9 +83,9 @@ class Drift:
                 f"rho of {stream.name} has drifted",
                 shown,
                 f"gradients through time now {way}; no fault by itself",
-                "weight decay, or an orthogonal parametrisation: torch.nn.utils."
-                "parametrizations.orthogonal(module, 'weight_hh_l0')",
+                f"weight decay, or: {remedies.line(remedy)}",
             ),
+            remedy=remedy,
         )
 
     def state_dict(self) -> dict[str, Any]:

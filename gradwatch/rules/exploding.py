@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch import remedies
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import Window, median, push
-from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.record import Alert, Remedy, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
 
 WARM_UP: Final = 12
@@ -63,6 +64,8 @@ class Exploding:
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
+        if reinitialised(record.events):  # norms of other weights are no measure
+            self.load_state_dict(Exploding(self._streams).state_dict())
         self.wants = ()
         self._note_rho(record)
         norm = record.metrics.get(_NORM)
@@ -138,7 +141,7 @@ class Exploding:
         if self._carriers:
             parts = (f"{100 * v:.0f} % {name}" for name, v in self._carriers.items())
             shown += f"; carried by {', '.join(parts)}"
-        why, do = self._why_and_do(usual)
+        why, do, remedy = self._why_and_do(usual)
         message = text.four_lines(
             self.kind,
             record.step,
@@ -156,9 +159,10 @@ class Exploding:
             streams=tuple(s.name for s in at[:1]),
             evidence=self._evidence(norm, usual),
             message=message,
+            remedy=remedy,
         )
 
-    def _why_and_do(self, usual: float) -> tuple[str, str]:
+    def _why_and_do(self, usual: float) -> tuple[str, str, Remedy | None]:
         since = self._since
         *before, last = self._updates or (0.0,)
         common = median(tuple(before))
@@ -168,17 +172,19 @@ class Exploding:
                 f"their norm, {last / common:.3g} times as far as usual: the learning "
                 "rate is too high"
             )
-            return why, text.lr_line(since)
+            return why, text.lr_line(since), None
         grown = self._grown()
         if grown is None or self._jumps:  # what jumped tells nothing of what was before
-            return text.EXPLODING_UNDECIDED, text.clip_line(5 * usual, since)
+            clip = remedies.clipping(5 * usual)
+            return text.EXPLODING_UNDECIDED, text.remedy_line(clip, since), clip
         first, now = self._rho[grown.name]
         why = (
             f"rho of {grown.name} was {first:.3g} at first and is {now:.3g}; clipping "
             "would hide that, not cure it"
         )
-        bare = all("." not in name for name in self._carriers)
-        return why, text.orthogonal_line(grown, since, bare=bare)
+        anew = remedies.against(self.kind, "large_radius", grown)
+        assert anew is not None
+        return why, text.remedy_line(anew, since), anew
 
     def _evidence(
         self, norm: float, usual: float

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch import remedies
 from gradwatch.metrics import stream_key
-from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
 from gradwatch.rules.hysteresis import Hysteresis
 
@@ -44,6 +45,9 @@ class Growth:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
+        for name in reinitialised(record.events):
+            self._levels.forget(name)
+            self._seen.pop(name, None)
         for name, metric, key in self._context:
             if key in record.metrics:
                 self._seen.setdefault(name, {})[metric] = record.metrics[key]
@@ -66,6 +70,8 @@ class Growth:
     ) -> Alert:
         levels, cause = self._levels, self._cause(stream)
         since = levels.since(stream.name)
+        remedy = remedies.against(self.kind, cause, stream)
+        assert remedy is not None
         shown = (
             f"growth_log10 {growth:.1f} (alarm from {levels.raise_at}, twice, or "
             f"{levels.at_once}): "
@@ -86,8 +92,9 @@ class Growth:
                 f"gradients grow through time in {stream.name} since step {since}",
                 shown,
                 text.GROWTH[cause],
-                text.orthogonal_line(stream, since, bare=False),
+                text.remedy_line(remedy, since),
             ),
+            remedy=remedy,
         )
 
     def _cause(self, stream: Stream) -> str:

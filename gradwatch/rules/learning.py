@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from gradwatch.metrics import run_key, stream_key
-from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
 
 _NEVER: Final = 20
@@ -43,6 +43,9 @@ class _Ledger:
         if record.facts:
             found = {k: v for k, v in record.facts.items() if isinstance(v, dict)}
             self.facts.update(found)
+        for name in reinitialised(record.events):
+            for state in (self.missing, self.since, self.raised, self.ever):
+                state.pop(name, None)
         norm = record.metrics.get(_NORM, 0.0)
         return norm > 0 and math.isfinite(norm) and "skipped_step" not in record.events
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from gradwatch.metrics import run_key
 from gradwatch.numerics.streaming import Window, median, push, robust_z
-from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.record import Alert, Remedy, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
 
 _WARM_UP: Final = 50
@@ -40,6 +40,8 @@ class Spike:
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
+        if reinitialised(record.events):
+            self.load_state_dict(Spike().state_dict())
         norm = record.metrics.get(_NORM)
         if norm is None or not math.isfinite(norm) or norm <= 0:
             self._raised = None
@@ -69,6 +71,7 @@ class Spike:
     def _alert(self, record: StepRecord, raised: Sequence[float]) -> Alert:
         step, norm, ratio, z = raised
         usual = norm / ratio
+        clip = Remedy(name="clip.LogZClip")
         message = text.four_lines(
             self.kind,
             record.step,
@@ -77,7 +80,7 @@ class Spike:
             f"(robust z {z:.1f}; both 25 and 10 are needed)",
             "a batch unlike the others, most likely: a long sequence, a bad label, "
             "an outlier in the input",
-            text.clip_line(5 * usual, int(step)),
+            text.remedy_line(clip, int(step)),
         )
         return Alert(
             kind=self.kind,
@@ -87,6 +90,7 @@ class Spike:
             cause="bad_batch",
             evidence={_NORM: (norm, self.ratio * usual)},
             message=message,
+            remedy=clip,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from gradwatch.record import Stream
+from gradwatch import remedies
+from gradwatch.record import Remedy, Stream
 
 TITLES: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -149,25 +149,17 @@ _VANISHING: Final[Mapping[str, str]] = MappingProxyType(
 )
 
 
-def vanishing(stream: Stream, cause: str, length: int) -> tuple[str, str]:
+def vanishing(cause: str, remedy: Remedy | None) -> tuple[str, str]:
     """Return why gradients vanish in a stream, and the line that helps."""
     why = (
         f"{_VANISHING[cause]}; no gradient reaches the first steps, which is a fault "
         "where the task needs them"
     )
-    size = stream.hidden_size
+    if remedy is not None:
+        return why, f"{remedies.line(remedy)}  # best from the start"
     if cause == "truncation":
         return why, "a longer piece of the sequence in each call"
-    if cause == "saturation":
-        return why, "inputs = 0.1 * inputs  # or normalise them; then from the start"
-    if stream.gates:
-        bias = path_of(stream, "bias_ih")
-        value = math.log(max(length, 2))
-        return why, (
-            f"torch.nn.init.constant_({bias}[{size}:{2 * size}], {value:.1f})"
-            "  # ln of the lag, on the gate that keeps; from the start"
-        )
-    return why, orthogonal_line(stream, 0, bare=False).split("  #")[0]
+    return why, "inputs = 0.1 * inputs  # or normalise them; then from the start"
 
 
 def title(kind: str) -> str:
@@ -194,32 +186,20 @@ EXPLODING_UNDECIDED: Final = (
 )
 
 
-def orthogonal_line(stream: Stream, since: int, *, bare: bool) -> str:
-    """Return the line that makes every gate's recurrent matrix orthogonal anew.
-
-    Args:
-        stream: The stream to cure.
-        since: Step before which a checkpoint is still good.
-        bare: Whether the watched model is itself the recurrent module.
-    """
-    path = path_of(stream, "weight_hh", bare=bare)
-    parts = f"{path}.data.chunk({max(len(stream.gates), 1)})"
-    return (
-        f"for w in {parts}: torch.nn.init.orthogonal_(w)"
-        f"  # from a checkpoint before step {since}"
-    )
+def remedy_line(remedy: Remedy, since: int) -> str:
+    """Return the line that applies a remedy, with where to go back to."""
+    return f"{remedies.line(remedy)}  # from a checkpoint before step {since}"
 
 
-def path_of(stream: Stream, weight: str, *, bare: bool = False) -> str:
+def path_of(stream: Stream, weight: str) -> str:
     """Return the expression that names a weight of a stream, or its module for ``""``.
 
     Args:
         stream: The stream.
         weight: Such as ``weight_hh``; without a layer's suffix.
-        bare: Whether the watched model is itself the recurrent module.
     """
     layer = stream.name.removeprefix(stream.module)[1:]
-    module = "model" if bare else f"model.{stream.module}"
+    module = f"model.{stream.module}"
     return module + (f".{weight}" + (f"_{layer}" if layer else "") if weight else "")
 
 
@@ -237,12 +217,4 @@ def lr_line(since: int) -> str:
     return (
         "for group in optimizer.param_groups: group['lr'] /= 10"
         f"  # from a checkpoint before step {since}"
-    )
-
-
-def clip_line(threshold: float, since: int) -> str:
-    """Return the line that clips, with where to go back to."""
-    return (
-        f"torch.nn.utils.clip_grad_norm_(model.parameters(), {threshold:.2g})"
-        f"  # before optimizer.step(), from a checkpoint before step {since}"
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch import remedies
 from gradwatch.metrics import stream_key
-from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
 from gradwatch.rules.hysteresis import Hysteresis
 
@@ -53,6 +54,8 @@ class DeadUnits:
         """Judge one record."""
         self.wants, found = None, []
         self._facts.update(record.facts)
+        for name in reinitialised(record.events):
+            self._levels.forget(name)
         for stream, key in self._watched:
             share = record.metrics.get(key)
             if share is None or not self._enough(stream):
@@ -75,6 +78,8 @@ class DeadUnits:
     def _alert(self, record: StepRecord, stream: Stream, share: float) -> Alert:
         since = self._levels.since(stream.name)
         active = record.metrics.get(stream_key(stream, "act_deriv"))
+        remedy = remedies.against(self.kind, "dead_relu", stream)
+        assert remedy is not None
         shown = (
             f"dead {share:.2f} in {stream.name} (alarm from {self._levels.raise_at})"
         )
@@ -96,8 +101,9 @@ class DeadUnits:
                 shown,
                 "a ReLU that is 0 everywhere passes no gradient and cannot come back: "
                 "a step that was too large, or biases that hold it down",
-                text.bias_line(stream, since),
+                text.remedy_line(remedy, since),
             ),
+            remedy=remedy,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +149,10 @@ class GateStuck:
         for name, facts in record.facts.items():
             if isinstance(facts, dict) and "T" in facts:
                 self._lengths[name] = facts["T"]
+        anew = reinitialised(record.events)
         for stream, gate, key, cause in self._watched:
+            if stream.name in anew:
+                self._levels.forget(key)
             share = record.metrics.get(key)
             if share is None:
                 continue
@@ -171,6 +180,11 @@ class GateStuck:
     ) -> Alert:
         share, since = record.metrics[key], self._levels.since(key)
         side, means = text.STUCK[cause]
+        length = self._lengths.get(stream.module, 0)
+        remedy = remedies.against(self.kind, cause, stream, length)
+        do = text.bias_line(stream, since)
+        if remedy is not None:
+            do = text.remedy_line(remedy, since)
         return Alert(
             kind=self.kind,
             severity="warning",
@@ -187,8 +201,9 @@ class GateStuck:
                 f"{side} in {100 * share:.0f} % of units and steps "
                 f"(alarm from {100 * self._levels.raise_at:.0f} %)",
                 means,
-                text.bias_line(stream, since),
+                do,
             ),
+            remedy=remedy,
         )
 
     def state_dict(self) -> dict[str, Any]:

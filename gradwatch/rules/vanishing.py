@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch import remedies
 from gradwatch.metrics import stream_key
-from gradwatch.record import Alert, Severity, StepRecord, Stream
+from gradwatch.record import Alert, Severity, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
 
 _LOW: Final = -6.0
@@ -87,11 +88,10 @@ class Vanishing:
         for name, facts in record.facts.items():
             if isinstance(facts, dict):
                 self._modules[name] = facts
-        for event in record.events:
-            if event.startswith("reinit:"):
-                name = event.removeprefix("reinit:")
-                for state in (self._open, self._past, self._reached, self._learnt):
-                    state.pop(name, None)
+        for name in reinitialised(record.events):
+            for state in (self._open, self._past, self._reached, self._learnt):
+                state.pop(name, None)
+            self._seen.pop(name, None)
 
     def _asks(self, step: int) -> str | None:
         """Return the depth that an open incident asks for at the next step."""
@@ -180,7 +180,8 @@ class Vanishing:
             f"10^{_LOW:.0f}); signal {record.metrics.get(keys['signal'], 1.0):.2f} of "
             f"its start; the weights have moved by {known['travel']:.2g} of their norm"
         )
-        why, do = text.vanishing(stream, cause, length)
+        remedy = remedies.against(self.kind, cause, stream, length)
+        why, do = text.vanishing(cause, remedy)
         return Alert(
             kind=self.kind,
             severity=severity,
@@ -198,6 +199,7 @@ class Vanishing:
                 why,
                 do,
             ),
+            remedy=remedy,
         )
 
     def _cause(self, stream: Stream, length: int) -> str:
