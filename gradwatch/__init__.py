@@ -9,6 +9,7 @@ One call attaches to every nn.RNN, nn.LSTM, nn.GRU and their cells in a model:
 
 from gradwatch import clip, init, parametrize, plot, sinks
 from gradwatch._version import __version__
+from gradwatch.inspection import inspect
 from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, TrainingAlert
 from gradwatch.runs import Run, load
 from gradwatch.watcher import Watch, watch
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "clip",
     "init",
+    "inspect",
     "load",
     "parametrize",
     "plot",

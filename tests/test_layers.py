@@ -23,8 +23,8 @@ FLOORS = (
     "rules.units rules.learning rules.drift rules.growth rules.vanishing",
     "rules",
     "sinks.fold sinks.jsonl sinks.tensorboard sinks.wandb_rows sinks.wandb sinks",
-    "opening sampler pipeline watcher runs",
-    "plot",
+    "opening sampler pipeline watcher runs checkpoint inspection",
+    "plot cli __main__",
 )
 ROOMS = [name for floor in FLOORS for name in floor.split()]
 """From the ground up, each room above all that it may import."""

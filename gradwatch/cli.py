@@ -1,0 +1,73 @@
+"""The command ``gradwatch``; also ``python -m gradwatch``.
+
+What is asked for goes to stdout, what went wrong to stderr in one sentence with exit
+code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from gradwatch import console
+from gradwatch._version import __version__
+from gradwatch.inspection import inspect
+from gradwatch.record import dump_line
+
+_INSPECT = """\
+Look at the recurrent weights of a checkpoint, before any training: spectral radius,
+largest singular value and distance from orthogonality of every gate, how long a gated
+net keeps its state, and by what factor a small signal has grown or died out at the end
+of a sequence; with a verdict and the remedy. Nothing in the file is executed.
+
+example: gradwatch inspect model.pt --steps 200
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What stands behind ``gradwatch``; None: the process's own.
+
+    Returns:
+        The exit code: 0, or 2 where something went wrong.
+    """
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        found = inspect(given.checkpoint, given.steps)
+    except (ValueError, OSError) as error:
+        words = " ".join(console.shown(line) for line in str(error).splitlines())
+        print(f"gradwatch: {words}", file=sys.stderr)  # noqa: T201
+        return 2
+    if given.json:
+        whole = {**dataclasses.asdict(found), "verdict": found.verdict}
+        print(dump_line(whole))  # noqa: T201
+    else:
+        print(found)  # noqa: T201
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gradwatch", description="See recurrent networks train."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb = verbs.add_parser(
+        "inspect",
+        help="look at the recurrent weights of a checkpoint",
+        description=_INSPECT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument(
+        "checkpoint", help="a file of torch.save or safetensors, or an index of shards"
+    )
+    verb.add_argument(
+        "--steps", type=int, default=100, help="length of the sequences (default 100)"
+    )
+    verb.add_argument("--json", action="store_true", help="one JSON object instead")
+    return parser

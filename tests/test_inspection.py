@@ -1,0 +1,482 @@
+"""``gradwatch.inspect``: what weights tell at rest, from models and hostile files."""
+
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import gradwatch
+from gradwatch import cli
+from gradwatch.checkpoint import CheckpointError, read_weights
+from gradwatch.inspection import inspect
+from tests import reference
+from tests.models import Tagger
+
+# ---- what is computed
+
+
+@pytest.mark.parametrize(("rho", "gain"), [(0.9, 2.7e-5), (1.1, 1.4e4)])
+def test_the_gain_over_a_hundred_steps(rho, gain):
+    rnn = nn.RNN(2, 24)
+    gradwatch.init.orthogonal_(rnn, rho)
+    [found] = inspect(rnn).streams
+    assert math.isclose(found.rate, rho, rel_tol=1e-5)
+    assert math.isclose(found.gain, gain, rel_tol=2e-2)
+    assert found.verdict == ("fades" if rho < 1 else "grows")
+    assert found.remedy.name == "init.orthogonal_"
+    assert inspect(rnn, steps=5).ok
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+@pytest.mark.parametrize("size", [6, 40])
+def test_the_rate_at_rest_is_that_of_autograd(kind, size):
+    torch.manual_seed(0)
+    cell = kind(3, size).double()
+    with torch.no_grad():
+        for p in cell.parameters():
+            p.mul_(3.0)
+    x = torch.zeros(1, 3, dtype=torch.float64)
+
+    def step(state):
+        if kind is nn.GRUCell:
+            return cell(x, state[None])[0]
+        return torch.cat(cell(x, (state[None, :size], state[None, size:])), 1)[0]
+
+    start = torch.zeros(size * (1 + (kind is nn.LSTMCell)), dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(step, start)
+    [found] = inspect(cell).streams
+    assert math.isclose(found.rate, reference.spectral_radius(jacobian), rel_tol=1e-3)
+
+
+def test_every_gate_and_the_bias_that_keeps():
+    torch.manual_seed(0)
+    lstm = nn.LSTM(3, 16, 2, bidirectional=True)
+    gradwatch.init.forget_bias_(lstm, 2.0)
+    found = inspect(lstm)
+    assert [s.stream for s in found.streams] == [
+        "lstm.l0", "lstm.l0_reverse", "lstm.l1", "lstm.l1_reverse"
+    ]  # fmt: skip
+    for stream, name in zip(found.streams, ("l0", "l0_reverse"), strict=False):
+        blocks = getattr(lstm, f"weight_hh_{name}").detach().chunk(4)
+        assert [g.gate for g in stream.gates] == ["i", "f", "g", "o"]
+        for gate, block in zip(stream.gates, blocks, strict=True):
+            assert math.isclose(
+                gate.rho, reference.spectral_radius(block), rel_tol=1e-4
+            )
+            assert math.isclose(
+                gate.sigma_max, reference.sigma_max(block), rel_tol=1e-4
+            )
+            off = reference.orthogonality(block)
+            assert math.isclose(gate.orthogonality, off, rel_tol=1e-3)
+        assert stream.forget_bias == 2.0
+        assert math.isclose(stream.timescale, 1 + math.exp(2), rel_tol=1e-6)
+
+
+def test_a_model_and_its_state_dict_agree():
+    torch.manual_seed(0)
+    model = Tagger(nn.LSTM(3, 16, 2, proj_size=5), 5)
+    one, two = inspect(model), inspect(model.state_dict())
+    assert repr(one) == repr(two)
+
+
+def test_chrono_and_orthogonal_nets_are_left_in_peace():
+    lstm, rnn = nn.LSTM(3, 64), nn.RNN(3, 64)
+    gradwatch.init.chrono_(lstm, 100)
+    gradwatch.init.orthogonal_(rnn)
+    assert inspect(lstm).ok and inspect(rnn).ok
+    assert "nothing to do" in inspect(rnn).verdict
+
+
+def test_the_remedy_cures_what_the_verdict_found():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.GRU(3, 32), "b": nn.LSTM(3, 32), "c": nn.RNN(3, 32)})
+    before = inspect(model)
+    assert [s.verdict for s in before.streams] == ["fades"] * 3
+    for line in repr(before).splitlines():
+        if line.strip().startswith("gradwatch."):
+            exec(line.strip(), {"gradwatch": gradwatch, "model": model})
+    assert inspect(model).ok
+
+
+def test_parametrised_weights_are_computed_and_left_alone():
+    model = Tagger(nn.LSTM(3, 12), 12)
+    gradwatch.parametrize.orthogonal(model)
+    torch.nn.utils.parametrizations.spectral_norm(model.rnn, "weight_ih_l0")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    [found] = inspect(model).streams
+    assert all(g.orthogonality < 1e-5 for g in found.gates)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    told = inspect(model.state_dict())
+    assert not told.streams and "parametrization" in told.left_out["rnn.weight_hh_l0"]
+    assert "1 could not be read" in told.verdict
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (nn.Linear(2, 2), "contains no nn.RNN"),
+        ({}, "no recurrent weights found"),
+        ({"a.weight": torch.zeros(2, 2)}, "no recurrent weights found"),
+    ],
+)
+def test_nothing_to_look_at_is_an_error(given, words):
+    with pytest.raises(ValueError, match=words):
+        inspect(given)
+    with pytest.raises(ValueError, match="steps is 0"):
+        inspect(nn.RNN(1, 1), steps=0)
+    with pytest.raises(TypeError, match="got int; expected a module"):
+        inspect(3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"weight_hh_l0": torch.zeros(7, 3)}, "of no nn.RNN"),
+        ({"weight_hh_l0": torch.zeros(3)}, "two dimensions"),
+        ({"weight_hh_l0": torch.zeros(0, 0)}, "two dimensions"),
+        ({"weight_hh_l0": torch.zeros(9, 3, dtype=torch.int64)}, "torch.int64"),
+        ({"weight_hh_l0": torch.zeros(9, 3, device="meta")}, "device meta"),
+        ({"weight_hh_l0": torch.zeros(9, 3).to_sparse()}, "sparse"),
+        ({"weight_hh_l0": torch.zeros(9, 3, dtype=torch.complex64)}, "complex64"),
+        ({"weight_hh_l0": torch.zeros(1).expand(4096 * 3, 4096)}, "and holds 1"),
+        ({"weight_hh_l0": torch.zeros(1).expand(10**6, 10**6)}, "above 4,096"),
+        (
+            {"weight_hh_l0": torch.zeros(9, 3), "bias_ih_l0": torch.zeros(5)},
+            "bias_ih has shape",
+        ),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_pytorchs_are_left_out_with_the_reason(weights, words):
+    good = {f"good.{k}": v for k, v in nn.GRU(2, 4).state_dict().items()}
+    found = inspect({**{f"bad.{k}": v for k, v in weights.items()}, **good})
+    assert [s.stream for s in found.streams] == ["good.l0"]
+    assert words in found.left_out["bad.l0"]
+    assert words in repr(found) and not found.ok
+
+
+# ---- checkpoints
+
+
+def state(prefix="", model=None):
+    torch.manual_seed(0)
+    model = model or Tagger(nn.LSTM(3, 8, 2), 8)
+    return {prefix + k: v for k, v in model.state_dict().items()}
+
+
+def saved(path, value, **options):
+    torch.save(value, path, **options)
+    return path
+
+
+def safe(path):
+    save_file(state(), path)
+    return path
+
+
+def broken_values():
+    weights = state()
+    weights["rnn.weight_hh_l1"][0, 0] = math.nan
+    return weights
+
+
+def sharded(folder, save, index, name):
+    weights = state()
+    names = sorted(weights)
+    parts = {name.format(1): names[:4], name.format(2): names[4:]}
+    for file, own in parts.items():
+        save({k: weights[k] for k in own}, folder / file)
+    where = {k: file for file, own in parts.items() for k in own}
+    (folder / index).write_text(json.dumps({"weight_map": where}))
+    return folder / index
+
+
+GOOD = {
+    "plain": lambda d: saved(d / "a.pt", state()),
+    "old format": lambda d: saved(
+        d / "a.pt", state(), _use_new_zipfile_serialization=False
+    ),
+    "safetensors": lambda d: safe(d / "a.safetensors"),
+    "shards of safetensors": lambda d: sharded(
+        d, save_file, "model.safetensors.index.json", "model-{}.safetensors"
+    ),
+    "shards of torch.save": lambda d: sharded(
+        d, torch.save, "pytorch_model.bin.index.json", "pytorch_model-{}.bin"
+    ),
+    "a folder": lambda d: sharded(
+        d, save_file, "model.safetensors.index.json", "model-{}.safetensors"
+    ).parent,
+    "nested": lambda d: saved(
+        d / "a.ckpt",
+        {"epoch": 3, "state_dict": state("net."), "optimizer_states": [{"state": {}}]},
+    ),
+    "nested deep": lambda d: saved(d / "a.pt", {"x": {"model": {"ema": state("a.")}}}),
+    "compiled and DDP": lambda d: saved(d / "a.pt", state("_orig_mod.module.")),
+    "half precision": lambda d: saved(
+        d / "a.pt", {k: v.bfloat16() for k, v in state().items()}
+    ),
+    "NaN": lambda d: saved(d / "a.pt", broken_values()),
+    "two models": lambda d: saved(d / "a.pt", {"g": state(), "d": state()}),
+    "no suffix": lambda d: saved(d / "weights", state()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_checkpoint_gets_its_verdict(kind, tmp_path, capsys):
+    path = GOOD[kind](tmp_path)
+    assert cli.main(["inspect", str(path)]) == 0
+    out, err = capsys.readouterr()
+    names = {
+        "nested": ("net.rnn.l0", "net.rnn.l1"),
+        "nested deep": ("a.rnn.l0", "a.rnn.l1"),
+        "two models": ("g.rnn.l0", "d.rnn.l1"),
+    }.get(kind, ("rnn.l0", "rnn.l1"))
+    assert not err
+    assert all(f"\n{name} " in out for name in names)
+    assert "over 100 steps:" in out
+    assert ("1 with NaN or Inf" in out) == (kind == "NaN")
+
+
+class Evil:
+    """Runs code when it is unpickled, if it is let."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def evil(folder):
+    return Evil(f"touch {folder / 'ran'}")
+
+
+def cut(path, share=0.5):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+def whole_module(folder):
+    return saved(folder / "a.pt", Tagger(nn.RNN(2, 3), 3))
+
+
+def bomb(folder):
+    """A small archive that unpacks to 300 MB of data.pkl."""
+    with zipfile.ZipFile(folder / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("a/data.pkl", "w", force_zip64=True) as entry:
+            for _ in range(300):
+                entry.write(bytes(2**20))
+        archive.writestr("a/version", "3\n")
+    return folder / "a.pt"
+
+
+def overlapping(folder):
+    """Two entries of the central directory that name the same bytes."""
+    saved(folder / "a.pt", state())
+    data = (folder / "a.pt").read_bytes()
+    with zipfile.ZipFile(folder / "b.pt", "w") as archive:
+        archive.writestr("a/data.pkl", data)
+        info = archive.infolist()[0]
+        for i in range(50):
+            twin = zipfile.ZipInfo(f"a/data/{i}")
+            twin.header_offset = info.header_offset
+            twin.file_size = twin.compress_size = info.file_size
+            twin.CRC = info.CRC
+            archive.filelist.append(twin)
+    return folder / "b.pt"
+
+
+def laughs(folder):
+    """A billion mappings out of thirty that hold each other."""
+    value = {"weight_hh_l0": torch.zeros(3, 3)}
+    for _ in range(30):
+        value = {"a": value, "b": value}
+    return saved(folder / "a.pt", value)
+
+
+def raw(folder, data):
+    (folder / "a.pt").write_bytes(data)
+    return folder / "a.pt"
+
+
+def huge_header(folder):
+    header = json.dumps(
+        {
+            "weight_hh_l0": {
+                "dtype": "F32",
+                "shape": [10**6, 10**6],
+                "data_offsets": [0, 4],
+            }
+        }
+    ).encode()
+    return raw(folder, len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+def outside(folder):
+    saved(folder / "secret.bin", state())
+    inner = folder / "inner"
+    inner.mkdir()
+    index = inner / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"weight_hh_l0": "../secret.bin"}}))
+    return index
+
+
+def circle(folder):
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"weight_hh_l0": index.name}}))
+    return index
+
+
+def folder_of_dcp(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps(evil(folder)))
+    return folder
+
+
+def pipe(folder):
+    os.mkfifo(folder / "a.pt")
+    return folder / "a.pt"
+
+
+BAD = {
+    "a pickle that runs code": (
+        lambda d: saved(d / "a.pt", {"weight_hh_l0": evil(d)}),
+        "wants to run posix.system",
+    ),
+    "the same in the old format": (
+        lambda d: raw(d, pickle.dumps(evil(d), protocol=2)), "wants to run posix.system"
+    ),
+    "a whole module": (whole_module, "wants to run tests.models.Tagger"),
+    "a zip bomb": (bomb, "unpacks to more than it holds"),
+    "overlapping entries": (overlapping, "unpacks to more than it holds"),
+    "cut off": (lambda d: cut(saved(d / "a.pt", state())), "broken or cut off"),
+    "cut off, old format": (
+        lambda d: cut(saved(d / "a.pt", state(), _use_new_zipfile_serialization=False)),
+        "cannot be read as weights",
+    ),
+    "cut off safetensors": (
+        lambda d: cut(GOOD["safetensors"](d), 0.9), "broken or cut off"
+    ),
+    "a header that claims 10^12 numbers": (huge_header, "broken or cut off"),
+    "empty": (lambda d: raw(d, b""), "is empty"),
+    "text": (lambda d: raw(d, b"hello, world, this is text"), "is no checkpoint"),
+    "four bytes of a zip": (lambda d: raw(d, b"PK\3\4"), "broken or cut off"),
+    "JSON": (lambda d: raw(d, b'{"a": 1}'), "is no index of shards"),
+    "deep JSON": (lambda d: raw(d, b'{"a":' * 10**5), "is no index of shards"),
+    "a shard outside": (outside, "not beside it"),
+    "an index that names itself": (circle, "is no shard"),
+    "a missing shard": (
+        lambda d: raw(d, b'{"weight_map": {"weight_hh_l0": "gone.bin"}}'),
+        "not beside it",
+    ),
+    "torch.distributed": (folder_of_dcp, "dcp_to_torch"),
+    "TorchScript": (
+        lambda d: (torch.jit.script(nn.LSTM(2, 3)).save(d / "a.pt"), d / "a.pt")[1],
+        "TorchScript",
+    ),
+    "an empty folder": (lambda d: d, "holds none of"),
+    "missing": (lambda d: d / "gone.pt", "does not exist"),
+    "a pipe": (pipe, "no ordinary file"),
+    "no recurrent weights": (
+        lambda d: saved(d / "a.pt", nn.Linear(2, 2).state_dict()),
+        "no recurrent weights",
+    ),
+    "a list": (lambda d: saved(d / "a.pt", [1, 2]), "no recurrent weights"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", BAD)
+def test_a_hostile_or_broken_file_is_one_sentence(kind, tmp_path, capsys):
+    make, words = BAD[kind]
+    path = make(tmp_path)
+    assert cli.main(["inspect", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("gradwatch: ") and err.count("\n") == 1, err
+    assert words in err and len(err) < 500, err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_stride_trick_is_seen_before_any_arithmetic(old, tmp_path, capsys):
+    trick = {"enc.weight_hh_l0": torch.zeros(1).expand(10**6, 10**6)}
+    small = {"rnn.weight_hh_l0": torch.zeros(1).expand(4096, 4096)}
+    path = saved(
+        tmp_path / "a.pt", {**trick, **small}, _use_new_zipfile_serialization=not old
+    )
+    assert cli.main(["inspect", str(path)]) == 0
+    out, _ = capsys.readouterr()
+    assert "hidden size 1,000,000 is above 4,096" in out
+    assert "claims 16,777,216 numbers and holds 1" in out
+
+
+def test_mappings_that_hold_each_other_are_looked_at_once(tmp_path):
+    assert not read_weights(laughs(tmp_path))  # deeper than any checkpoint
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path, capsys):
+    name = "a\x1b[31m\r\nevil"
+    path = saved(tmp_path / "a.pt", {f"{name}.weight_hh_l0": torch.eye(3)})
+    assert cli.main(["inspect", str(path)]) == 0
+    out, _ = capsys.readouterr()
+    assert "\x1b" not in out and "\r" not in out and "a\\x1b[31m\\r\\nevil" in out
+
+
+def test_a_large_sparse_file_is_refused_at_once(tmp_path):
+    path = tmp_path / "a.pt"
+    saved(path, state())
+    with path.open("r+b") as opened:
+        opened.truncate(50 * 2**30)
+    with pytest.raises(CheckpointError, match="broken or cut off"):
+        read_weights(path)
+
+
+def test_safetensors_missing_is_said(tmp_path, monkeypatch):
+    path = GOOD["safetensors"](tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(CheckpointError, match="pip install safetensors"):
+        read_weights(path)
+
+
+# ---- the command
+
+
+def run(*arguments):
+    root = str(Path(__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-m", "gradwatch", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+
+
+def test_the_command_in_a_process_of_its_own(tmp_path):
+    path = saved(tmp_path / "model.pt", state())
+    done = run("inspect", str(path), "--steps", "50", "--json")
+    assert done.returncode == 0 and not done.stderr
+    told = json.loads(done.stdout)
+    assert told["steps"] == 50 and len(told["streams"]) == 2
+    assert told["streams"][0]["gates"][1]["gate"] == "f"
+    done = run("inspect", str(path), "--steps", "0")
+    assert done.returncode == 2 and done.stderr.startswith("gradwatch: steps is 0")
+    assert run().returncode == 2
+    assert "example: gradwatch inspect" in run("inspect", "--help").stdout
+
+
+def test_nan_in_json(tmp_path, capsys):
+    path = saved(tmp_path / "a.pt", broken_values())
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["streams"][1]["verdict"] == "broken"
+    assert told["streams"][1]["gain"] == "nan"
