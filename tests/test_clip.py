@@ -81,6 +81,15 @@ def test_thresholds_follow_a_slower_reference(kind):
     np.testing.assert_allclose(got, wanted, rtol=1e-4)
 
 
+def test_auto_clip_forgets_what_is_beyond_its_window():
+    norms = np.exp(np.random.default_rng(0).normal(0, 1, 60)).tolist()
+    clipper, [p] = AutoClip(40, window=7), params((1,))
+    for n, norm in enumerate(norms):
+        p.grad = torch.tensor([norm])
+        wanted = np.percentile(norms[max(n - 6, 0) : n + 1], 40)
+        assert math.isclose(clipper.clip_([p]).threshold, wanted, rel_tol=1e-5)
+
+
 def test_agc_is_unit_wise():
     weight, bias = params((5, 4), (5,))
     with torch.no_grad():

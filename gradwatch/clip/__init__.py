@@ -9,6 +9,7 @@ One protocol for all: ``clip_``, ``attach``, ``state_dict``, ``print(clipper)``.
 
 from __future__ import annotations
 
+import bisect
 import math
 from abc import abstractmethod
 from collections import deque
@@ -165,13 +166,28 @@ class AutoClip(_Adaptive):
     def reset(self) -> None:
         """Forget the history, all norms and counts."""
         super().reset()
-        self._history: deque[float] = deque(maxlen=self.window)
+        self._history: deque[float] = deque()
+        self._ranked: list[float] = []
 
     def _learnt(self, norm: float) -> float:
-        known = [*self._history, norm][-self.window :]
-        return float(np.percentile(known, self.percentile))
+        ranked = self._with(norm)
+        place = (len(ranked) - 1) * self.percentile / 100
+        low = int(place)
+        high = min(low + 1, len(ranked) - 1)
+        return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+
+    def _with(self, norm: float) -> list[float]:
+        """Return the norms in order, with one more and without the oldest beyond."""
+        ranked = self._ranked.copy()
+        if len(self._history) == self.window:
+            ranked.pop(bisect.bisect_left(ranked, self._history[0]))
+        bisect.insort(ranked, norm)
+        return ranked
 
     def _take_in(self, norm: float, let_through: float) -> None:
+        self._ranked = self._with(norm)
+        if len(self._history) == self.window:
+            self._history.popleft()
         self._history.append(norm)
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,7 +201,8 @@ class AutoClip(_Adaptive):
             ValueError: If ``state`` is of another clipper, or something else.
         """
         super().load_state_dict(state)
-        self._history = deque(map(float, state["history"]), maxlen=self.window)
+        history = [float(value) for value in state["history"]][-self.window :]
+        self._history, self._ranked = deque(history), sorted(history)
 
 
 class _Running(_Adaptive):
