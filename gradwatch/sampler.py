@@ -10,7 +10,7 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
@@ -268,6 +268,39 @@ class Sampler:
                 groups.append((recurrence.stream, parts))
             self._layout = (names, Layout.of(groups))
         return self._layout[1]
+
+    def notes(
+        self, seen: Mapping[str, Any], lost: Mapping[str, int], *, begun: bool
+    ) -> dict[str, str]:
+        """Say of which streams something is not measured, and why.
+
+        Args:
+            seen: The facts of modules and streams.
+            lost: Module -> how many of its replays were left out.
+            begun: Whether a step has been taken in.
+        """
+        found = {}
+        for recurrence in self.recurrences():
+            path, weight = recurrence.stream.module, plain_weight(recurrence)
+            facts = seen.get(path, {})
+            note = None
+            if begun and "T" not in facts:
+                note = (
+                    "rho not measured: no gradient has reached a call of the module "
+                    "(called by .forward?)"
+                )
+            elif "replay" in facts:
+                times = f"left out ({lost.get(path)} times)"
+                note = f"states {facts['replay'].replace('left out', times)}"
+            elif facts.get("state_detached"):
+                note = f"its state is detached every {facts['T']} steps"
+            elif weight is None:
+                note = "W_hh is parametrised: no update_ratio"
+            elif not weight.requires_grad:
+                note = "W_hh is frozen: no gradient norms"
+            if note is not None:
+                found[recurrence.stream.name] = note
+        return found
 
     # ---- the end
 

@@ -24,7 +24,7 @@ from gradwatch.observe.probe import ForwardHook
 from gradwatch.opening import DIR, OnAlert, Settings
 from gradwatch.pipeline import Pipeline
 from gradwatch.record import Alert, Incident, Records, Remedy, Stream, TrainingAlert
-from gradwatch.recurrent import Recurrence, plain_weight, recurrences
+from gradwatch.recurrent import Recurrence, recurrences
 from gradwatch.rewrite import Optimizers, several
 from gradwatch.rules import Exploding, Rule, default_rules
 from gradwatch.rules.exploding import WARM_UP
@@ -431,39 +431,15 @@ class Watch:
             return "gradwatch is off here (disabled, or not the first process)"
         self._bring_up_to_date()
         seen = {**self._sampler.depths.facts, **self._pipeline.memory.facts}
-        notes = self._notes(seen)
+        lost = self._pipeline.memory.left_out
+        notes = self._sampler.notes(seen, lost, begun=self._pipeline.steps > 0)
+        known = {r.stream.name for r in self._sampler.recurrences()}
+        gone = [s.name for s in self._streams if s.name not in known]
+        notes |= dict.fromkeys(gone, "its module is gone")
         return console.table(self._streams, self._pipeline.latest, notes, seen)
 
     def _watches(self, modules: int) -> bool:
         return self._sampler is not None and len(self._sampler.depths.probes) == modules
-
-    def _notes(self, seen: Mapping[str, Any]) -> dict[str, str]:
-        """Say of which streams something is not measured, and why."""
-        if self._sampler is None:
-            return {}
-        notes = {stream.name: "its module is gone" for stream in self._streams}
-        for recurrence in self._sampler.recurrences():
-            del notes[recurrence.stream.name]
-            weight = plain_weight(recurrence)
-            facts = seen.get(recurrence.stream.module, {})
-            if self._pipeline.steps and "T" not in facts:
-                notes[recurrence.stream.name] = (
-                    "rho not measured: no gradient has reached a call of the module "
-                    "(called by .forward?)"
-                )
-            elif "replay" in facts:
-                times = self._pipeline.memory.left_out.get(recurrence.stream.module)
-                said = facts["replay"].replace("left out", f"left out ({times} times)")
-                notes[recurrence.stream.name] = f"states {said}"
-            elif facts.get("state_detached"):
-                notes[recurrence.stream.name] = (
-                    f"its state is detached every {facts['T']} steps"
-                )
-            elif weight is None:
-                notes[recurrence.stream.name] = "W_hh is parametrised: no update_ratio"
-            elif not weight.requires_grad:
-                notes[recurrence.stream.name] = "W_hh is frozen: no gradient norms"
-        return notes
 
 
 def _close(watch_ref: weakref.ref[Watch]) -> None:
