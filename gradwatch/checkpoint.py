@@ -22,8 +22,10 @@ from torch import Tensor
 from gradwatch.record import Stream
 from gradwatch.recurrent import GATES, clean_path
 
-_PICKLE_LIMIT: Final = 64 * 2**20
+_PICKLE_LIMIT: Final = 16 * 2**20
 """Bytes of the part of a checkpoint that is not tensors; usually some hundred kB."""
+_HUNGRY: Final = b"builtins\nbytearray"
+"""What a pickle may ask for by torch's rules, of any size, and weights never do."""
 _WHOLE_LIMIT: Final = 4 * 2**30
 """Bytes of a file in torch's old format, which has to be read as a whole."""
 _DEPTH: Final = 8
@@ -40,10 +42,11 @@ _INDEX: Final = (
 
 LARGEST: Final = 4096
 """Hidden size above which nothing is computed; a hostile file may claim any."""
+_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _KINDS: Final = {1: "RNN", 3: "GRU", 4: "LSTM"}
 _NAME: Final = re.compile(
     r"(?P<path>.*?)(?P<what>weight_hh|weight_hr|bias_ih|bias_hh)"
-    r"(?P<suffix>(_l\d+(_reverse)?)?)$",
+    r"(?P<suffix>(_l\d{1,6}(_reverse)?)?)$",
     re.DOTALL,
 )
 _PARAMETRISED: Final = re.compile(
@@ -96,7 +99,7 @@ def _folder(folder: Path) -> dict[str, Tensor]:
     )
 
 
-def _file(file: Path) -> dict[str, Tensor]:
+def _file(file: Path, *, shard: bool = False) -> dict[str, Tensor]:
     with file.open("rb") as opened:
         start = opened.read(16)
     if not start:
@@ -106,6 +109,8 @@ def _file(file: Path) -> dict[str, Tensor]:
     if start[8:9] == b"{" and start[5:8] == b"\0\0\0":
         return _safetensors(file)
     if start.lstrip().startswith(b"{"):
+        if shard:
+            raise CheckpointError(f"{file} is an index itself, and no shard.")
         return _shards(file)
     if start[:1] == b"\x80":
         return _old(file)
@@ -120,6 +125,8 @@ def _zipped(file: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            small = [e for e in entries if e.file_size <= _PICKLE_LIMIT]
+            pickles = [archive.read(e) for e in small if e.filename.endswith(".pkl")]
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{file} is broken or cut off: {error}.") from error
     if any("/code/" in entry.filename for entry in entries):
@@ -131,11 +138,13 @@ def _zipped(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} unpacks to more than it holds; torch.save writes no such file."
         )
+    if any(_HUNGRY in data for data in pickles):
+        raise CheckpointError(f"{file} asks for memory that no weights need.")
     if any(
         entry.filename.endswith(".pkl") and entry.file_size > _PICKLE_LIMIT
         for entry in entries
     ):
-        raise CheckpointError(f"{file} holds more than 64 MB beside its tensors.")
+        raise CheckpointError(f"{file} holds more than 16 MB beside its tensors.")
     return tensors_of(_loaded(file, mmap=True))
 
 
@@ -144,6 +153,9 @@ def _old(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} is in torch's old format and larger than 4 GB; save it again."
         )
+    with file.open("rb") as opened:
+        if _HUNGRY in opened.read(_PICKLE_LIMIT):
+            raise CheckpointError(f"{file} asks for memory that no weights need.")
     return tensors_of(_loaded(file, mmap=False))
 
 
@@ -199,9 +211,7 @@ def _shards(file: Path) -> dict[str, Tensor]:
     for name in names:
         if Path(name).name != name or not (file.parent / name).is_file():
             raise CheckpointError(f"{file} names the shard {name!r}, not beside it.")
-        if (file.parent / name).suffix == ".json":
-            raise CheckpointError(f"{file} names {name!r}, which is no shard.")
-        found |= _file(file.parent / name)
+        found |= _file(file.parent / name, shard=True)
     return found
 
 
@@ -281,9 +291,12 @@ def streams_of(
 def _stream(module: str, suffix: str, weights: Weights) -> Stream | str:
     """Return the stream that shapes tell of, or why they do not."""
     weight, projection = weights["weight_hh"], weights.get("weight_hr")
+    for name, matrix in (("weight_hh", weight), ("weight_hr", projection)):
+        if matrix is not None and matrix.is_nested:
+            return f"{name} is nested; expected two dimensions"
+        if matrix is not None and (matrix.dim() != 2 or 0 in matrix.shape):
+            return f"{name} has shape {tuple(matrix.shape)}; expected two dimensions"
     shape = tuple(weight.shape)
-    if len(shape) != 2 or 0 in shape:
-        return f"weight_hh has shape {shape}; expected two dimensions"
     size = shape[1] if projection is None else int(projection.shape[-1])
     count = shape[0] / size
     if count not in _KINDS or (projection is not None and count != 4):
@@ -315,6 +328,8 @@ def unreadable(stream: Stream, weights: Weights) -> str | None:
     width = stream.proj_size or stream.hidden_size
     expected = {"weight_hh": (rows, width), "weight_hr": (width, stream.hidden_size)}
     for name, tensor in weights.items():
+        if tensor.is_nested:
+            return f"{name} is nested; expected a plain tensor"
         shape = tuple(tensor.shape)
         wanted = (rows,) if name.startswith("bias") else expected.get(name, shape)
         if shape != wanted:
@@ -323,7 +338,7 @@ def unreadable(stream: Stream, weights: Weights) -> str | None:
             return f"{name} holds no values (device meta)"
         if tensor.layout != torch.strided or tensor.is_quantized:
             return f"{name} is sparse or quantised"
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _DTYPES:
             return f"{name} is {tensor.dtype}; expected floating-point numbers"
         if hasattr(tensor, "to_local"):
             return f"{name} is sharded over processes"

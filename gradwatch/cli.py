@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,19 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 where something went wrong.
     """
-    parser = _parser()
-    given = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may be beyond its encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         found = inspect(given.checkpoint, given.steps)
+        whole = {**dataclasses.asdict(found), "verdict": found.verdict}
+        print(dump_line(whole) if given.json else found, flush=True)  # noqa: T201
+    except BrokenPipeError:  # "| head": what was wanted has been read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         words = " ".join(console.shown(line) for line in str(error).splitlines())
         print(f"gradwatch: {words}", file=sys.stderr)  # noqa: T201
         return 2
-    if given.json:
-        whole = {**dataclasses.asdict(found), "verdict": found.verdict}
-        print(dump_line(whole))  # noqa: T201
-    else:
-        print(found)  # noqa: T201
     return 0
 
 
@@ -64,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument(
-        "checkpoint", help="a file of torch.save or safetensors, or an index of shards"
+        "checkpoint",
+        help="a file of torch.save or safetensors, an index of shards, or a folder",
     )
     verb.add_argument(
         "--steps", type=int, default=100, help="length of the sequences (default 100)"

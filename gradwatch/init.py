@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from gradwatch.record import Stream
-from gradwatch.recurrent import Recurrence, gate_matrices, named, recurrences
+from gradwatch.recurrent import KEEPS, Recurrence, gate_matrices, named, recurrences
 from gradwatch.rewrite import Changed, Optimizers, write
 
 __all__ = [
@@ -40,8 +40,6 @@ __all__ = [
 
 Streams = str | Iterable[str] | None
 
-_KEEPS: Final[Mapping[str, str]] = {"LSTM": "f", "GRU": "z"}
-"""The gate that keeps the state; in PyTorch's GRU z keeps."""
 _SHORTEST_CHRONO: Final = 3.0
 
 
@@ -201,7 +199,8 @@ def forget_bias_(
     value = _number("value", value)
 
     def new(stream: Stream, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        keeps = {_KEEPS[stream.kind]: torch.full((stream.hidden_size,), value)}
+        bias = torch.full((stream.hidden_size,), value, dtype=torch.float64)
+        keeps = {KEEPS[stream.kind]: bias}
         return _gate_biases(stream, old, keeps)
 
     return write(_gated(model, streams, "forget_bias_"), new, optimizer)
@@ -360,6 +359,8 @@ def _gate_biases(
 
 
 def _number(name: str, value: float) -> float:
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a number.")
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} is {value}; expected a finite number.")

@@ -7,6 +7,7 @@ sequence is long. A net with inputs has other slopes; the watch measures those.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,18 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import console, remedies
-from gradwatch.checkpoint import read_weights, streams_of, tensors_of, unreadable
+from gradwatch.checkpoint import (
+    Weights,
+    read_weights,
+    streams_of,
+    tensors_of,
+    unreadable,
+)
 from gradwatch.numerics.singular import launch_gram
 from gradwatch.numerics.spectral import spectral_radius
 from gradwatch.record import Remedy, Stream
-from gradwatch.recurrent import gate_matrices, recurrences, stored_weights
+from gradwatch.recurrent import KEEPS, gate_matrices, recurrences, stored_weights
 
 _STREAMS: Final = 256
+_LONGEST: Final = 10**9
+_WORK: Final = 2e11
+"""Multiplications, up to a factor, that are spent on one file; some minutes."""
+_LARGEST_LOG: Final = 709.0
+"""exp() of more overflows."""
 _GROWS: Final = 1e3
 _FADES: Final = 1e-3
 """Gain over the sequence from which on it is said to grow, or to die out."""
-Weights = dict[str, Tensor]
-_KEEPS: Final = {"LSTM": "f", "GRU": "z"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +174,8 @@ def inspect(
         >>> f"{stream.gain:.2g}", stream.verdict, stream.remedy.name
         ('2.7e-05', 'fades', 'init.orthogonal_')
     """
-    if steps < 1 or steps != int(steps):
-        raise ValueError(f"steps is {steps}; expected a whole number of 1 or more.")
+    if not isinstance(steps, int) or not 1 <= steps <= _LONGEST:
+        raise ValueError(f"steps is {steps}; expected 1 to {_LONGEST:,}.")
     left_out: dict[str, str] = {}
     if isinstance(model, nn.Module):
         found = [(r.stream, stored_weights(r)) for r in recurrences(model)]
@@ -184,15 +194,43 @@ def inspect(
             "no recurrent weights found: no name ends in weight_hh, weight_hh_l0 and "
             "the like, as those of nn.RNN, nn.LSTM, nn.GRU and their cells do."
         )
-    streams = []
-    for stream, weights in found[:_STREAMS]:
-        if why := unreadable(stream, weights):
+    trusted = not isinstance(model, str | os.PathLike)
+    streams = _all_inspected(found, int(steps), trusted, left_out)
+    return Inspection(steps=int(steps), streams=streams, left_out=left_out)
+
+
+def _all_inspected(
+    found: Sequence[tuple[Stream, Weights]],
+    steps: int,
+    trusted: bool,
+    left_out: dict[str, str],
+) -> tuple[Inspected, ...]:
+    """Inspect all that can be; a file that is not trusted gets so much work, no more.
+
+    Weights that several names share are looked at once.
+    """
+    streams: list[Inspected] = []
+    known: dict[Any, Inspected] = {}
+    work = 0.0
+    for number, (stream, weights) in enumerate(found):
+        why = unreadable(stream, weights)
+        same: Any = stream.kind if why is None else None
+        if same is not None:
+            held = ((n, w.data_ptr(), w.shape, w.stride()) for n, w in weights.items())
+            same = (same, *held)
+        if why is None and same not in known:
+            work += stream.hidden_size**3 * (len(stream.gates) or 1)
+            if not trusted and (work > _WORK or number >= _STREAMS):
+                why = "too much work for one file; inspect its state dict in Python"
+        if why is not None:
             left_out[stream.name] = why
-        else:
-            streams.append(_inspected(stream, weights, int(steps)))
-    for stream, _ in found[_STREAMS:]:
-        left_out[stream.name] = f"beyond the first {_STREAMS} streams"
-    return Inspection(steps=int(steps), streams=tuple(streams), left_out=left_out)
+            continue
+        if same not in known:
+            known[same] = _inspected(stream, weights, steps)
+        of = known[same]
+        remedy = _remedy(stream, of.verdict, steps)
+        streams.append(dataclasses.replace(of, stream=stream.name, remedy=remedy))
+    return tuple(streams)
 
 
 # ---- what the weights tell
@@ -203,15 +241,16 @@ def _inspected(stream: Stream, weights: Weights, steps: int) -> Inspected:
     plain = {k: v if v.dtype == torch.float64 else v.float() for k, v in plain.items()}
     gates = gate_matrices(stream, plain["weight_hh"], plain.get("weight_hr"))
     radii, more = spectral_radius(gates), launch_gram(gates)
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in plain.values())
-    keeps, bias = _KEEPS.get(stream.kind), None
+    finite = all(bool(torch.isfinite(t).all()) for t in (gates, *plain.values()))
+    keeps, bias = KEEPS.get(stream.kind), None
     rate = radii[0].rho
     if keeps is not None:
         ih, hh = _biases(stream, plain)
         bias = (ih + hh)[stream.gates.index(keeps)]
         if finite:
             rate = spectral_radius(_at_rest(stream, gates, ih, hh))[0].rho
-    gain = _power(rate, steps)
+    finite = finite and math.isfinite(rate)
+    gain = _power(rate, steps) if finite else math.nan
     verdict = "ok" if _FADES <= gain <= _GROWS else "grows" if gain > 1 else "fades"
     verdict = verdict if finite else "broken"
     return Inspected(
@@ -237,7 +276,7 @@ def _inspected(stream: Stream, weights: Weights, steps: int) -> Inspected:
         forget_bias=None if bias is None else bias.mean().item(),
         timescale=None if bias is None else 1 + bias.exp().median().item(),
         rate=rate,
-        gain=gain if finite else math.nan,
+        gain=gain,
         verdict=verdict,
         remedy=_remedy(stream, verdict, steps),
     )
@@ -286,10 +325,8 @@ def _at_rest(stream: Stream, gates: Tensor, ih: Tensor, hh: Tensor) -> Tensor:
 
 
 def _power(rate: float, steps: int) -> float:
-    try:
-        return float(rate**steps)
-    except OverflowError:
-        return math.inf
+    log = steps * math.log(rate) if rate > 0 else -math.inf
+    return math.exp(log) if log < _LARGEST_LOG else math.inf
 
 
 def _remedy(stream: Stream, verdict: str, steps: int) -> Remedy | None:
@@ -353,7 +390,7 @@ def _table(streams: Sequence[Inspected]) -> list[str]:
 
 def _rows(found: Inspected) -> Iterator[tuple[str, ...]]:
     number = console.number
-    keeps = _KEEPS.get(found.kind, "")
+    keeps = KEEPS.get(found.kind, "")
     for place, gate in enumerate(found.gates):
         first = place == 0
         own = gate.gate == keeps

@@ -60,10 +60,17 @@ class OrthogonalGates(nn.Module):
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """Return the stacked orthogonal blocks."""
+        split = self._split(coordinates)
+        wide = torch.promote_types(split.dtype, torch.float32)
         # Half precision would leave them orthogonal to three digits.
         with torch.autocast(coordinates.device.type, enabled=False):
-            blocks: Tensor = self.blocks(self._split(coordinates))
-        return blocks.reshape(coordinates.shape)
+            if split.dtype == wide:
+                blocks = self.blocks(split)
+            else:  # after model.half(); linear systems are not solved in it
+                base = {"base": self.blocks.base.to(wide)}
+                blocks = torch.func.functional_call(self.blocks, base, split.to(wide))
+        stacked: Tensor = blocks.reshape(coordinates.shape)
+        return stacked.to(coordinates.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Start from a weight, or from the nearest one whose blocks are orthogonal."""
@@ -91,7 +98,8 @@ def orthogonal(
     parameter behind a weight stays the same object, under the name
     ``parametrizations.weight_hh_l0.original``, with another meaning: coordinates. A
     checkpoint of the state dict has these and is loaded into a model that is
-    parametrised alike; deep copies work.
+    parametrised alike; one from before is loaded between :func:`remove` and
+    :func:`orthogonal`. Deep copies work. A gradient that waits is dropped.
 
     Args:
         model: A recurrent module, or any module that contains some. With a projection
@@ -120,7 +128,9 @@ def orthogonal(
         arXiv:1702.00071, on what hard orthogonality can cost.
     """
     found = named(recurrences(model), streams)
-    params = [_can_be_held(recurrence, found) for recurrence in found]
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() is on; hold weights outside of it.")
+    params = [_can_be_held(recurrence, model) for recurrence in found]
     held = holders(optimizer, params)
     before = [radii(recurrence) for recurrence in found]
     with ExitStack() as undo:
@@ -131,6 +141,7 @@ def orthogonal(
             gates = OrthogonalGates(weight, max(len(recurrence.stream.gates), 1))
             undo.callback(_put_back, module, name, weight, weight.detach().clone())
             parametrize.register_parametrization(module, name, gates)
+            weight.grad = None  # it was that of the weight, not of the coordinates
             _make_copyable(module)
         undo.pop_all()
     for one in held:
@@ -166,6 +177,7 @@ def remove(
     before = [radii(recurrence) for recurrence in found]
     for recurrence in found:
         parametrize.remove_parametrizations(recurrence.module, _name(recurrence))
+        recurrence.module.get_parameter(_name(recurrence)).grad = None
     for one in held:
         forget(one, params)
     return _changed(found, before)
@@ -190,14 +202,18 @@ def _is_held(recurrence: Recurrence) -> bool:
     return len(steps) == 1 and isinstance(steps[0], OrthogonalGates)
 
 
-def _can_be_held(recurrence: Recurrence, found: list[Recurrence]) -> Tensor:
+def _can_be_held(recurrence: Recurrence, model: nn.Module) -> Tensor:
     """Return the parameter behind a weight, or say why it cannot be held."""
     where = f"{_name(recurrence)} of {recurrence.stream.module}"
     if parametrize.is_parametrized(recurrence.module, _name(recurrence)):
         raise ValueError(f"{where} is parametrised already; remove that first.")
     [param] = holding(recurrence, _name(recurrence))
-    if sum(r.module._parameters.get(_name(r)) is param for r in found) > 1:
-        raise ValueError(f"{where} is shared with another stream; it cannot be held.")
+    used = [p for m in model.modules() for p in m._parameters.values() if p is param]
+    if len(used) > 1:
+        raise ValueError(
+            f"{where} is shared: {len(used)} places use this parameter, and the others "
+            "would get the coordinates for the weight. Untie it first."
+        )
     if param.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{where} is {param.dtype}; expected float32 or float64. Under autocast "

@@ -25,6 +25,8 @@ GATES: Final[Mapping[str, tuple[str, ...]]] = {
     "LSTM": ("i", "f", "g", "o"),
     "GRU": ("r", "z", "n"),
 }
+KEEPS: Final[Mapping[str, str]] = {"LSTM": "f", "GRU": "z"}
+"""The gate that keeps the state; in PyTorch's GRU z keeps."""
 _WRAPPERS: Final = ("module", "_orig_mod", "_fsdp_wrapped_module")
 _BEHIND: Final = ("", "_orig", "_g", "_v")
 """What pruning, the old spectral_norm and the old weight_norm call the real weight."""
@@ -92,13 +94,22 @@ def named(
     """
     if streams is None:
         return list(found)
-    wanted = {streams} if isinstance(streams, str) else set(streams)
+    wanted = {streams} if isinstance(streams, str) else set(_names(streams))
     known = {n for r in found for n in (r.stream.name, r.stream.module)}
     if not wanted or wanted - known:
         unknown = ", ".join(map(repr, sorted(wanted - known))) or "an empty list"
         names = ", ".join(r.stream.name for r in found[:20])
         raise ValueError(f"streams= names {unknown}; this model has {names}.")
     return [r for r in found if wanted & {r.stream.name, r.stream.module}]
+
+
+def _names(streams: Iterable[str]) -> list[str]:
+    names = list(streams) if isinstance(streams, Iterable) else [streams]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(
+            f"streams= got {_of_type(wrong[0])}; expected names of streams or modules."
+        )
+    return names
 
 
 def clean_path(path: str) -> str:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradwatch import clip, init, parametrize
 from gradwatch.record import Remedy, Stream
+from gradwatch.rewrite import holders
 
 _ORTHOGONAL: Final = "init.orthogonal_"
 _CHRONO: Final = "init.chrono_"
@@ -95,7 +96,8 @@ _Act = Callable[..., Any]
 
 def _clipper(make: Callable[..., clip.Clipper]) -> _Act:
     def attach(model: nn.Module, *, optimizer: Sequence[Optimizer], **args: Any) -> Any:
-        return [make(**args).attach(one) for one in optimizer]
+        given = holders(optimizer, list(model.parameters()))
+        return [make(**args).attach(one) for one in given]
 
     return attach
 

@@ -146,6 +146,11 @@ def holding(recurrence: Recurrence, name: str) -> list[Tensor]:
         raise ValueError(
             f"{where} is sharded over processes; initialise before fully_shard()."
         )
+    if param.is_inference():
+        raise ValueError(
+            f"{where} was made under torch.inference_mode() and cannot be written; "
+            "make the model outside of it."
+        )
     if param.dim() != (1 if name.startswith("bias") else 2):
         raise ValueError(
             f"{where} has shape {tuple(param.shape)}: a sharding wrapper has flattened "
@@ -229,6 +234,8 @@ def holders(optimizer: Optimizers, params: Sequence[Tensor]) -> list[Optimizer]:
         ValueError: If they hold none of the parameters.
     """
     given = several(optimizer)
+    if optimizer is not None and not given:
+        raise ValueError("optimizer= got no optimizer; leave it out, or name some.")
     if wrong := [type(o).__name__ for o in given if not isinstance(o, Optimizer)]:
         raise TypeError(
             f"optimizer= got {wrong[0]}; expected a torch.optim.Optimizer, or several. "
@@ -261,8 +268,8 @@ def forget(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
             held = group["params"]  # its one history is of all of them
         for param in held:
             if isinstance(optimizer, Adagrad):  # which makes its state only once
-                state = optimizer.state[param]
-                state["step"].zero_()
-                state["sum"].fill_(group["initial_accumulator_value"])
+                if state := optimizer.state.get(param):
+                    state["step"].zero_()
+                    state["sum"].fill_(group["initial_accumulator_value"])
             else:
                 optimizer.state.pop(param, None)

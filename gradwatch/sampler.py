@@ -174,9 +174,11 @@ class Sampler:
         loss, self.loss = self.loss, None
         if isinstance(loss, Tensor):
             numbers["loss"], loss = loss, None
+        if self.paused:
+            return  # what has happened is told once measuring goes on
         events = (*self.events, *self.depths.events)
         self.events, self.depths.events = [], []
-        if self.paused or not (numbers or step.events or events):
+        if not (numbers or step.events or events):
             return
         self._health.overhead = min(max(used / elapsed, 0.0), 1.0) if elapsed else 0.0
         waiting = _Pending(

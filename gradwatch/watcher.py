@@ -327,7 +327,8 @@ class Watch:
         Raises:
             TypeError: If ``remedy`` is None or else no Remedy.
             ValueError: If it is unknown or cannot be applied, or no optimizer is known.
-            RuntimeError: If the watch is closed or off, or there are several processes.
+            RuntimeError: If the watch is closed or off, gradients wait for an
+                optimizer, or there are several processes.
         """
         sampler = self._sampler
         model = sampler.model if sampler is not None else None
@@ -344,7 +345,12 @@ class Watch:
                 "no optimizer was seen to step yet; name it: "
                 "watch.apply(remedy, optimizer=optimizer)."
             )
-        self._bring_up_to_date()
+        sampler.settle()
+        if sampler.tap.open:
+            raise RuntimeError(
+                "gradients of the old weights wait for an optimizer; apply a remedy "
+                "between optimizer.step() and the next backward()."
+            )
         done = remedies.apply(remedy, model, given)
         sampler.events += [f"reinit:{name}" for name in done.streams]
         sampler.tap.rescan()

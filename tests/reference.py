@@ -283,7 +283,7 @@ def zclip_thresholds(norms, z_max=2.5, warm_up=25, memory=0.97):
     variance = sum((g - mean) ** 2 for g in first) / warm_up
     found = [math.inf] * warm_up
     for g in norms[warm_up:]:
-        sigma = math.sqrt(variance)
+        sigma = max(math.sqrt(variance), 1e-3 * mean)
         z = (g - mean) / sigma
         limit = mean + z_max * sigma
         if z > z_max:

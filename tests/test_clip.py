@@ -239,6 +239,55 @@ def test_nothing_to_clip(kind):
         assert math.isfinite(clipper.clip_(held).ratio)
 
 
+@pytest.mark.parametrize("size", [1e20, 1e37])
+@pytest.mark.parametrize("kind", CLIPPERS)
+def test_gradients_near_the_end_of_float32(kind, size):
+    held = params((4, 4), (4,))
+    clipper = CLIPPERS[kind]()
+    for step in range(30):
+        give(held, 1.0, step)
+        clipper.clip_(held)
+    give(held, size)
+    before = flat(held)
+    result = clipper.clip_(held)
+    assert not result.skipped and 0 < result.ratio < 1
+    assert 1e-4 < flat(held).norm() < 20
+    if kind != "AGC":
+        cosine = nn.functional.cosine_similarity(before / size, flat(held), dim=0)
+        assert math.isclose(cosine.item(), 1.0, abs_tol=1e-6)
+
+
+def test_agc_with_weights_that_are_broken_or_huge():
+    for weight in (1e20, math.nan):
+        held = [nn.Parameter(torch.full((3, 3), weight))]
+        give(held, 1e20)
+        result = AGC().clip_(held)
+        assert held[0].grad.isfinite().all() and 0 < result.ratio <= 1
+
+
+def test_a_float64_norm_that_would_overflow():
+    held = [nn.Parameter(torch.zeros(3, dtype=torch.float64))]
+    held[0].grad = torch.full((3,), 1e200, dtype=torch.float64)
+    result = NormClip(1.0).clip_(held)
+    assert not result.skipped and math.isclose(result.norm, 3**0.5 * 1e200)
+    assert math.isclose(held[0].grad.norm().item(), 1.0, rel_tol=1e-6)
+
+
+def test_half_precision_gradients_get_the_factor_unrounded():
+    held = [nn.Parameter(torch.zeros(8, dtype=torch.float16))]
+    held[0].grad = torch.full((8,), 1000.0, dtype=torch.float16)
+    NormClip(0.01).clip_(held)
+    assert math.isclose(held[0].grad.double().norm().item(), 0.01, rel_tol=2e-3)
+
+
+def test_z_clip_after_a_constant_start():
+    clipper, [p] = ZClip(), params((1,))
+    for size in [1.0] * 30 + [1e6, 1.0]:
+        p.grad = torch.tensor([size])
+        result = clipper.clip_([p])
+    assert result.ratio == 1.0 and result.threshold < 1.1
+
+
 def test_shared_parameters_count_once():
     [p] = params((3,))
     give([p], 10.0)
@@ -302,6 +351,9 @@ class Exploding:
 
     until = None
 
+    def __init__(self):
+        self.health = {"state": "on"}
+
     @property
     def incidents(self):
         return [Incident(kind="exploding", severity="error", since=0, until=self.until)]
@@ -322,6 +374,16 @@ def test_a_statistic_is_not_begun_while_gradients_explode(kind):
     watch.until = None  # once begun it goes on
     give(held, 1.0)
     assert clipper.clip_(held).threshold > 5
+
+
+def test_a_watch_that_was_closed_holds_nothing_back():
+    watch, held = Exploding(), params((50,))
+    clipper = LogZClip(watch=watch)
+    give(held)
+    assert clipper.clip_(held).threshold == 1.0
+    watch.health["state"] = "off"
+    give(held)
+    assert clipper.clip_(held).threshold == math.inf
 
 
 # ---- attached
@@ -367,7 +429,17 @@ def test_a_handle_ends_it_and_a_clipper_serves_one_optimizer():
     give(held, 100.0)
     optimizer.step()
     assert clipper.steps == 0 and not optimizer._optimizer_step_pre_hooks
+    again = clipper.attach(optimizer)
+    handle.remove()  # it is over, and does not end the second
+    with pytest.raises(ValueError, match="attached already"):
+        clipper.attach(optimizer)
+    twin = copy.deepcopy(clipper)
+    twin.attach(optimizer).remove()
+    again.remove()
+    clipper.attach(torch.optim.SGD(held, 0.1))  # gone at once
     clipper.attach(optimizer)
+    with pytest.raises(TypeError, match="got a Tagger; expected its parameters"):
+        NormClip().attach(optimizer, parameters=Tagger(nn.RNN(1, 1), 1))
     with pytest.raises(TypeError, match="got a Tagger; expected a"):
         NormClip().attach(Tagger(nn.RNN(1, 1), 1))
 
@@ -389,13 +461,14 @@ def test_attached_to_several_groups_clips_the_part_that_is_named():
 
 
 def test_named_parameters_of_an_optimizer_are_named():
+    torch.manual_seed(0)
     model = Tagger(nn.RNN(3, 8), 8)
     optimizer = torch.optim.SGD(model.named_parameters(), 0.1)
     clipper = NormClip(1e-6)
     clipper.attach(optimizer)
     model(torch.randn(5, 4, 3)).square().sum().backward()
     optimizer.step()
-    assert "rnn.weight_hh_l0" in repr(clipper)
+    assert "rnn.weight_ih_l0" in repr(clipper)
 
 
 @pytest.mark.parametrize("by_keyword", [True, False])
@@ -414,6 +487,30 @@ def test_a_closure_is_followed_by_the_clip(by_keyword):
     loss = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
     assert loss is not None
     assert math.isclose((held[0].detach() - old).norm().item(), 1e-2, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("broken", [2, 3, 4, 5, 7])
+def test_a_line_search_turns_back_from_a_nan(broken):
+    def descend(attach):
+        p = nn.Parameter(torch.tensor([3.0, -2.0]))
+        optimizer = torch.optim.LBFGS([p], max_iter=10, line_search_fn="strong_wolfe")
+        if attach:
+            NormClip(1e9, patience=None).attach(optimizer)
+        calls = []
+
+        def closure():
+            optimizer.zero_grad()
+            calls.append(0)
+            loss = (p.square() * torch.tensor([1.0, 9.0])).sum() + p.pow(4).sum()
+            loss = loss * (math.nan if len(calls) == broken else 1.0)
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            optimizer.step(closure)
+        return p.detach()
+
+    assert descend(attach=True).norm() < 1e-3
 
 
 def test_lbfgs_survives_a_nan():
@@ -619,6 +716,8 @@ def test_bad_settings_are_named(make, words):
 
 
 def test_bad_parameters_are_named():
+    with pytest.raises(TypeError, match="got a NoneType; expected parameters"):
+        NormClip().clip_(None)
     with pytest.raises(TypeError, match="got a RNN; expected its parameters"):
         NormClip().clip_(nn.RNN(1, 1))
     with pytest.raises(TypeError, match="got str at position 0"):

@@ -438,11 +438,47 @@ def test_a_foreign_optimizer_is_refused_and_nothing_changed():
         (lambda: init.orthogonal_(nn.RNN(2, 3).half(), 1e6), "does not fit into"),
         (lambda: init.orthogonal_(nn.RNN(2, 3, device="meta")), "device 'meta'"),
         (lambda: init.orthogonal_(nn.RNN(2, 3), streams=[]), "an empty list"),
+        (lambda: init.orthogonal_(nn.RNN(2, 3), optimizer=[]), "got no optimizer"),
+        (lambda: init.forget_bias_(nn.LSTM(2, 3), 1e39), "does not fit into"),
     ],
 )
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words.replace(".", r"\.")):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: init.orthogonal_(nn.RNN(2, 3), "1"),
+            "gain is a str; expected a number",
+        ),
+        (lambda: init.orthogonal_(nn.RNN(2, 3), streams=3), "streams= got a int"),
+        (
+            lambda: init.orthogonal_(nn.RNN(2, 3), streams=["a", 1]),
+            "streams= got a int",
+        ),
+    ],
+)
+def test_bad_types_are_named(call, words):
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+def test_an_optimizer_that_has_not_stepped_has_nothing_to_forget():
+    rnn = nn.RNN(2, 5)
+    optimizer = torch.optim.Adagrad(nn.Linear(2, 2).parameters())
+    optimizer.add_param_group({"params": list(rnn.parameters())})
+    init.orthogonal_(rnn, optimizer=optimizer)
+    assert rnn.weight_hh_l0 not in optimizer.state
+
+
+def test_inference_weights_are_refused():
+    with torch.inference_mode():
+        rnn = nn.RNN(2, 5)
+    with pytest.raises(ValueError, match="inference_mode"):
+        init.orthogonal_(rnn)
 
 
 def test_the_answer_is_a_line_to_read():

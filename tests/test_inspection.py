@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import gradwatch
-from gradwatch import cli
+from gradwatch import cli, inspection
 from gradwatch.checkpoint import CheckpointError, read_weights
 from gradwatch.inspection import inspect
 from tests import reference
@@ -153,6 +153,19 @@ def test_nothing_to_look_at_is_an_error(given, words):
         (
             {"weight_hh_l0": torch.zeros(9, 3), "bias_ih_l0": torch.zeros(5)},
             "bias_ih has shape",
+        ),
+        (
+            {"weight_hh_l0": torch.zeros(16, 4), "weight_hr_l0": torch.tensor(1.0)},
+            "weight_hr has shape ()",
+        ),
+        (
+            {"weight_hh_l0": torch.zeros(16, 4), "weight_hr_l0": torch.zeros(3, 0)},
+            "weight_hr has shape (3, 0)",
+        ),
+        ({"weight_hh_l0": torch.zeros(9, 3).to(torch.float8_e5m2)}, "torch.float8"),
+        (
+            {"weight_hh_l0": torch.nested.nested_tensor([torch.zeros(3, 3)])},
+            "is nested",
         ),
     ],
 )  # fmt: skip
@@ -322,6 +335,20 @@ def huge_header(folder):
     return raw(folder, len(header).to_bytes(8, "little") + header + bytes(4))
 
 
+GREEDY = (
+    b"\x80\x02cbuiltins\nbytearray\nq\x00\x8a\x05"
+    + (3 * 2**30).to_bytes(5, "little")
+    + b"\x85Rq\x01."
+)
+
+
+def hungry(folder):
+    with zipfile.ZipFile(folder / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", GREEDY)
+        archive.writestr("a/version", "3\n")
+    return folder / "a.pt"
+
+
 def outside(folder):
     saved(folder / "secret.bin", state())
     inner = folder / "inner"
@@ -373,7 +400,15 @@ BAD = {
     "JSON": (lambda d: raw(d, b'{"a": 1}'), "is no index of shards"),
     "deep JSON": (lambda d: raw(d, b'{"a":' * 10**5), "is no index of shards"),
     "a shard outside": (outside, "not beside it"),
-    "an index that names itself": (circle, "is no shard"),
+    "an index that names itself": (circle, "is an index itself"),
+    "the same without a suffix": (
+        lambda d: raw(d, b'{"weight_map": {"weight_hh_l0": "a.pt"}}'),
+        "is an index itself",
+    ),
+    "a bytearray of 3 GB": (hungry, "asks for memory"),
+    "the same in the old format ": (
+        lambda d: raw(d, GREEDY), "asks for memory"
+    ),
     "a missing shard": (
         lambda d: raw(d, b'{"weight_map": {"weight_hh_l0": "gone.bin"}}'),
         "not beside it",
@@ -447,17 +482,59 @@ def test_safetensors_missing_is_said(tmp_path, monkeypatch):
         read_weights(path)
 
 
+def test_weights_under_many_names_are_looked_at_once(tmp_path, monkeypatch):
+    calls = []
+    plain = inspection._inspected
+
+    def counted(*args):
+        calls.append(0)
+        return plain(*args)
+
+    monkeypatch.setattr(inspection, "_inspected", counted)
+    weight = torch.randn(64, 16)
+    path = saved(tmp_path / "a.pt", {f"n{i}.weight_hh_l0": weight for i in range(50)})
+    found = inspect(path)
+    assert len(found.streams) == 50 and len(calls) == 1
+    assert found.streams[7].remedy.args["streams"] == ["n7.l0"]
+
+
+def test_a_file_gets_so_much_work_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "_WORK", 2 * 4 * 16**3)
+    weights = {f"n{i}.weight_hh_l0": torch.randn(64, 16) for i in range(5)}
+    found = inspect(saved(tmp_path / "a.pt", weights))
+    assert len(found.streams) == 2 and len(found.left_out) == 3
+    assert "too much work" in found.left_out["n4.l0"]
+    assert len(inspect(weights).streams) == 5
+
+
+def test_products_that_overflow_are_broken_and_long_gains_are_right():
+    weights = {
+        "weight_hh_l0": torch.full((16, 2), 1e30),
+        "weight_hr_l0": torch.full((2, 4), 1e30),
+    }
+    [found] = inspect(weights).streams
+    assert found.verdict == "broken" and found.remedy is None
+    half = {"weight_hh_l0": 0.5 * torch.eye(3)}
+    assert inspect(half, steps=10**9).streams[0].gain == 0.0
+    twice = {"weight_hh_l0": 2 * torch.eye(3)}
+    assert inspect(twice, steps=10**9).streams[0].gain == math.inf
+    for steps in (10**400, 1.5, None):
+        with pytest.raises(ValueError, match="expected 1 to 1,000,000,000"):
+            inspect(half, steps=steps)
+
+
 # ---- the command
 
 
-def run(*arguments):
+def run(*arguments, out=subprocess.PIPE, **more):
     root = str(Path(__file__).parent.parent)
     return subprocess.run(
         [sys.executable, "-m", "gradwatch", *arguments],
-        capture_output=True,
+        stdout=out,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": root, **more},
     )
 
 
@@ -470,6 +547,17 @@ def test_the_command_in_a_process_of_its_own(tmp_path):
     assert told["streams"][0]["gates"][1]["gate"] == "f"
     done = run("inspect", str(path), "--steps", "0")
     assert done.returncode == 2 and done.stderr.startswith("gradwatch: steps is 0")
+    with open("/dev/full", "w") as full:
+        done = run("inspect", str(path), out=full)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    odd = saved(tmp_path / "odd.pt", {"模型.weight_hh_l0": torch.eye(3)})
+    done = run("inspect", str(odd), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "\\u6a21\\u578b.l0" in done.stdout
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = run("inspect", str(path), out=closed)
+    assert not done.stderr
     assert run().returncode == 2
     assert "example: gradwatch inspect" in run("inspect", "--help").stdout
 

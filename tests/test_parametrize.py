@@ -168,6 +168,28 @@ def test_autocast_leaves_them_orthogonal():
     assert torch.linalg.matrix_norm(weight.mT @ weight - torch.eye(12)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_afterwards_goes_on(dtype):
+    model = MODELS["lstm"]()
+    orthogonal(model)
+    model.to(dtype)
+    weight = model.rnn.weight_hh_l0
+    assert weight.dtype == dtype
+    block = weight.detach().float()[:12]
+    assert torch.linalg.matrix_norm(block.mT @ block - torch.eye(12)) < 0.05
+    model(torch.randn(5, 2, 3, dtype=dtype)).sum().backward()
+    remove(model)
+    assert model.rnn.weight_hh_l0.dtype == dtype
+
+
+def test_a_gradient_that_waits_is_dropped():
+    model = MODELS["rnn"]()
+    model(torch.randn(5, 2, 3)).sum().backward()
+    orthogonal(model)
+    assert model.rnn.parametrizations.weight_hh_l0.original.grad is None
+    assert model.rnn.weight_ih_l0.grad is not None
+
+
 def test_a_loop_over_a_cell_computes_its_weight_once_when_cached():
     model = MODELS["cell"]()
     orthogonal(model)
@@ -207,6 +229,12 @@ def tied():
     return model
 
 
+def tied_to_a_readout():
+    model = nn.ModuleDict({"rnn": nn.RNN(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].weight = model["rnn"].weight_hh_l0
+    return model
+
+
 def broken():
     rnn = nn.RNN(2, 4, 2)
     with torch.no_grad():
@@ -223,7 +251,8 @@ def held():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (tied, "shared with another stream"),
+        (tied, "2 places use this parameter"),
+        (tied_to_a_readout, "2 places use this parameter"),
         (broken, "weight_hh_l1 of rnn holds NaN or Inf"),
         (held, "parametrised already"),
         (lambda: nn.RNN(2, 4).half(), "torch.float16; expected float32"),

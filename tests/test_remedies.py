@@ -154,6 +154,38 @@ def test_apply_says_what_it_needs():
         watch.apply(remedy)
 
 
+def test_apply_while_paused_is_told_afterwards():
+    model, optimizer = relu_net(1.0)
+    with gradwatch.watch(model, dir=None, wandb=None) as watch:
+        train(model, optimizer, 2)
+        watch.pause()
+        watch.apply(Remedy(name="init.orthogonal_"))
+        train(model, optimizer, 2)
+        watch.resume()
+        train(model, optimizer, 2)
+        marked = [r.step for r in watch.records if "reinit:rnn.l0" in r.events]
+        assert marked == [4]
+
+
+def test_apply_waits_for_the_step_and_can_follow_itself():
+    model, optimizer = relu_net(1.0)
+    with gradwatch.watch(model, dir=None, wandb=None) as watch:
+        train(model, optimizer, 2)
+        model(torch.randn(5, 2, 3)).sum().backward()
+        with pytest.raises(RuntimeError, match="wait for an optimizer"):
+            watch.apply(Remedy(name="init.orthogonal_"))
+        optimizer.step()
+        watch.apply(Remedy(name="parametrize.orthogonal"))
+        watch.apply(Remedy(name="parametrize.remove"))
+        watch.apply(Remedy(name="init.orthogonal_"))
+        other = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+        with pytest.raises(ValueError, match="holds none of the weights"):
+            watch.apply(Remedy(name="clip.NormClip"), optimizer=other)
+        with pytest.raises(TypeError, match="got str"):
+            watch.apply(Remedy(name="clip.NormClip"), optimizer=[optimizer, "x"])
+        assert not optimizer._optimizer_step_pre_hooks
+
+
 def test_held_weights_are_watched_on():
     model, optimizer = relu_net(1.0)
     with gradwatch.watch(model, dir=None, wandb=None, every=1, budget=None) as watch:

@@ -100,7 +100,9 @@ class _Adaptive(Clipper):
         return 1.0 if self._held_back else self._learnt(norm)
 
     def _explodes(self) -> bool:
-        return self._watch is not None and any(
+        if self._watch is None or self._watch.health["state"] == "off":
+            return False  # a closed watch cannot tell when it is over
+        return any(
             incident.kind == "exploding" and incident.until is None
             for incident in self._watch.incidents
         )
@@ -244,6 +246,10 @@ class _Running(_Adaptive):
         self._mean, self._variance = float(state["mean"]), float(state["var"])
 
 
+_LEAST_SPREAD: Final = 1e-3
+"""Least deviation that a z-score is taken with, as a share of the mean."""
+
+
 @final
 class ZClip(_Running):
     r"""Clip a norm that stands out from the running mean, by its z-score.
@@ -268,9 +274,9 @@ class ZClip(_Running):
         super().__init__(watch=watch, patience=patience)
 
     def _learnt(self, norm: float) -> float:
-        sigma = math.sqrt(self._variance)
-        if not sigma > 0:  # NaN while it warms up
+        if math.isnan(self._mean):
             return math.inf
+        sigma = max(math.sqrt(self._variance), _LEAST_SPREAD * self._mean)
         z = (norm - self._mean) / sigma
         if z <= self.z_max:
             return self._mean + self.z_max * sigma
@@ -360,9 +366,11 @@ class AGC(Clipper):
                 one.param.grad = one.grad.to_dense()
             grad = one.param.grad
             assert grad is not None
-            limits = scale * self.clipping * _unit_norms(one.param).clamp_min(_LEAST)
-            factors = limits / _unit_norms(grad).clamp_min(_TINY)
-            grad.mul_(factors.clamp_max(1.0).to(grad.dtype))
+            weights = _unit_norms(one.param)
+            least = torch.full_like(weights, _LEAST)
+            limits = scale * self.clipping * torch.fmax(weights, least)  # NaN: least
+            factors = (limits / _unit_norms(grad).clamp_min(_TINY)).clamp_max(1.0)
+            grad.copy_(grad * factors)  # in the wider dtype of the two
             grads.append(grad)
         after = math.hypot(*norms_on_host(grads)) / scale
         return math.nan, min(after / norm, 1.0) if norm else 1.0
@@ -374,8 +382,8 @@ _TINY: Final = 1e-30
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:
-    """Return the norm of each row, in float32 at least; of a vector, of the whole."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
+    """Return the norm of each row, in float64; of a vector, of the whole."""
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     axes = tuple(range(1 if tensor.dim() > 1 else 0, tensor.dim()))
     norms: Tensor = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=wide)
     return norms

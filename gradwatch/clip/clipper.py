@@ -18,13 +18,14 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from gradwatch import _torch, console
 from gradwatch.clip.gradients import (
     Held,
     Name,
     Parameters,
+    named,
     norms_on_host,
     of_optimizer,
     scale_,
@@ -60,13 +61,16 @@ class Attached:
     """A clipper at work before each step of an optimizer; ``remove()`` ends that."""
 
     def __init__(self, clipper: Clipper, handle: Any) -> None:
-        self._clipper, self._handle = weakref.ref(clipper), handle
+        self._clipper: weakref.ref[Clipper] | None = weakref.ref(clipper)
+        self._handle = handle
 
     def remove(self) -> None:
         """Take the clipper off the optimizer. Safe to call twice."""
         self._handle.remove()
-        if (clipper := self._clipper()) is not None:
-            clipper._attached = False
+        clipper = None if self._clipper is None else self._clipper()
+        self._clipper = None  # it may be attached again since
+        if clipper is not None:
+            clipper._attached_to = None
 
 
 class Clipper(ABC):
@@ -85,7 +89,7 @@ class Clipper(ABC):
         if patience is not None and patience < 1:
             raise ValueError(f"patience is {patience}; expected 1 or more, or None.")
         self.patience = patience
-        self._attached = False
+        self._attached_to: weakref.ref[Optimizer] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -153,7 +157,7 @@ class Clipper(ABC):
         """
         if scaler is not None:
             _check_unscaled(optimizer, scaler)
-        held = with_gradient(parameters)
+        held = with_gradient(named(parameters))
         return self._clip(held, _others(held, optimizer), scaler=scaler)
 
     def attach(
@@ -188,20 +192,22 @@ class Clipper(ABC):
                 f"attach() got a {type(optimizer).__name__}; expected a "
                 "torch.optim.Optimizer. A wrapper's own is often its .optimizer."
             )
-        if self._attached:
+        if self._attached_to is not None and self._attached_to() is not None:
             raise ValueError(
                 f"this {type(self).__name__} is attached already; make another one for "
                 "a second optimizer, or remove() the first handle."
             )
-        chosen = None if parameters is None else _listed(parameters)
+        chosen = None if parameters is None else list(named(parameters))
 
-        def clip(optimizer: Optimizer) -> None:
+        def clip(optimizer: Optimizer) -> ClipResult:
             held = with_gradient(of_optimizer(optimizer) if chosen is None else chosen)
             others = [] if chosen is None else _others(held, optimizer)
             # A fused optimizer unscales by itself, later.
             pending = getattr(optimizer, "grad_scale", None)
             scale = 1.0 if pending is None else float(pending)
-            self._clip(held, others, scale=scale, scaler=scaler, optimizer=optimizer)
+            return self._clip(
+                held, others, scale=scale, scaler=scaler, optimizer=optimizer
+            )
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -211,7 +217,8 @@ class Clipper(ABC):
 
             def clipped() -> Any:
                 loss = closure()
-                clip(optimizer)
+                if clip(optimizer).skipped and isinstance(optimizer, LBFGS):
+                    return math.inf  # so that a line search turns back from there
                 return loss
 
             if len(args) > 1:
@@ -219,7 +226,7 @@ class Clipper(ABC):
             return args, {**kwargs, "closure": clipped}
 
         handle = optimizer.register_step_pre_hook(hook)
-        self._attached = True
+        self._attached_to = weakref.ref(optimizer)
         return Attached(self, handle)
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,6 +260,10 @@ class Clipper(ABC):
         self._norms = deque(map(float, state["norms"]), maxlen=KEPT)
         self._carried = dict(state["carried"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle as attached to nothing, without a watch."""
+        return {**vars(self), "_attached_to": None, "_watch": None}
+
     def __repr__(self) -> str:
         """Return quartiles, threshold, share clipped, and what carried the norms."""
         name = type(self).__name__
@@ -261,7 +272,7 @@ class Clipper(ABC):
         shown = console.number
         share = 100 * self.clipped / self.steps
         lines = [
-            f"{name}: {self.steps:,} steps, {share:.2g} % clipped, "
+            f"{name}: {self.steps:,} steps, {share:.3g} % clipped, "
             f"{self.refused:,} refused"
         ]
         if self._norms:
@@ -361,11 +372,6 @@ def _others(held: Sequence[Held], optimizer: Optimizer | None) -> list[Held]:
     known = {id(one.param) for one in held}
     found = with_gradient(of_optimizer(optimizer))
     return [one for one in found if id(one.param) not in known]
-
-
-def _listed(parameters: Parameters) -> Parameters:
-    """Return parameters that can be gone over again: a generator is used up."""
-    return parameters if isinstance(parameters, torch.Tensor) else list(parameters)
 
 
 def _check_unscaled(optimizer: Optimizer | None, scaler: Any) -> None:

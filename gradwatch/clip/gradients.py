@@ -31,15 +31,11 @@ class Held(NamedTuple):
     grad: Tensor
 
 
-def with_gradient(parameters: Parameters) -> list[Held]:
-    """Return the parameters that have a gradient, each once.
-
-    Raises:
-        TypeError: If it is neither parameters nor ``(name, parameter)`` pairs.
-    """
+def with_gradient(parameters: Iterable[tuple[Name, Tensor]]) -> list[Held]:
+    """Return the named parameters that have a gradient, each once."""
     found: list[Held] = []
     seen: set[int] = set()
-    for name, param in _named(parameters):
+    for name, param in parameters:
         grad = param.grad
         if grad is not None and id(param) not in seen:
             seen.add(id(param))
@@ -47,7 +43,15 @@ def with_gradient(parameters: Parameters) -> list[Held]:
     return found
 
 
-def _named(parameters: Parameters) -> Iterator[tuple[Name, Tensor]]:
+def named(parameters: Parameters) -> Iterator[tuple[Name, Tensor]]:
+    """Name parameters: by their names where given, else by their positions.
+
+    Yields:
+        Pairs of name and parameter.
+
+    Raises:
+        TypeError: If it is neither parameters nor ``(name, parameter)`` pairs.
+    """
     if isinstance(parameters, nn.Module):
         raise TypeError(
             f"got a {type(parameters).__name__}; expected its parameters: "
@@ -55,6 +59,11 @@ def _named(parameters: Parameters) -> Iterator[tuple[Name, Tensor]]:
         )
     if isinstance(parameters, Tensor):
         parameters = [parameters]
+    if not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"got a {type(parameters).__name__}; expected parameters, such as "
+            "model.parameters()."
+        )
     for position, item in enumerate(parameters):
         if isinstance(item, Tensor):
             yield position, item
@@ -67,7 +76,7 @@ def _named(parameters: Parameters) -> Iterator[tuple[Name, Tensor]]:
             )
 
 
-def of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor]] | list[Tensor]:
+def of_optimizer(optimizer: Optimizer) -> list[tuple[Name, Tensor]]:
     """Return an optimizer's parameters, with their names where it knows them."""
     groups = optimizer.param_groups
     if groups and all("param_names" in group for group in groups):
@@ -76,7 +85,7 @@ def of_optimizer(optimizer: Optimizer) -> list[tuple[str, Tensor]] | list[Tensor
             for g in groups
         ]
         return [pair for group in pairs for pair in group]
-    return [param for group in groups for param in group["params"]]
+    return list(enumerate(p for group in groups for p in group["params"]))
 
 
 def norms_on_host(grads: Sequence[Tensor]) -> list[float]:
@@ -123,9 +132,17 @@ def scale_(grads: Sequence[Tensor], factor: float) -> None:
     with torch.no_grad():
         for grad in grads:
             local = grad.to_local() if hasattr(grad, "to_local") else grad
-            if local.layout == torch.strided:
-                dense.append(local)
-            else:
+            if local.layout != torch.strided:
                 local.mul_(factor)
+            elif local.dtype in (torch.float16, torch.bfloat16):
+                local.copy_(local.float().mul_(factor))  # which would round the factor
+            else:
+                dense.append(local)
+        if dense and factor < _SMALL:  # below, float32 loses the factor
+            torch._foreach_mul_(dense, factor**0.5)
+            factor = factor**0.5
         if dense:
             torch._foreach_mul_(dense, factor)
+
+
+_SMALL = 1e-30

@@ -78,6 +78,7 @@ class GradientTap:
         self._expected: set[int] = set()
         self._hooks: list[Any] = []
         self._params: list[nn.Parameter] = []
+        self._optimizers = Optimizers((), Changes({}))
         self._fresh()
         self.rescan()
         # The engine keeps the last callback until its next pass.
@@ -109,9 +110,17 @@ class GradientTap:
         self._index = {id(p): i for i, p in enumerate(params)}
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._changes = Changes(self._weights_of())
+        known = self.optimizers()
         self._optimizers = Optimizers(params, self._changes)
+        for optimizer in known:
+            self._optimizers.look_up(optimizer)
         trigger = _trigger(self)
         self._hooks = [p.register_post_accumulate_grad_hook(trigger) for p in params]
+
+    @property
+    def open(self) -> bool:
+        """Whether gradients wait for an optimizer."""
+        return self._open
 
     def close(self) -> None:
         """Settle the open step and take every hook off. Safe to call twice."""

@@ -82,8 +82,17 @@ def _on_cpu(tensors: list[Tensor]) -> list[float]:
     read: list[float] = [norm.item() for norm in torch._foreach_norm(tensors)]
     for i, norm in enumerate(read):
         if norm == math.inf:  # overflow, or an Inf inside: float64 tells which
-            read[i] = float(torch.linalg.vector_norm(tensors[i], dtype=torch.float64))
+            read[i] = _in_float64(tensors[i])
     return read
+
+
+def _in_float64(tensor: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    if norm == math.inf and bool(torch.isfinite(tensor).all()):
+        largest = tensor.abs().amax().double()
+        scaled = torch.linalg.vector_norm(tensor / largest, dtype=torch.float64)
+        return float(largest * scaled)
+    return norm
 
 
 def all_finite(read: Norms) -> bool:
