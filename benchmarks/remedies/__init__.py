@@ -1,0 +1,1 @@
+"""Before and after: what each remedy does to small nets that need it."""
