@@ -89,9 +89,19 @@ def write(
         tuple(w.name for w in planned if w.recurrence.stream == r.stream) for r in found
     ]
     return [
-        Changed(stream=r.stream.name, weights=n, before=b, after=radii(r))
+        Changed(
+            stream=r.stream.name,
+            weights=n,
+            before=b,
+            after=b if _keeps_rho(n) else radii(r),
+        )
         for r, n, b in zip(found, names, before, strict=True)
     ]
+
+
+def _keeps_rho(names: Sequence[str]) -> bool:
+    """Tell whether biases alone were written; else it may be by a shared weight."""
+    return bool(names) and all(name.startswith("bias") for name in names)
 
 
 def _plan(found: Sequence[Recurrence], new: New) -> list[_Written]:
