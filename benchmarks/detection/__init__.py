@@ -1,0 +1,1 @@
+"""How right are the alarms: labelled training runs, and tools judged by them."""

@@ -1,0 +1,217 @@
+"""One labelled run: an ordinary model and loop, with what is true of it.
+
+A *family* makes a case from a seed: sizes, lengths, data, initial weights and module
+names differ from seed to seed, the label does not. A third of the families, by a hash
+of the name, is held out: no threshold may be chosen on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Batch = Any
+"""What one step is given; a family's own ``loss`` knows its shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """What is true of a run.
+
+    Attributes:
+        kind: The kind of fault, by the names of docs/alerts.md; None: healthy.
+        causes: The causes that are right; empty where the kind has none.
+        streams: The streams that show it, named as ``<module>.l0``; empty where the
+            fault belongs to no stream, or to all.
+        onset: The step from which on the fault is there.
+        others: Kinds that are true as well, and not counted against a tool.
+        curable: Whether changing weights or gradients can cure it. Else the data or the
+            code has to change.
+    """
+
+    kind: str | None = None
+    causes: frozenset[str] = frozenset()
+    streams: frozenset[str] = frozenset()
+    onset: int = 0
+    others: frozenset[str] = frozenset()
+    curable: bool = False
+
+
+@dataclass(kw_only=True)
+class Case:
+    """One run that can be trained.
+
+    Attributes:
+        model: The model; contains the recurrent modules.
+        optimizer: What trains it.
+        batches: Fresh batches for ever, of a seed of their own.
+        loss: From model and batch to the loss; the forward of an ordinary loop.
+        label: What is true.
+        steps: How many.
+        clip: Norm that the gradients are clipped to; None: not at all.
+        before: Called with the step's number before each step: where faults begin.
+        after: Called behind backward, before the clip and the step.
+        control: Makes the same run without the fault, or with the cure that the label
+            knows of; None for healthy families.
+        truth: Measures, on the trained case and its losses, whether the label holds;
+            named numbers, and whether they do.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[Batch]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    label: Label
+    steps: int = 200
+    clip: float | None = None
+    before: Callable[[int], object] | None = None
+    after: Callable[[int], object] | None = None
+    control: Callable[[], Case] | None = None
+    truth: Callable[[Case, History], Measured] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Measured(NamedTuple):
+    """What a truth found.
+
+    Attributes:
+        holds: Whether the label is right.
+        values: Named numbers that show it.
+    """
+
+    holds: bool
+    values: Mapping[str, float]
+
+
+@dataclass
+class History:
+    """What a run was seen to do, step by step, by exact counts.
+
+    Attributes:
+        losses: Loss of each step.
+        norms: Norm of all gradients before the clip, in float64.
+        nonfinite: The first step at which a loss or gradient was not finite, or None.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    nonfinite: int | None = None
+
+    def fell_to(self, share: float, last: int = 20) -> bool:
+        """Tell whether the loss ended at that share of where it began, or lower."""
+        first = sum(self.losses[:last]) / last
+        final = sum(self.losses[-last:]) / last
+        return math.isfinite(final) and final <= share * first
+
+    @property
+    def final(self) -> float:
+        """Mean loss of the last 20 steps."""
+        return sum(self.losses[-20:]) / len(self.losses[-20:])
+
+
+class Step(NamedTuple):
+    """A step that has been made.
+
+    Attributes:
+        number: From 0.
+        loss: Before the step.
+    """
+
+    number: int
+    loss: Tensor
+
+
+def loop(case: Case, history: History | None = None) -> Iterator[Step]:
+    """Train, as anyone would; the run can be looked at between the steps.
+
+    Yields:
+        Each step, once the optimizer has made it.
+    """
+    for number in range(case.steps):
+        if case.before is not None:
+            case.before(number)
+        batch = next(case.batches)
+        case.optimizer.zero_grad()
+        loss = case.loss(case.model, batch)
+        if loss.requires_grad:
+            loss.backward()
+        if case.after is not None:
+            case.after(number)
+        if history is not None:
+            _note(case, history, number, loss)
+        if case.clip is not None:
+            nn.utils.clip_grad_norm_(case.model.parameters(), case.clip)
+        case.optimizer.step()
+        yield Step(number, loss.detach())
+
+
+def _note(case: Case, history: History, number: int, loss: Tensor) -> None:
+    grads = [p.grad for p in case.model.parameters() if p.grad is not None]
+    norm = math.hypot(*(float(g.detach().double().norm()) for g in grads))
+    history.losses.append(float(loss.detach()))
+    history.norms.append(norm)
+    broken = not (math.isfinite(norm) and math.isfinite(history.losses[-1]))
+    if broken and history.nonfinite is None:
+        history.nonfinite = number
+
+
+def trained(case: Case) -> History:
+    """Train to the end with nothing attached; return what was seen."""
+    history = History()
+    for _ in loop(case, history):
+        pass
+    return history
+
+
+class Draw:
+    """Sizes, names and data of one seed."""
+
+    def __init__(self, family: str, seed: int) -> None:
+        self.seed = int(hashlib.sha256(f"{family} {seed}".encode()).hexdigest()[:8], 16)
+        self._random = random.Random(self.seed)
+        torch.manual_seed(self.seed)
+
+    def between(self, low: int, high: int) -> int:
+        """Return a whole number, both ends included."""
+        return self._random.randint(low, high)
+
+    def one_of(self, *values: Any) -> Any:
+        """Return one of some values."""
+        return self._random.choice(values)
+
+    def module_name(self) -> str:
+        """Return a name that a recurrent module may have."""
+        return str(self.one_of("rnn", "encoder", "core", "recurrent", "memory", "net0"))
+
+    def source(self) -> torch.Generator:
+        """Return a source of data of its own."""
+        return torch.Generator().manual_seed(self._random.randrange(2**31))
+
+
+Family = Callable[[Draw], Case]
+
+FAMILIES: dict[str, Family] = {}
+
+
+def family(make: Family) -> Family:
+    """Add a family to the benchmark, by the name of its function."""
+    assert make.__name__ not in FAMILIES, make.__name__
+    FAMILIES[make.__name__] = make
+    return make
+
+
+def make(name: str, seed: int) -> Case:
+    """Return the case of a family and a seed; the same each time."""
+    return FAMILIES[name](Draw(name, seed))
+
+
+def held_out(name: str) -> bool:
+    """Tell whether a family is kept from those who choose thresholds."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 3 == 0
