@@ -361,6 +361,7 @@ class AGC(Clipper):
         self, held: Sequence[Held], norm: float, scale: float
     ) -> tuple[float, float]:
         grads = []
+        huge = norm * scale > _HUGE
         for one in held:
             if one.grad.is_sparse:
                 one.param.grad = one.grad.to_dense()
@@ -369,8 +370,12 @@ class AGC(Clipper):
             weights = _unit_norms(one.param)
             least = torch.full_like(weights, _LEAST)
             limits = scale * self.clipping * torch.fmax(weights, least)  # NaN: least
-            factors = (limits / _unit_norms(grad).clamp_min(_TINY)).clamp_max(1.0)
-            grad.copy_(grad * factors)  # in the wider dtype of the two
+            units = _unit_norms(grad, torch.float64 if huge else None)
+            factors = (limits / units.clamp_min(_TINY)).clamp_max(1.0)
+            if factors.dtype == grad.dtype:
+                grad.mul_(factors)
+            else:
+                grad.copy_(grad * factors)  # in the wider dtype of the two
             grads.append(grad)
         after = math.hypot(*norms_on_host(grads)) / scale
         return math.nan, min(after / norm, 1.0) if norm else 1.0
@@ -379,11 +384,15 @@ class AGC(Clipper):
 _LEAST: Final = 1e-3
 """Weights of a norm below this count as that."""
 _TINY: Final = 1e-30
+_HUGE: Final = 1e18
+"""From this norm on the squares of a row may overflow float32."""
 
 
-def _unit_norms(tensor: Tensor) -> Tensor:
-    """Return the norm of each row, in float64; of a vector, of the whole."""
-    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+def _unit_norms(tensor: Tensor, wide: torch.dtype | None = None) -> Tensor:
+    """Return the norm of each row, in float32 at least; of a vector, of the whole."""
+    dtype = wide or torch.promote_types(tensor.dtype, torch.float32)
     axes = tuple(range(1 if tensor.dim() > 1 else 0, tensor.dim()))
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=wide)
-    return norms
+    found: Tensor = torch.linalg.vector_norm(
+        tensor, dim=axes, keepdim=True, dtype=dtype
+    )
+    return found
