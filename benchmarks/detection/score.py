@@ -1,0 +1,214 @@
+"""From what the tools said to how right they were."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.detection.case import History, Label, loop, make, trained
+from benchmarks.detection.tools import Alarm, Report, Tool
+
+HELPED = 0.8
+"""Share of the untreated loss that a remedy has to get below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One tool on one run.
+
+    Attributes:
+        family: Name of the family.
+        seed: Of the case.
+        label: What is true.
+        report: What the tool said.
+        history: Of the run under the tool.
+        seconds: What the run took with the tool.
+        bare: What it took without.
+        helped: Whether the remedy that the tool applied helped; None: not tried.
+    """
+
+    family: str
+    seed: int
+    label: Label
+    report: Report
+    history: History
+    seconds: float
+    bare: float
+    helped: bool | None = None
+
+    @property
+    def sick(self) -> bool:
+        """Whether something is wrong with the run."""
+        return self.label.kind is not None
+
+    @property
+    def right(self) -> list[Alarm]:
+        """The alarms of the right kind, from the onset on."""
+        return [
+            a
+            for a in self.report.alarms
+            if a.kind == self.label.kind and a.step >= self.label.onset
+        ]
+
+    @property
+    def false(self) -> list[Alarm]:
+        """The alarms of a kind that is not true; before the onset, all of them."""
+        true = self.label.others | {self.label.kind}
+        return [
+            a
+            for a in self.report.alarms
+            if a.kind not in true or (self.sick and a.step < self.label.onset)
+        ]
+
+    @property
+    def cause(self) -> bool | None:
+        """Whether the cause is right; None where there is nothing to be right about."""
+        if not self.right or not self.label.causes:
+            return None
+        return any(a.cause in self.label.causes for a in self.right)
+
+    @property
+    def stream(self) -> bool | None:
+        """Whether a right stream was named; None where there is none, or none asked."""
+        if not self.right or not self.label.streams:
+            return None
+        return any(a.streams & self.label.streams for a in self.right)
+
+    @property
+    def delay(self) -> int | None:
+        """Steps from the onset to the first right alarm."""
+        return min((a.step - self.label.onset for a in self.right), default=None)
+
+    @property
+    def lead(self) -> int | None:
+        """Steps from the first alarm since the onset to the first NaN, if both are."""
+        alarms = [a.step for a in self.report.alarms if a.step >= self.label.onset]
+        if self.history.nonfinite is None or not alarms:
+            return None
+        return self.history.nonfinite - min(alarms)
+
+    @property
+    def ends_right(self) -> bool:
+        """Whether what is open at the end is what is true, and nothing else."""
+        if not self.sick:
+            return not self.report.open - self.label.others
+        return self.label.kind in self.report.open
+
+
+def judge(family: str, seed: int, tool: Tool, remedies: bool = False) -> Judged:
+    """Run one tool on one case; then, if asked, once more with its remedy.
+
+    Args:
+        family: Name of the family.
+        seed: Of the case.
+        tool: The tool.
+        remedies: Whether a curable run that the tool alarmed on is run again with the
+            tool's remedy applied at the alarm.
+    """
+    began = time.perf_counter()
+    trained(make(family, seed))
+    bare = time.perf_counter() - began
+    case, history = make(family, seed), History()
+    began = time.perf_counter()
+    report = tool(case, loop(case, history), False)
+    found = Judged(
+        family=family,
+        seed=seed,
+        label=case.label,
+        report=report,
+        history=history,
+        seconds=time.perf_counter() - began,
+        bare=bare,
+    )
+    if not (remedies and case.label.curable and found.right):
+        return found
+    helped = _helps(family, seed, tool, found)
+    return Judged(**{**vars(found), "helped": helped})
+
+
+def _helps(family: str, seed: int, tool: Tool, untreated: Judged) -> bool:
+    case, history = make(family, seed), History()
+    report = tool(case, loop(case, history), True)
+    if report.treated is None:
+        return False
+    late = [a for a in report.alarms if a.step > report.treated]
+    final, before = history.final, untreated.history.final
+    better = math.isfinite(final) and not final > HELPED * before
+    return better and not late
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """One label that was measured.
+
+    Attributes:
+        family: Name of the family.
+        seed: Of the case.
+        problems: What does not hold, in words; empty where all does.
+        values: The numbers that were measured.
+    """
+
+    family: str
+    seed: int
+    problems: tuple[str, ...]
+    values: dict[str, float]
+
+
+def verify(family: str, seed: int) -> Verified:
+    """Measure whether a label is true: by its truth, and by its control run."""
+    case = make(family, seed)
+    history = trained(case)
+    problems: list[str] = []
+    values: dict[str, float] = {"final loss": history.final}
+    if case.truth is None:
+        problems.append("nothing measures this label")
+    else:
+        holds, found = case.truth(case, history)
+        values |= found
+        if not holds:
+            problems.append("what was measured is not what the label says")
+    if case.control is not None:
+        final = trained(case.control()).final
+        values["loss of the control"] = final
+        if not (math.isfinite(final) and not final > HELPED * history.final):
+            problems.append("the control without the fault is no better")
+    if case.label.kind is None and history.nonfinite is not None:
+        problems.append(f"not finite at step {history.nonfinite}")
+    return Verified(family=family, seed=seed, problems=tuple(problems), values=values)
+
+
+def share(values: Iterable[bool | None]) -> tuple[int, int]:
+    """Return how many are true, and how many there are that can be either."""
+    known = [v for v in values if v is not None]
+    return sum(known), len(known)
+
+
+def median(values: Iterable[int | None]) -> float:
+    """Return the median of what there is; NaN for nothing."""
+    known = [float(v) for v in values if v is not None]
+    return float(torch.tensor(known).median()) if known else math.nan
+
+
+def rows(found: Iterable[Judged]) -> Iterator[str]:
+    """Say one by one where a tool was wrong.
+
+    Yields:
+        A line of Markdown each.
+    """
+    for one in found:
+        said = ", ".join(f"{a.kind} ({a.cause}) at {a.step}" for a in one.report.alarms)
+        where = f"{one.family}, seed {one.seed}"
+        if one.sick and not one.right:
+            yield f"- {where}: {one.label.kind} not seen; said: {said or 'nothing'}"
+        elif one.cause is False:
+            causes = " or ".join(sorted(one.label.causes))
+            yield f"- {where}: cause is {causes}; said: {said}"
+        elif one.stream is False:
+            yield f"- {where}: stream is {', '.join(one.label.streams)}; said: {said}"
+        if one.false:
+            kinds = ", ".join(f"{a.kind} at {a.step}" for a in one.false)
+            yield f"- {where}: false alarm: {kinds}"
+        if one.helped is False:
+            yield f"- {where}: the remedy did not help"
