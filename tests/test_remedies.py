@@ -261,3 +261,20 @@ def test_a_remedy_survives_the_files():
         train(model, optimizer, 6)
         [alert] = [a for a in watch.alerts if a.kind == "exploding"]
     assert parse(gradwatch.Alert, json.loads(dump_line(alert))).remedy == alert.remedy
+
+
+def test_a_remedy_can_be_applied_from_the_callback():
+    model, optimizer = relu_net()
+    done = []
+
+    def cure(alert):
+        if alert.remedy is not None:
+            done.append((alert.step, watch.apply(alert.remedy)))
+
+    with gradwatch.watch(model, dir=None, wandb=None, on_alert=cure) as watch:
+        train(model, optimizer, 60)
+        assert len(done) == 1 and done[0][0] == 0
+        marked = [r.step for r in watch.records if "reinit:rnn.l0" in r.events]
+        assert marked == [1] and [r.step for r in watch.records] == list(range(60))
+        assert not [i for i in watch.incidents if i.kind == "exploding" and not i.until]
+        assert not watch.health["failed"]
