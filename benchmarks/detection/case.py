@@ -122,10 +122,12 @@ class Step(NamedTuple):
     Attributes:
         number: From 0.
         loss: Before the step.
+        norm: Of all gradients, before the clip, as ``clip_grad_norm_`` returns it.
     """
 
     number: int
     loss: Tensor
+    norm: Tensor
 
 
 def loop(case: Case, history: History | None = None) -> Iterator[Step]:
@@ -146,10 +148,13 @@ def loop(case: Case, history: History | None = None) -> Iterator[Step]:
             case.after(number)
         if history is not None:
             _note(case, history, number, loss)
+        norm = nn.utils.get_total_norm(
+            [p.grad for p in case.model.parameters() if p.grad is not None]
+        )
         if case.clip is not None:
-            nn.utils.clip_grad_norm_(case.model.parameters(), case.clip)
+            nn.utils.clip_grads_with_norm_(case.model.parameters(), case.clip, norm)
         case.optimizer.step()
-        yield Step(number, loss.detach())
+        yield Step(number, loss.detach(), norm)
 
 
 def _note(case: Case, history: History, number: int, loss: Tensor) -> None:
