@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.detection import nets, score, tasks
+from benchmarks.detection import families, nets, score, tasks
 from benchmarks.detection.case import (
     FAMILIES,
     Case,
@@ -145,3 +145,28 @@ def test_a_label_that_does_not_hold_is_violated(monkeypatch, family):
     silent.truth = None
     monkeypatch.setitem(FAMILIES, "silent", lambda draw: silent)
     assert score.verify("silent", 0).problems == ("nothing measures this label",)
+
+
+QUICK = [
+    "healthy_rows_identity_relu",
+    "healthy_cell_rnn",
+    "exploding_large_radius_relu",
+    "no_gradient_unused_module",
+    "nonfinite_nan_backward",
+]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_some_labels_are_true_and_gradwatch_is_right_about_them(name):
+    assert families.healthy and not score.verify(name, 0).problems
+    [one] = score.judge(name, 0, {"gradwatch": TOOLS["gradwatch"]}).values()
+    assert not one.false and (one.right or not one.sick)
+
+
+def test_there_are_enough_families_and_half_are_healthy():
+    labels = {name: make(name, 0).label for name in FAMILIES}
+    well = [name for name, label in labels.items() if label.kind is None]
+    assert len(labels) >= 48 and 0.4 < len(well) / len(labels) < 0.7
+    assert all(name.startswith("healthy_") for name in well)
+    assert all(FAMILIES[name].__doc__ for name in FAMILIES)
+    assert {name for name in FAMILIES if held_out(name)} != set()

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -97,35 +97,39 @@ class Judged:
         return self.label.kind in self.report.open
 
 
-def judge(family: str, seed: int, tool: Tool, remedies: bool = False) -> Judged:
-    """Run one tool on one case; then, if asked, once more with its remedy.
+def judge(
+    family: str, seed: int, tools: Mapping[str, Tool], remedies: Collection[str] = ()
+) -> dict[str, Judged]:
+    """Run every tool on one case, each on a run of its own.
 
     Args:
         family: Name of the family.
         seed: Of the case.
-        tool: The tool.
-        remedies: Whether a curable run that the tool alarmed on is run again with the
-            tool's remedy applied at the alarm.
+        tools: The tools by name.
+        remedies: Names of tools that name a remedy: a curable run that such a tool is
+            right about is run again, with the remedy applied at the alarm.
     """
     began = time.perf_counter()
     trained(make(family, seed))
     bare = time.perf_counter() - began
-    case, history = make(family, seed), History()
-    began = time.perf_counter()
-    report = tool(case, loop(case, history), False)
-    found = Judged(
-        family=family,
-        seed=seed,
-        label=case.label,
-        report=report,
-        history=history,
-        seconds=time.perf_counter() - began,
-        bare=bare,
-    )
-    if not (remedies and case.label.curable and found.right):
-        return found
-    helped = _helps(family, seed, tool, found)
-    return Judged(**{**vars(found), "helped": helped})
+    found = {}
+    for name, tool in tools.items():
+        case, history = make(family, seed), History()
+        began = time.perf_counter()
+        report = tool(case, loop(case, history), False)
+        one = Judged(
+            family=family,
+            seed=seed,
+            label=case.label,
+            report=report,
+            history=history,
+            seconds=time.perf_counter() - began,
+            bare=bare,
+        )
+        if name in remedies and case.label.curable and one.right:
+            one = replace(one, helped=_helps(family, seed, tool, one))
+        found[name] = one
+    return found
 
 
 def _helps(family: str, seed: int, tool: Tool, untreated: Judged) -> bool:

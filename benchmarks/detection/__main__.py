@@ -1,0 +1,141 @@
+"""How right are the alarms? Labelled training runs, and the tools on them.
+
+    python -m benchmarks.detection verify --seeds 0 1 2 3 4   # are the labels true?
+    python -m benchmarks.detection run --seeds 0 --remedies   # the table of the tools
+    python -m benchmarks.detection long                       # 10 runs, 20,000 steps
+    python -m benchmarks.detection list
+
+A third of the families, by a hash of the name, is held out: no threshold may be chosen
+on it. Two processes of one thread each.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+from benchmarks.detection.case import FAMILIES, held_out
+from benchmarks.detection.parallel import (
+    LONG,
+    LONG_STEPS,
+    judged,
+    long_run,
+    pool_of_two,
+    verified,
+)
+from benchmarks.detection.score import Judged, median, rows, share
+from benchmarks.detection.tools import TOOLS
+
+
+def check(families: Sequence[str], seeds: Sequence[int]) -> int:
+    """Print every label that does not hold; return how many."""
+    jobs = [(family, seed) for family in families for seed in seeds]
+    with pool_of_two() as pool:
+        found = list(pool.map(verified, jobs))
+    violated = [one for one in found if one.problems]
+    for one in violated:
+        numbers = ", ".join(f"{k} {v:.3g}" for k, v in one.values.items())
+        print(f"- {one.family}, seed {one.seed}: {'; '.join(one.problems)} ({numbers})")
+    print(f"\n{len(jobs)} labels measured, {len(violated)} violated.")
+    return len(violated)
+
+
+def compare(
+    families: Sequence[str], seeds: Sequence[int], tools: Sequence[str], remedies: bool
+) -> None:
+    """Print the table of the tools, and where each was wrong."""
+    jobs = [(family, seed) for family in families for seed in seeds]
+    one = partial(judged, tools=tools, remedies=remedies)
+    with pool_of_two() as pool:
+        done = [item for found in pool.map(one, jobs) for item in found.items()]
+    for title, chosen in (("tuning families", False), ("held-out families", True)):
+        found = [(t, j) for t, j in done if held_out(j.family) is chosen]
+        print(f"### {title}\n")
+        _table([(tool, [j for t, j in found if t == tool]) for tool in tools])
+    for tool in tools:
+        print(f"\n### Where {tool} was wrong\n")
+        wrong = list(rows(j for t, j in done if t == tool))
+        print("\n".join(wrong) if wrong else "Nowhere.")
+
+
+def long(seeds: Sequence[int]) -> None:
+    """Print what gradwatch says of long healthy runs: it should be nothing."""
+    jobs = [(family, seed) for family in LONG for seed in seeds]
+    with pool_of_two() as pool:
+        found = list(pool.map(long_run, jobs))
+    alarms = sum(len(report.alarms) for _, report in found)
+    print("| run | alarms | notices |\n|---|---|---|")
+    for family, report in found:
+        said = ", ".join(f"{a.kind} at {a.step}" for a in report.alarms) or "none"
+        print(f"| {family} | {said} | {report.notices} |")
+    steps = len(jobs) * LONG_STEPS
+    print(f"\n{steps:,} steps: {1e6 * alarms / steps:.1f} alarms in a million.")
+
+
+HEAD = (
+    "tool", "right kind, sick runs", "healthy runs with an alarm", "cause", "stream",
+    "open at the end is right", "delay", "lead to NaN", "also said of sick runs",
+    "remedy helped", "slow-down",
+)  # fmt: skip
+
+
+def _table(found: Sequence[tuple[str, Sequence[Judged]]]) -> None:
+    print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
+    for tool, runs in found:
+        sick = [r for r in runs if r.sick]
+        well = [r for r in runs if not r.sick]
+        shares = (
+            share(bool(r.right) for r in sick),
+            share(bool(r.false) for r in well),
+            share(r.cause for r in sick),
+            share(r.stream for r in sick),
+            share(r.ends_right for r in runs),
+        )
+        slow = sum(r.seconds for r in runs) / max(sum(r.bare for r in runs), 1e-9)
+        cells = [
+            tool,
+            *map(_percent, shares),
+            f"{median(r.delay for r in sick):.0f}",
+            f"{median(r.lead for r in sick):.0f}",
+            _percent(share(bool(r.false) for r in sick)),
+            _percent(share(r.helped for r in sick)),
+            f"x{slow:.2f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+    print()
+
+
+def _percent(found: tuple[int, int]) -> str:
+    true, known = found
+    return f"{100 * true / known:.0f} % ({true}/{known})" if known else "-"
+
+
+def main() -> int:
+    """Run a command; return 1 where a label is violated."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("verify", "run", "long", "list"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--families", nargs="+", default=None)
+    parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
+    parser.add_argument("--remedies", action="store_true", help="apply them, run again")
+    asked = parser.parse_args()
+    families = asked.families or sorted(FAMILIES)
+    if unknown := set(families) - set(FAMILIES):
+        parser.error(f"no family {', '.join(sorted(unknown))}; see list")
+    if asked.command == "list":
+        for name in families:
+            kept = "held out" if held_out(name) else "tuning"
+            print(f"{name} ({kept}): {FAMILIES[name].__doc__}")
+        return 0
+    if asked.command == "verify":
+        return int(check(families, asked.seeds) > 0)
+    if asked.command == "long":
+        long(asked.seeds)
+        return 0
+    compare(families, asked.seeds, asked.tools, asked.remedies)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
