@@ -60,7 +60,8 @@ def exploding_large_radius_relu(draw: Draw, sick: bool) -> Case:
     model = net(draw, RELU)
     rho = draw.one_of(3.0, 3.5, 4.0)
     recurrent(orthogonal(model.layer), of_radius(rho if sick else 1.0))
-    return exploding(model, late(draw, draw.between(20, 30)), "large_radius")
+    pairs = late(draw, draw.between(20, 30))
+    return exploding(model, pairs, "large_radius", optimizer=adam(model, SLOW))
 
 
 def _one_of_two(
@@ -98,7 +99,8 @@ def exploding_cell_loop(draw: Draw, sick: bool) -> Case:
     cell = nn.RNNCell(SYMBOLS, draw.between(20, 40), nonlinearity="relu")
     recurrent(orthogonal(cell), lambda w: w * (4.0 if sick else 1.0))
     model = CellLoop(draw.module_name(), cell, SYMBOLS)
-    return exploding(model, late(draw, draw.between(20, 25)), "large_radius")
+    pairs = late(draw, draw.between(20, 25))
+    return exploding(model, pairs, "large_radius", optimizer=adam(model, SLOW))
 
 
 @family
@@ -202,34 +204,6 @@ def exploding_drift_inflated(draw: Draw, sick: bool) -> Case:
 
 @family
 @compared
-def exploding_rate_thousandfold(draw: Draw, sick: bool) -> Case:
-    """The learning rate of a ReLU net is multiplied by 1000 in mid-run."""
-    model = net(draw, RELU)
-    orthogonal(model.layer)
-    onset, optimizer = draw.between(100, 150), adam(model)
-
-    def before(number: int) -> None:
-        if sick and number == onset:
-            optimizer.param_groups[0]["lr"] = 1000 * RATE
-
-    return flow(
-        "exploding",
-        truth.norm_explodes,
-        model,
-        late(draw, draw.between(20, 30)),
-        "drift",
-        "large_radius",
-        steps=STEPS,
-        onset=onset,
-        before=before,
-        optimizer=optimizer,
-        others=["drift", "lr_too_high", "loss_divergence", "nonfinite", "dead_units"],
-        curable=False,
-    )
-
-
-@family
-@compared
 def exploding_to_nan(draw: Draw, sick: bool) -> Case:
     """Recurrent weights of a ReLU net grow until the loss is NaN."""
     model = net(draw, RELU)
@@ -267,30 +241,6 @@ def dead_units_bias_drop(draw: Draw, sick: bool) -> Case:
 
     pairs = late(draw, draw.between(15, 25))
     return dead_units(model, pairs, "dead_relu", onset=onset, before=before)
-
-
-@family
-@compared
-def dead_units_large_step(draw: Draw, sick: bool) -> Case:
-    """A few steps of a rate that is a thousand times too large kill the ReLUs."""
-    model = net(draw, RELU)
-    orthogonal(model.layer)
-    onset, optimizer = draw.between(100, 150), adam(model)
-
-    def before(number: int) -> None:
-        large = sick and onset <= number < onset + 3
-        optimizer.param_groups[0]["lr"] = RATE * (1000 if large else 1)
-
-    return dead_units(
-        model,
-        late(draw, draw.between(15, 25)),
-        "dead_relu",
-        onset=onset,
-        settled=onset + 3,
-        before=before,
-        optimizer=optimizer,
-        others=["exploding", "spike", "lr_too_high", "loss_divergence"],
-    )
 
 
 @family

@@ -227,7 +227,7 @@ def _from(batches: Any, wrong: Any, begin: int, end: int = STEPS) -> Iterator[Pa
 def spike_bad_batch(draw: Draw, sick: bool) -> Case:
     """One batch of a regression has targets a thousand times too large."""
     model = net(draw, draw.one_of(nn.LSTM, nn.GRU), 2, outputs=1)
-    onset = draw.between(150, 200)
+    onset = draw.between(60, 90)
     pairs = adding(draw.source(), draw.between(15, 25), draw.between(16, 32))
     batches = _from(pairs, lambda x, y: (x, 1000 * y), onset, onset + sick)
     return looped(

@@ -244,17 +244,6 @@ def grows(case: Case, history: History) -> Measured:
     return Measured(holds, values)
 
 
-def norm_explodes(case: Case, history: History) -> Measured:
-    """Three norms running are 10,000 times the usual, within ten steps."""
-    at = case.label.onset
-    usual = median(history.norms[at - 25 : at])
-    runs = zip(*(history.norms[at + k : at + k + 10] for k in range(3)), strict=False)
-    ratio = max(min(run) for run in runs) / usual
-    early = max(history.norms[at - 25 : at]) / usual
-    values = {"norm_ratio": ratio, "ratio_before": early}
-    return Measured(ratio >= 1e4 > early, values)
-
-
 def grows_to_nan(case: Case, history: History) -> Measured:
     """Gradients grow for 20 steps and more before the first NaN."""
     assert history.nonfinite is not None
