@@ -10,6 +10,7 @@ on it. Two processes of one thread each.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -91,17 +92,26 @@ def _table(found: Sequence[tuple[str, Sequence[Judged]]]) -> None:
             share(r.ends_right for r in runs),
         )
         slow = sum(r.seconds for r in runs) / max(sum(r.bare for r in runs), 1e-9)
+        said = [alarm for run in runs for alarm in run.report.alarms]
+        names = (True, True, any(a.cause for a in said), any(a.streams for a in said))
         cells = [
             tool,
-            *map(_percent, shares),
-            f"{median(r.delay for r in sick):.0f}",
-            f"{median(r.lead for r in sick):.0f}",
+            *(
+                _percent(found) if named else "-"  # it never names any
+                for found, named in zip(shares, (*names, True), strict=True)
+            ),
+            _steps(median(r.delay for r in sick)),
+            _steps(median(r.lead for r in sick)),
             _percent(share(bool(r.false) for r in sick)),
             _percent(share(r.helped for r in sick)),
             f"x{slow:.2f}",
         ]
         print(f"| {' | '.join(cells)} |")
     print()
+
+
+def _steps(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0f}"
 
 
 def _percent(found: tuple[int, int]) -> str:
