@@ -88,32 +88,31 @@ def adam(model: nn.Module, rate: float = RATE) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=rate)
 
 
-def flow(
+def labelled(
     kind: str,
     measure: Truth,
     model: Any,
     batches: Any,
     *causes: str,
+    shown: Iterable[str],
     steps: int,
     onset: int = 0,
     loss: Loss = classes,
-    shown: Iterable[str] | None = None,
     others: Iterable[str] = (),
     curable: bool = True,
-    settled: int | None = None,
     **more: Any,
 ) -> Case:
-    """Return a case whose weights are looked at six times from the onset on."""
+    """Return a sick case; what trains it is Adam, if nothing else is given."""
     label = Label(
         kind=kind,
         causes=frozenset(causes),
-        streams=frozenset(streams(model) if shown is None else shown),
+        streams=frozenset(shown),
         onset=onset,
         others=frozenset(others),
         curable=curable,
     )
     more.setdefault("optimizer", adam(model))
-    case = Case(
+    return Case(
         model=model,
         batches=batches,
         loss=loss,
@@ -121,6 +120,24 @@ def flow(
         steps=steps,
         truth=measure,
         **more,
+    )
+
+
+def flow(
+    kind: str,
+    measure: Truth,
+    model: Any,
+    *given: Any,
+    steps: int,
+    onset: int = 0,
+    shown: Iterable[str] | None = None,
+    settled: int | None = None,
+    **more: Any,
+) -> Case:
+    """Return a case whose weights are looked at six times from the onset on."""
+    shown = streams(model) if shown is None else shown
+    case = labelled(
+        kind, measure, model, *given, shown=shown, steps=steps, onset=onset, **more
     )
     begin = case.notes["settled"] = onset if settled is None else settled
     early = {0, onset} if begin else {0}

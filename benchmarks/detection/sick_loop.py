@@ -8,32 +8,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.detection import truth
-from benchmarks.detection.case import Case, Draw, Label, family
-from benchmarks.detection.nets import Loss, Reader, classes, values
+from benchmarks.detection.case import Case, Draw, family
+from benchmarks.detection.nets import Reader, classes, values
 from benchmarks.detection.sick_flow import (
     RATE,
     SYMBOLS,
     adam,
     first,
+    labelled,
     net,
     orthogonal,
     streams,
 )
 from benchmarks.detection.tasks import Pair, adding, digits, recall
-from benchmarks.detection.truth import Truth, compared
+from benchmarks.detection.truth import compared
 
 STEPS = 300
 
 
 def looped(
-    kind: str,
-    measure: Truth,
-    model: Any,
-    batches: Any,
-    *causes: str,
-    onset: int = 0,
-    loss: Loss = classes,
-    others: tuple[str, ...] = (),
+    *given: Any,
     shown: tuple[str, ...] = (),
     counted: tuple[str, ...] = (),
     steps: int = STEPS,
@@ -41,24 +35,7 @@ def looped(
     **more: Any,
 ) -> Case:
     """Return a case in which the gradients of some weights are counted."""
-    label = Label(
-        kind=kind,
-        causes=frozenset(causes),
-        streams=frozenset(shown),
-        onset=onset,
-        others=frozenset(others),
-        curable=curable,
-    )
-    more.setdefault("optimizer", adam(model))
-    case = Case(
-        model=model,
-        batches=batches,
-        loss=loss,
-        label=label,
-        steps=steps,
-        truth=measure,
-        **more,
-    )
+    case = labelled(*given, shown=shown, steps=steps, curable=curable, **more)
     if counted:
         truth.count(case, counted)
     return case
