@@ -210,6 +210,10 @@ class AutoClip(_Adaptive):
 class _Running(_Adaptive):
     """A running mean and variance, begun from the first 25 values."""
 
+    def __init__(self, z_max: float, *, watch: Any, patience: int | None) -> None:
+        self.z_max = _positive("z_max", z_max)
+        super().__init__(watch=watch, patience=patience)
+
     def reset(self) -> None:
         """Forget mean and variance, all norms and counts."""
         super().reset()
@@ -270,8 +274,7 @@ class ZClip(_Running):
     def __init__(
         self, z_max: float = 2.5, *, watch: Any = None, patience: int | None = 10
     ) -> None:
-        self.z_max = _positive("z_max", z_max)
-        super().__init__(watch=watch, patience=patience)
+        super().__init__(z_max, watch=watch, patience=patience)
 
     def _learnt(self, norm: float) -> float:
         if math.isnan(self._mean):
@@ -308,8 +311,7 @@ class LogZClip(_Running):
     def __init__(
         self, z_max: float = 4.0, *, watch: Any = None, patience: int | None = 10
     ) -> None:
-        self.z_max = _positive("z_max", z_max)
-        super().__init__(watch=watch, patience=patience)
+        super().__init__(z_max, watch=watch, patience=patience)
 
     def _learnt(self, norm: float) -> float:
         if math.isnan(self._mean):

@@ -248,14 +248,15 @@ class GradientTap:
 
         Where it has some, we come again behind the last of them.
         """
-        self._come_no_more(optimizer)
         if self.closed or self._guard.failed:
             return
-        if _torch.has_pre_hooks(optimizer):
-            again = optimizer.register_step_pre_hook(self._on_last)
-            self._again[id(optimizer)] = again
-        else:
-            self._about_to_step(optimizer, args, kwargs)
+        with self._guard:
+            self._come_no_more(optimizer)
+            if _torch.has_pre_hooks(optimizer):
+                again = optimizer.register_step_pre_hook(self._on_last)
+                self._again[id(optimizer)] = again
+                return
+        self._about_to_step(optimizer, args, kwargs)
 
     def _come_no_more(self, optimizer: Optimizer) -> None:
         again = self._again.pop(id(optimizer), None)
