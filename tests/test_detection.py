@@ -61,6 +61,73 @@ def test_the_ordinary_loop_is_torchs(family):
     assert all(torch.equal(p, q) for p, q in pairs)
 
 
+def same_weights(one, two):
+    pairs = zip(one.model.parameters(), two.model.parameters(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_batches_that_are_accumulated_make_one_step_of_their_mean(family):
+    case, plain = make(family, 0), make(family, 0)
+    case.steps, case.accumulate, case.clip = 10, 3, None
+    history = trained(case)
+    means = []
+    for _ in range(10):
+        plain.optimizer.zero_grad()
+        losses = [nets.classes(plain.model, next(plain.batches)) for _ in range(3)]
+        for loss in losses:
+            (loss / 3).backward()
+        plain.optimizer.step()
+        means.append(float(torch.stack(losses).detach().mean()))
+    assert same_weights(case, plain) and history.losses == means
+
+
+def test_gradients_that_are_not_cleared_add_up(family):
+    case, plain = make(family, 0), make(family, 0)
+    case.steps, case.clears, case.clip = 10, False, None
+    trained(case)
+    for _ in range(10):
+        nets.classes(plain.model, next(plain.batches)).backward()
+        plain.optimizer.step()
+    assert same_weights(case, plain)
+
+
+def test_a_scaler_changes_neither_norms_nor_steps(family):
+    plain, case = make(family, 0), make(family, 0)
+    case.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    seen = History()
+    norms = [float(step.norm) for step in loop(case, seen)]
+    history = trained(plain)
+    torch.testing.assert_close(norms, history.norms, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen.norms, history.norms, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen.losses, history.losses, rtol=1e-4, atol=1e-6)
+
+
+def test_a_clip_of_scaled_gradients_leaves_a_trace_of_them_alone(family):
+    case = make(family, 0)
+    case.optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    case.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    case.clip_scaled, case.steps = True, 20
+    begun = [p.detach().clone() for p in case.model.parameters()]
+    norms = [float(step.norm) for step in loop(case)]
+    assert 0.01 < min(norms) < 100  # told as they are
+    moved = zip(begun, case.model.parameters(), strict=True)
+    assert max(float((p - q.detach()).norm()) for p, q in moved) < 1e-5
+
+
+def test_a_step_that_a_scaler_skips_is_not_a_broken_one(family):
+    case = make(family, 0)
+    case.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    case.after = lambda number: (
+        case.model.head.bias.grad.fill_(torch.inf) if number == 5 else None
+    )
+    history = trained(case)
+    assert [i for i, n in enumerate(history.norms) if n == torch.inf] == [5]
+    assert history.nonfinite is None
+    case = make(family, 0)
+    case.after = lambda number: case.model.head.bias.grad.fill_(torch.inf)
+    assert trained(case).nonfinite == 0
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_no_tool_changes_the_run(family, tool):
     bare = trained(make(family, 0))

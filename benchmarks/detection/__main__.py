@@ -50,6 +50,8 @@ def compare(
         done = [item for found in pool.map(one, jobs) for item in found.items()]
     for title, chosen in (("tuning families", False), ("held-out families", True)):
         found = [(t, j) for t, j in done if held_out(j.family) is chosen]
+        if not found:
+            continue
         print(f"### {title}\n")
         _table([(tool, [j for t, j in found if t == tool]) for tool in tools])
     for tool in tools:
@@ -72,9 +74,14 @@ def long(seeds: Sequence[int]) -> None:
     print(f"\n{steps:,} steps: {1e6 * alarms / steps:.1f} alarms in a million.")
 
 
+PARTS = ("tuning", "held-out")
+LEAD = 10
+"""Steps before a NaN by which an alarm is of use."""
+
 HEAD = (
     "tool", "right kind, sick runs", "healthy runs with an alarm", "cause", "stream",
-    "open at the end is right", "delay", "lead to NaN", "also said of sick runs",
+    "open at the end is right", "delay", "lead to NaN, 10 steps or more",
+    "also said of sick runs",
     "remedy helped", "slow-down",
 )  # fmt: skip
 
@@ -101,7 +108,8 @@ def _table(found: Sequence[tuple[str, Sequence[Judged]]]) -> None:
                 for found, named in zip(shares, (*names, True), strict=True)
             ),
             _steps(median(r.delay for r in sick)),
-            _steps(median(r.lead for r in sick)),
+            f"{_steps(median(r.lead for r in sick))}, "
+            + _percent(share(None if r.lead is None else r.lead >= LEAD for r in sick)),
             _percent(share(bool(r.false) for r in sick)),
             _percent(share(r.helped for r in sick)),
             f"x{slow:.2f}",
@@ -127,10 +135,14 @@ def main() -> int:
     parser.add_argument("command", choices=("verify", "run", "long", "list"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--families", nargs="+", default=None)
+    parser.add_argument("--part", choices=PARTS, default=None, help="of all families")
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
     parser.add_argument("--remedies", action="store_true", help="apply them, run again")
     asked = parser.parse_args()
     families = asked.families or sorted(FAMILIES)
+    if asked.part is not None:
+        chosen = asked.part == "held-out"
+        families = [name for name in families if held_out(name) is chosen]
     if unknown := set(families) - set(FAMILIES):
         parser.error(f"no family {', '.join(sorted(unknown))}; see list")
     if asked.command == "list":

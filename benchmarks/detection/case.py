@@ -56,6 +56,11 @@ class Case:
         label: What is true.
         steps: How many.
         clip: Norm that the gradients are clipped to; None: not at all.
+        scaler: What scales the loss, for half precision; None: nothing does.
+        clip_scaled: Whether the clip comes before the gradients are unscaled, by
+            mistake.
+        clears: Whether gradients are cleared before each step's backward.
+        accumulate: Batches whose gradients make one step; its loss is their mean.
         before: Called with the step's number before each step: where faults begin.
         after: Called behind backward, before the clip and the step.
         control: Makes the same run without the fault, or with the cure that the label
@@ -71,6 +76,10 @@ class Case:
     label: Label
     steps: int = 200
     clip: float | None = None
+    scaler: torch.amp.GradScaler | None = None
+    clip_scaled: bool = False
+    clears: bool = True
+    accumulate: int = 1
     before: Callable[[int], object] | None = None
     after: Callable[[int], object] | None = None
     control: Callable[[], Case] | None = None
@@ -96,8 +105,10 @@ class History:
 
     Attributes:
         losses: Loss of each step.
-        norms: Norm of all gradients before the clip, in float64.
-        nonfinite: The first step at which a loss or gradient was not finite, or None.
+        norms: Norm of all gradients before the clip, unscaled, in float64.
+        nonfinite: The first step at which a loss or gradient was not finite, or None;
+            a finite loss whose gradients overflow under a scaler, which skips the step,
+            does not count.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -111,6 +122,16 @@ class History:
         return math.isfinite(final) and final <= share * first
 
     @property
+    def diverged(self) -> bool:
+        """Whether the loss ends at over twice its best, and a third of its start."""
+        if not all(map(math.isfinite, self.losses)) or min(self.losses) <= 0:
+            return False
+        means = [
+            sum(self.losses[i : i + 20]) / 20 for i in range(len(self.losses) - 19)
+        ]
+        return means[-1] > max(2.0 * min(means), means[0] / 3)
+
+    @property
     def final(self) -> float:
         """Mean loss of the last 20 steps."""
         return sum(self.losses[-20:]) / len(self.losses[-20:])
@@ -122,7 +143,8 @@ class Step(NamedTuple):
     Attributes:
         number: From 0.
         loss: Before the step.
-        norm: Of all gradients, before the clip, as ``clip_grad_norm_`` returns it.
+        norm: Of all gradients, before the clip, as ``clip_grad_norm_`` returns it, and
+            unscaled.
     """
 
     number: int
@@ -139,30 +161,59 @@ def loop(case: Case, history: History | None = None) -> Iterator[Step]:
     for number in range(case.steps):
         if case.before is not None:
             case.before(number)
-        batch = next(case.batches)
-        case.optimizer.zero_grad()
-        loss = case.loss(case.model, batch)
-        if loss.requires_grad:
-            loss.backward()
+        if case.clears:
+            case.optimizer.zero_grad()
+        loss = _backward(case)
         if case.after is not None:
             case.after(number)
+        scale = _unscaled(case)
         if history is not None:
-            _note(case, history, number, loss)
+            _note(case, history, number, loss, scale)
         norm = nn.utils.get_total_norm(
             [p.grad for p in case.model.parameters() if p.grad is not None]
         )
         if case.clip is not None:
             nn.utils.clip_grads_with_norm_(case.model.parameters(), case.clip, norm)
-        case.optimizer.step()
-        yield Step(number, loss.detach(), norm)
+        if case.scaler is None:
+            case.optimizer.step()
+        else:
+            case.scaler.step(case.optimizer)
+            case.scaler.update()
+        yield Step(number, loss, norm / scale)
 
 
-def _note(case: Case, history: History, number: int, loss: Tensor) -> None:
+def _backward(case: Case) -> Tensor:
+    """Go through the batches of one step, forward and back; return their mean loss."""
+    losses = []
+    for _ in range(case.accumulate):
+        loss = case.loss(case.model, next(case.batches))
+        losses.append(loss.detach())
+        if loss.requires_grad:
+            part = loss / case.accumulate
+            (part if case.scaler is None else case.scaler.scale(part)).backward()
+    return torch.stack(losses).mean()
+
+
+def _unscaled(case: Case) -> float:
+    """Unscale the gradients, if that is due; return the scale that is left on them."""
+    if case.scaler is None:
+        return 1.0
+    if case.clip_scaled:
+        return float(case.scaler.get_scale())
+    case.scaler.unscale_(case.optimizer)
+    return 1.0
+
+
+def _note(
+    case: Case, history: History, number: int, loss: Tensor, scale: float
+) -> None:
     grads = [p.grad for p in case.model.parameters() if p.grad is not None]
-    norm = math.hypot(*(float(g.detach().double().norm()) for g in grads))
-    history.losses.append(float(loss.detach()))
+    norm = math.hypot(*(float(g.detach().double().norm()) for g in grads)) / scale
+    history.losses.append(float(loss))
     history.norms.append(norm)
-    broken = not (math.isfinite(norm) and math.isfinite(history.losses[-1]))
+    broken = not math.isfinite(history.losses[-1])
+    if case.scaler is None:
+        broken = broken or not math.isfinite(norm)
     if broken and history.nonfinite is None:
         history.nonfinite = number
 

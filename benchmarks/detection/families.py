@@ -3,9 +3,25 @@
 from benchmarks.detection import (
     healthy,
     healthy_awkward,
+    healthy_loops,
+    healthy_more,
     sick_flow,
     sick_growth,
+    sick_layers,
     sick_loop,
+    sick_rates,
+    sick_steps,
 )
 
-__all__ = ["healthy", "healthy_awkward", "sick_flow", "sick_growth", "sick_loop"]
+__all__ = [
+    "healthy",
+    "healthy_awkward",
+    "healthy_loops",
+    "healthy_more",
+    "sick_flow",
+    "sick_growth",
+    "sick_layers",
+    "sick_loop",
+    "sick_rates",
+    "sick_steps",
+]

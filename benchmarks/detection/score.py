@@ -12,6 +12,10 @@ from benchmarks.detection.tools import Alarm, Report, Tool
 
 HELPED = 0.8
 """Share of the untreated loss that a remedy has to get below."""
+NOTICE = 20
+"""Steps between onset and NaN from which on there is time for a warning."""
+TREATED = 600
+"""Steps behind the alarm that both runs have at least: to remember is slow to learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ class Judged:
     def false(self) -> list[Alarm]:
         """The alarms of a kind that is not true; before the onset, all of them."""
         true = self.label.others | {self.label.kind}
+        if self.sick and self.history.diverged:
+            true |= {"loss_divergence"}  # by exact count: it is true as well
         return [
             a
             for a in self.report.alarms
@@ -83,11 +89,17 @@ class Judged:
 
     @property
     def lead(self) -> int | None:
-        """Steps from the first alarm since the onset to the first NaN, if both are."""
-        alarms = [a.step for a in self.report.alarms if a.step >= self.label.onset]
-        if self.history.nonfinite is None or not alarms:
+        """Steps from the first alarm since the onset to the first NaN.
+
+        None where there is no NaN, or fewer than 20 steps from the onset to it; 0 where
+        there is no alarm by then.
+        """
+        first, onset = self.history.nonfinite, self.label.onset
+        if first is None or first - onset < NOTICE:
             return None
-        return self.history.nonfinite - min(alarms)
+        return max(
+            (first - a.step for a in self.report.alarms if a.step >= onset), default=0
+        )
 
     @property
     def ends_right(self) -> bool:
@@ -132,13 +144,17 @@ def judge(
     return found
 
 
-def _helps(family: str, seed: int, tool: Tool, untreated: Judged) -> bool:
+def _helps(family: str, seed: int, tool: Tool, told: Judged) -> bool:
+    """Run again with the remedy and without, for at least as long as it may take."""
     case, history = make(family, seed), History()
+    case.steps = max(case.steps, told.right[0].step + TREATED)
     report = tool(case, loop(case, history), True)
     if report.treated is None:
         return False
+    untreated = make(family, seed)
+    untreated.steps = case.steps
     late = [a for a in report.alarms if a.step > report.treated]
-    final, before = history.final, untreated.history.final
+    final, before = history.final, trained(untreated).final
     better = math.isfinite(final) and not final > HELPED * before
     return better and not late
 
