@@ -206,6 +206,52 @@ def forget_bias_(
     return write(_gated(model, streams, "forget_bias_"), new, optimizer)
 
 
+def zero_bias_(
+    model: nn.Module,
+    *,
+    gates: Sequence[str] | None = None,
+    streams: Streams = None,
+    optimizer: Optimizers = None,
+) -> list[Changed]:
+    """Set both biases to 0, of all gates or of some: a gate at rest is then half open.
+
+    What frees a gate that its bias holds shut, such as the output gate of an LSTM.
+
+    Args:
+        model: A recurrent module, or any module that contains some.
+        gates: PyTorch's letters: LSTM ``i f g o``, GRU ``r z n``. None: all, and the
+            biases of vanilla nets.
+        streams: Names of streams, or of modules, that are meant; None: all.
+        optimizer: As for :func:`orthogonal_`.
+
+    Returns:
+        What was changed, one entry a stream; rho is that of W_hh, and stays.
+
+    Raises:
+        TypeError: If ``model`` is no nn.Module.
+        ValueError: If a stream has no such gate, or was made with bias=False. Also as
+            for :func:`orthogonal_`.
+
+    References:
+        A reset of the biases alone, Gers, Schmidhuber & Cummins (2000), Neural
+        Computation 12, of gates that saturate.
+    """
+
+    def new(stream: Stream, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if gates is None:
+            return _zero_biases(old)
+        if unknown := [gate for gate in gates if gate not in stream.gates]:
+            has = " ".join(stream.gates) or "none, being no LSTM or GRU"
+            raise ValueError(
+                f"{stream.name} has no gate {unknown[0]!r}; its gates: {has}. "
+                "streams= names the streams that are meant."
+            )
+        zero = torch.zeros(stream.hidden_size, dtype=torch.float64)
+        return _gate_biases(stream, old, dict.fromkeys(gates, zero))
+
+    return write(_chosen(model, streams), new, optimizer)
+
+
 def chrono_(
     model: nn.Module,
     t_max: float,

@@ -18,6 +18,7 @@ from gradwatch.rewrite import holders
 
 _ORTHOGONAL: Final = "init.orthogonal_"
 _CHRONO: Final = "init.chrono_"
+_ZERO_BIAS: Final = "init.zero_bias_"
 _HELD: Final = "parametrize.orthogonal"
 _CLIPPED: Final = "clip.NormClip"
 _SHORTEST: Final = 3
@@ -39,6 +40,7 @@ _AGAINST: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
         ("exploding", "drift"): _HELD,
         ("dead_units", "dead_relu"): _ORTHOGONAL,
         ("gate_stuck", "input_gate"): _CHRONO,
+        ("gate_stuck", "output_gate"): _ZERO_BIAS,
         ("gate_stuck", "update_gate"): _CHRONO,
         ("drift", "drift"): _HELD,
     }
@@ -63,6 +65,8 @@ def against(kind: str, cause: str, stream: Stream, length: int = 0) -> Remedy | 
         name = _ORTHOGONAL
     elif name == _CHRONO:
         args = {"t_max": max(length, _SHORTEST), **args}
+    elif name == _ZERO_BIAS and stream.gates:
+        args = {"gates": ["o"], **args}
     return Remedy(name=name, args=args)
 
 
@@ -108,6 +112,7 @@ REMEDIES: Final[Mapping[str, _Act]] = MappingProxyType(
         "init.identity_": init.identity_,
         "init.forget_bias_": init.forget_bias_,
         "init.chrono_": init.chrono_,
+        "init.zero_bias_": init.zero_bias_,
         "init.spectral_cap_": init.spectral_cap_,
         "parametrize.orthogonal": parametrize.orthogonal,
         "parametrize.remove": parametrize.remove,

@@ -30,6 +30,7 @@ EVERY = {
     "spectral_cap_": init.spectral_cap_,
     "forget_bias_": init.forget_bias_,
     "chrono_": lambda model, **more: init.chrono_(model, 20, **more),
+    "zero_bias_": init.zero_bias_,
 }
 
 
@@ -130,6 +131,22 @@ def test_forget_bias_is_the_sum_of_both():
         assert (ih + hh)[:8].ne(1.5).all() and hh[:8].ne(0).all()
     keep = (gru.bias_ih_l0 + gru.bias_hh_l0)[8:16]  # r z n: z keeps
     assert keep.eq(2.0).all()
+
+
+def test_biases_are_zeroed_of_the_gates_that_are_named():
+    lstm, vanilla = nn.LSTM(3, 8, 2), nn.RNN(3, 8)
+    before = {name: p.detach().clone() for name, p in lstm.named_parameters()}
+    changed = init.zero_bias_(lstm, gates=["o"], streams=["lstm.l1"])
+    assert [c.stream for c in changed] == ["lstm.l1"]
+    for name, p in lstm.named_parameters():
+        zeroed = name in ("bias_ih_l1", "bias_hh_l1")
+        torch.testing.assert_close(p[:24], before[name][:24], rtol=0, atol=0)
+        assert p[24:].eq(0).all() == zeroed
+    init.zero_bias_(lstm)
+    init.zero_bias_(vanilla)
+    for module in (lstm, vanilla):
+        for name, p in module.named_parameters():
+            assert p.eq(0).all() == name.startswith("bias")
 
 
 def test_a_gru_with_a_large_update_bias_keeps_its_state():
@@ -434,6 +451,8 @@ def test_a_foreign_optimizer_is_refused_and_nothing_changed():
         (lambda: init.chrono_(nn.LSTM(2, 3), 2), "t_max is 2; expected 3 steps"),
         (lambda: init.chrono_(nn.RNN(2, 3), 9), "rnn.l0 is vanilla"),
         (lambda: init.forget_bias_(nn.LSTM(2, 3, bias=False)), "bias=True"),
+        (lambda: init.zero_bias_(nn.GRU(2, 3), gates=["o"]), "no gate 'o'"),
+        (lambda: init.zero_bias_(nn.RNN(2, 3), gates=["f"]), "none, being no LSTM"),
         (lambda: init.orthogonal_(nn.Linear(2, 3)), "contains no nn.RNN"),
         (lambda: init.orthogonal_(nn.RNN(2, 3).half(), 1e6), "does not fit into"),
         (lambda: init.orthogonal_(nn.RNN(2, 3, device="meta")), "device 'meta'"),
