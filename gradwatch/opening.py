@@ -115,6 +115,7 @@ def meta(settings: Settings, streams: Sequence[Stream]) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
+            "platform": platform.platform(),
         },
         "settings": {
             **settings.said,

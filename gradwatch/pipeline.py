@@ -13,7 +13,7 @@ from gradwatch import console
 from gradwatch.derive import Memory, Reading, derive
 from gradwatch.health import Health
 from gradwatch.record import Alert, Incident, Records, StepRecord
-from gradwatch.rules import Incidents, Rule
+from gradwatch.rules import Judge, Rule
 from gradwatch.sinks import Sink
 from gradwatch.sinks.jsonl import Jsonl
 
@@ -44,11 +44,10 @@ class Pipeline:
         health: Health,
         quiet: bool,
     ) -> None:
-        self.rules = list(rules)
         self.records = Records()
         self.latest: dict[str, float] = {}
         self.alerts: list[Alert] = []
-        self.incidents = Incidents(mute)
+        self.judge = Judge(rules, mute)
         self.memory = Memory()
         self.steps = 0
         self.notices = 0
@@ -82,36 +81,15 @@ class Pipeline:
         return given
 
     def wanted(self, attribute: str) -> set[str]:
-        """Return the depths that rules ask for at the next step.
-
-        Args:
-            attribute: ``wants``, or ``wishes`` for what the budget has to allow.
-        """
-        asked = [getattr(rule, attribute, None) or () for rule in self.rules]
-        return {w for own in asked for w in ((own,) if isinstance(own, str) else own)}
+        """Return the depths that rules ask for at the next step; see ``Judge``."""
+        return self.judge.wanted(attribute)
 
     def _judge(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
-        given: list[Alert] = []
-        changed: dict[str, Incident] = {}
-        if self._rules_guard.failed:
-            return given, []
-        with self._rules_guard:
-            active: dict[str, bool] = {}
-            for rule in self.rules:
-                for alert in rule.update(record):
-                    active[alert.kind] = True
-                    out, incident = self.incidents.take(alert)
-                    if out is not None:
-                        given.append(out)
-                    if incident is not None:
-                        changed[incident.kind] = incident
-                if (kind := getattr(rule, "kind", None)) is not None:
-                    active[kind] = active.get(kind, False) or bool(
-                        getattr(rule, "active", False)
-                    )
-            for incident in self.incidents.end(record.step, active):
-                changed[incident.kind] = incident
-        return given, list(changed.values())
+        found: tuple[list[Alert], list[Incident]] = [], []
+        if not self._rules_guard.failed:
+            with self._rules_guard:
+                found = self.judge.take(record)
+        return found
 
     def _to_folder(
         self, record: StepRecord, given: Sequence[Alert], changed: Sequence[Incident]
@@ -121,7 +99,7 @@ class Pipeline:
         with self._folder_guard:
             self._folder.write(record, given)
             for incident in changed:
-                self._folder.write_incident(incident)
+                self._folder.write_incident(incident, self.latest)
 
     def _tell(self, given: Sequence[Alert], alarms: Sequence[Alert]) -> None:
         self.notices += len(given) - len(alarms)
@@ -165,13 +143,9 @@ class Pipeline:
                 "rho": dict(memory.rho),
                 "signals": dict(memory.signals),
                 "left_out": dict(memory.left_out),
+                "looks": dict(memory.looks),
             },
-            "rules": {
-                type(rule).__name__: rule.state_dict()
-                for rule in self.rules
-                if hasattr(rule, "state_dict")
-            },
-            "incidents": self.incidents.state_dict(),
+            **self.judge.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -184,9 +158,6 @@ class Pipeline:
             rho=memory.get("rho", {}),
             signals=memory.get("signals", {}),
             left_out=memory.get("left_out", {}),
+            looks=memory.get("looks", {}),
         )
-        for rule in self.rules:
-            saved = state["rules"].get(type(rule).__name__)
-            if saved is not None and hasattr(rule, "load_state_dict"):
-                rule.load_state_dict(saved)
-        self.incidents.load_state_dict(state["incidents"])
+        self.judge.load_state_dict(state)

@@ -189,7 +189,7 @@ class Watch:
             return
         errors = [alert for alert in given if alert.severity == "error"]
         if not errors and reading.step.skipped_by == "refused":
-            known = [i for i in self._pipeline.incidents.all() if i.until is None]
+            known = [i for i in self._pipeline.judge.incidents.all() if i.until is None]
             errors = [known[-1].alerts[-1]] if known else []
         if errors:
             self._raise = errors[0]
@@ -248,7 +248,7 @@ class Watch:
     def incidents(self) -> list[Incident]:
         """What was wrong, and what is wrong now (``until`` is None)."""
         self._bring_up_to_date()
-        return self._pipeline.incidents.all()
+        return self._pipeline.judge.incidents.all()
 
     @property
     def dir(self) -> Path | None:

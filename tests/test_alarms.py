@@ -87,9 +87,10 @@ def one_alarm_in_time(name, seed):
     with gradwatch.watch(model, dir=None, on_alert=alarms.append) as watch:
         learn(model, **setup)
         incidents = [i for i in watch.incidents if i.severity != "info"]
-        assert len(incidents) == len(alarms) == 1
-        [alarm] = alarms
-        assert alarm.kind in ("exploding", "nonfinite")
+        assert len(incidents) == 1
+        alarm, *worse = alarms  # a NaN makes it an error
+        assert [one.kind for one in worse] in ([], ["nonfinite"])
+        assert alarm.kind in ("exploding", "nonfinite", "lr_too_high")
         assert BREAKS_AT <= alarm.since <= alarm.step <= BREAKS_AT + 10
         assert incidents[0].until is None
         assert len(alarm.message.split("\n")) == 4
@@ -100,7 +101,8 @@ def one_alarm_in_time(name, seed):
 def test_a_run_that_diverges_raises_one_alarm(name):
     alarm = one_alarm_in_time(name, seed=0)
     if "learning rate" in name:
-        assert "learning rate is too high" in alarm.message or alarm.kind == "nonfinite"
+        said = "learning rate is too high" in alarm.message
+        assert said or alarm.kind in ("nonfinite", "lr_too_high")
     elif "clipped" in name:
         assert "rho has grown by a tenth or more" in alarm.message
         assert "gradwatch/rnn/l0/growth_log10" in alarm.evidence

@@ -248,9 +248,10 @@ def test_growth_is_confirmed_unless_it_is_large():
             found += [(a.kind, a.severity, a.step) for a in alerts]
         return rule, found
 
-    assert rise([2.8])[1] == [("exploding", "error", 0)]
-    assert rise([2.5, 1.0, 2.5])[1] == []
-    rule, found = rise([2.5, 2.5, 1.0, 1.0])
-    assert found == [("exploding", "error", 1)] and rule.active
-    assert not rise([2.5, 2.5, 1.0, 1.0, 1.0])[0].active
-    assert rise([2.5])[0].wants == "flow"
+    assert rise([4.1])[1] == [("exploding", "error", 0)]
+    assert rise([2.8, 2.8, 1.0, 2.8])[1] == []
+    rule, found = rise([2.8, 2.8, 2.8, 1.0, 1.0])
+    assert found == [("exploding", "error", 2)] and rule.active
+    assert not rise([2.8, 2.8, 2.8, 1.0, 1.0, 1.0])[0].active
+    assert rise([2.8])[0].wants == "flow"
+    assert rise([2.8, 2.8])[0].wants is None

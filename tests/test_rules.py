@@ -7,7 +7,14 @@ import pytest
 
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
-from gradwatch.rules import Exploding, Incidents, Nonfinite, Spike, default_rules
+from gradwatch.rules import (
+    Exploding,
+    Incidents,
+    LrTooHigh,
+    Nonfinite,
+    Spike,
+    default_rules,
+)
 
 STREAM = Stream(
     name="rnn.l0",
@@ -62,14 +69,32 @@ def test_a_norm_that_was_usual_before_is_no_explosion():
 
 
 def test_an_update_larger_than_the_weights_decides_early():
-    rule = Exploding([STREAM])
+    rule = LrTooHigh([STREAM])
     assert given(rule, usual(20), **{UPDATE: 0.01}) == []
-    rule.update(record(19, 1.0, **{UPDATE: 0.4}))
-    assert rule.update(record(20, 15.0, **{UPDATE: 5.0})) == []
-    [alert] = rule.update(record(21, 15.0))
-    assert alert.since == 20
-    assert alert.evidence[UPDATE] == (5.0, 1.0)
-    assert "the learning rate is too high" in alert.message
+    [alert] = rule.update(record(20, 15.0, **{UPDATE: 5.0}))
+    assert alert.since == 20 and alert.evidence[UPDATE] == (5.0, 0.25)
+    given(rule, usual(90), **{UPDATE: 0.0})
+    assert rule.active
+    rule = LrTooHigh([STREAM])
+    given(rule, usual(20), **{UPDATE: 0.01})
+    assert rule.update(record(20, 1.0, **{UPDATE: 2.0})) == []
+    assert rule.update(record(21, 15.0, **{UPDATE: 0.1})) == []
+    assert rule.update(record(22, 100.0, **{UPDATE: 2.0})) == []  # by its gradient
+    [alert] = rule.update(record(23, 1.0, **{UPDATE: 2.0}))
+    assert "group['lr'] /= 10" in alert.message
+
+
+def test_what_learns_at_large_steps_is_left_alone():
+    def told(loss):
+        rule, found = LrTooHigh([STREAM]), []
+        for step in range(80):
+            ratio, value = (0.01, 1.0) if step < 25 else (0.3, loss)
+            logged = {run_key("loss"): value, UPDATE: ratio}
+            found += rule.update(record(step, 1.0, **logged))
+        return [alert.step for alert in found]
+
+    assert told(0.5) == []
+    assert told(1.0) == [30]
 
 
 def test_an_explosion_ends_three_steps_after_it_has_calmed_down():
@@ -94,6 +119,8 @@ def test_exploding_asks_for_what_could_explain_it_when_it_suspects():
     rule.update(record(20, 20.0))
     assert rule.wants == ("spectrum", "flow")
     rule.update(record(21, 20.0))
+    assert rule.wants == ("spectrum", "flow")
+    rule.update(record(22, 20.0))
     assert rule.wants == ()
 
 
@@ -161,8 +188,9 @@ def test_lower_kinds_are_evidence_while_a_higher_one_is_open():
     assert incidents.take(alert("nonfinite"))[0] is not None
     for kind in ("exploding", "lr_too_high", "loss_divergence", "spike"):
         assert incidents.take(alert(kind))[0] is None
-    assert incidents.take(alert("underflow"))[0] is not None
-    assert [i.kind for i in incidents] == ["nonfinite", "underflow"]
+    assert incidents.take(alert("underflow"))[0] is None
+    assert incidents.take(alert("drift", "info"))[0] is not None
+    assert [i.kind for i in incidents] == ["nonfinite", "drift"]
 
 
 def test_an_explosion_explains_the_nan_it_ends_in():

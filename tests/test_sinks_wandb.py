@@ -19,7 +19,8 @@ from torch import nn
 import gradwatch
 from gradwatch.metrics import STEP_KEY, headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
-from gradwatch.rules.text import TITLES, title
+from gradwatch.rules.catalogue import CATALOGUE
+from gradwatch.rules.text import title
 from gradwatch.sinks import Wandb
 from gradwatch.sinks.fold import Fold
 from tests.models import batches, lstm
@@ -441,7 +442,7 @@ def test_alerts_are_few(begin):
 
 
 def test_titles_are_constant_and_short():
-    for kind in [*TITLES, "no_gradient", "loss_divergence", "x" * 100]:
+    for kind in [*CATALOGUE, "no_gradient", "loss_divergence", "x" * 100]:
         assert title(kind) == title(kind)
         assert title(kind).startswith("gradwatch: ")
         assert len(title(kind)) <= 64
@@ -582,6 +583,7 @@ def test_a_script_that_closes_nothing_ends_well(tmp_path):
         "optimizer = torch.optim.SGD(rnn.parameters(), 0.1)\n"
         "gradwatch.watch(rnn, dir=None)\n"
         "for i in range(60):\n"
+        "    optimizer.zero_grad()\n"
         "    rnn(torch.ones(4, 1, 2))[0].sum().backward()\n"
         "    optimizer.step()\n"
         "    run.log({'loss': float(i)})\n"

@@ -7,7 +7,7 @@ numbers that the drain has brought. numpy only for blocks of a few columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -27,6 +27,10 @@ _NORMS_KEPT: Final = 25
 _SUSPICIOUS: Final = 10.0
 """Times the running median from which on the heaviest parameters are named."""
 _FEW: Final = 5
+_LOOKS: Final = 8
+"""Looks at the same input that are counted; more of them tell nothing more."""
+_KEPT: Final = ("drive", "padding")
+"""Facts that not every replay measures, and that hold until one does."""
 _NORM, _SKIPPED = map(run_key, ("grad_norm", "skipped"))
 
 
@@ -41,6 +45,8 @@ class Memory:
         rho: The certified radii of every gate.
         signals: What the loss put into every stream, at the start and lately.
         left_out: Module -> how many replays were dropped.
+        looks: Module -> two sums of its last input, and how many looks running found
+            the same.
     """
 
     skipped: int = 0
@@ -49,6 +55,7 @@ class Memory:
     rho: Histories = field(default_factory=dict)
     signals: Signals = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    looks: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
@@ -60,6 +67,7 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
     metrics[_SKIPPED] = float(skipped)
     rho, left_out, facts = memory.rho, memory.left_out, dict(reading.facts)
     signals, profiles = memory.signals, dict[str, list[float]]()
+    looks = memory.looks
     if anew := reinitialised(reading.events):
         rho = {k: v for k, v in rho.items() if k not in anew}
         signals = {k: v for k, v in signals.items() if k not in anew}
@@ -72,7 +80,8 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
         replayed = state_metrics(reading.state, reading.part("state"), reading.scale)
         metrics |= replayed.metrics
         left_out = _counted(left_out, replayed)
-        facts = _with_replays(facts, replayed)
+        looks = _looked(looks, replayed)
+        facts = _with_replays(facts, replayed, memory.facts, looks)
         for stream, _ in reading.state.streams:
             metrics |= _over_time(stream, metrics, facts)
         if reading.flow is not None:
@@ -83,7 +92,7 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
             metrics |= found
             facts = _with_carried(facts, reading.flow, blocks)
     norm = metrics.get(_NORM, math.nan)
-    known, changed = _facts(memory, facts)
+    known, changed = _facts(memory, facts | _of_loop(memory, reading))
     if step.skipped_by:
         changed["skipped_by"] = step.skipped_by
     usual = math.isfinite(norm) and (
@@ -107,8 +116,32 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
         rho=rho,
         signals=signals,
         left_out=left_out,
+        looks=looks,
     )
     return after, record
+
+
+def _of_loop(memory: Memory, reading: Reading) -> dict[str, Any]:
+    """Return what is known of the loop, where it is not what it is nearly always."""
+    found: dict[str, Any] = {}
+    cleared = reading.step.cleared
+    if cleared is False or (cleared and memory.facts.get("cleared") is False):
+        found["cleared"] = cleared
+    if "scaled" in memory.facts or reading.scale != 1.0:
+        found["scaled"] = reading.scale != 1.0
+    return found
+
+
+def _looked(
+    looks: Mapping[str, Sequence[float]], replayed: Replayed
+) -> Mapping[str, Sequence[float]]:
+    """Count the looks running at which a module's input was the same."""
+    found = dict(looks)
+    for path, sums in replayed.sums.items():
+        *known, times = looks.get(path, (math.nan, math.nan, 0))
+        same = known == [*sums] and sums[0] > 0
+        found[path] = (*sums, times + 1 if same else 1)
+    return found
 
 
 def _facts(
@@ -128,12 +161,33 @@ def _counted(known: Mapping[str, int], replayed: Replayed) -> Mapping[str, int]:
     return {**known, **{p: known.get(p, 0) + 1 for p in replayed.left_out}}
 
 
-def _with_replays(facts: dict[str, Any], replayed: Replayed) -> dict[str, Any]:
-    """Add to a module's facts what is to be known of its replay."""
+def _with_replays(
+    facts: Mapping[str, Any],
+    replayed: Replayed,
+    known: Mapping[str, Any],
+    looks: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """Add to the facts of modules and streams what their replay has told."""
     words = dict.fromkeys(replayed.approximate, "approximate: dropout drawn anew")
     words |= {path: f"left out: {why}" for path, why in replayed.left_out.items()}
-    said = {p: {**facts.get(p, {}), "replay": w} for p, w in words.items()}
-    return {**facts, **said}
+    told = {path: dict(own) for path, own in replayed.facts.items()}
+    for path in replayed.sums:
+        same = min(int(looks[path][-1]), _LOOKS)
+        told[path] = {**told.get(path, {}), "same_batch": same}
+    for path, said in words.items():
+        told[path] = {**told.get(path, {}), "replay": said}
+    found = dict(facts)
+    for name in {*told, *facts}:
+        before = known.get(name)
+        kept = (
+            {k: v for k, v in before.items() if k in _KEPT}
+            if isinstance(before, dict)
+            else {}
+        )
+        own = facts.get(name, {})
+        if isinstance(own, dict):
+            found[name] = {**kept, **own, **told.get(name, {})}
+    return found
 
 
 def _with_carried(

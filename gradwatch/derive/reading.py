@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -76,5 +77,8 @@ class Reading:
 
     @property
     def scale(self) -> float:
-        """By how much a loss scaler has multiplied the gradients; 1 without one."""
-        return float(self.host["scale"]) if "scale" in self.host else 1.0
+        """By how much a loss scaler has multiplied the gradients; 1 without one.
+
+        NaN for a scale that has been halved down to 0: nothing can be told behind it.
+        """
+        return (float(self.host["scale"]) or math.nan) if "scale" in self.host else 1.0

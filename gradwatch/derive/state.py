@@ -12,6 +12,8 @@ from gradwatch.record import Stream
 
 _TANH_GATE: Final = ("act_deriv", "act_deriv_rms", "saturated")
 _LARGEST: Final = ("shut", "open")
+_MORE: Final = 2.0
+"""Times by which one has to be larger than the other to be what drives a unit."""
 
 
 class Replayed(NamedTuple):
@@ -21,11 +23,15 @@ class Replayed(NamedTuple):
         metrics: By key.
         approximate: Modules whose masks of dropout had to be drawn anew.
         left_out: Module -> why its numbers were dropped.
+        facts: Module or stream -> what is to be known of it beside numbers.
+        sums: Module -> two sums by which its input is known again.
     """
 
     metrics: dict[str, float]
     approximate: list[str]
     left_out: dict[str, str]
+    facts: dict[str, dict[str, Any]]
+    sums: dict[str, tuple[float, float]]
 
 
 def state_metrics(run: State, blocks: Mapping[str, Any], scale: float) -> Replayed:
@@ -38,7 +44,7 @@ def state_metrics(run: State, blocks: Mapping[str, Any], scale: float) -> Replay
         blocks: Its numbers.
         scale: By how much a loss scaler has multiplied the gradients.
     """
-    found = Replayed({}, [], dict(run.left_out))
+    found = Replayed({}, [], dict(run.left_out), {}, {})
     mismatches = {}
     for number, (path, tolerance) in enumerate(run.modules):
         block = blocks.get(f"mismatch.{number}")
@@ -60,9 +66,26 @@ def state_metrics(run: State, blocks: Mapping[str, Any], scale: float) -> Replay
         if stream.module not in found.left_out:
             values = dict(zip(names, blocks[str(number)].tolist(), strict=True))
             found.metrics.update(_of_stream(stream, values))
+            if f"drive.{number}" in blocks:
+                drive = float(blocks[f"drive.{number}"])
+                found.facts[stream.name] = {"drive": _driven_by(drive)}
+    for number, path in enumerate(run.inputs):
+        padding, *sums = blocks[f"input.{number}"].tolist()
+        found.sums[path] = tuple(sums)
+        finite = math.isfinite(sum(sums))
+        found.facts[path] = {"padding": round(padding, 1)} if finite else {}
+        if not finite:
+            found.facts[path]["input_finite"] = False
     if "gates" in blocks:
         found.metrics.update(_gate_gradients(run.gates, blocks["gates"], scale))
     return found
+
+
+def _driven_by(drive: float) -> str:
+    """Return what drives the units of a stream: its input, its state, or both."""
+    if drive >= _MORE:
+        return "input"
+    return "state" if drive <= 1 / _MORE else "both"
 
 
 def _of_stream(stream: Stream, values: Mapping[str, float]) -> dict[str, float]:

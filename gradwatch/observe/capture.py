@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,6 +22,7 @@ class Capture:
         addresses: Where in memory the weights themselves were, by name.
         shape: ``(T, B)``, or None where unknown.
         dtype: Type of the output, such as ``float32``.
+        autocast: Type that autocast computes in, where it is on.
         reached: Whether a gradient reached its output: evaluation has none.
         wants_grads: Whether the gradients that reach it are to be copied; not once it
             has been taken: a second pass over the graph would add to them.
@@ -29,22 +31,40 @@ class Capture:
         states: The states that it returned; held so that their memory is not given to
             another tensor, by which a later call could be taken for its successor.
         previous: The call whose states it was given, where a gradient can pass.
+        cut_from: What is kept of the call whose states it was given, detached.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
     shape: tuple[int, int] | None = None
     dtype: str = ""
+    autocast: str = ""
     reached: bool = False
     wants_grads: bool = False
     rows: Rows | str | None = None
     states: tuple[Tensor, ...] = ()
     previous: Capture | None = None
+    cut_from: Past | None = None
 
     def release(self) -> None:
         """Let go of all tensors: a graph that the user keeps would keep them."""
         self.weights, self.rows, self.states = {}, None, ()
-        self.previous = None
+        self.previous = self.cut_from = None
+
+
+@dataclass(slots=True)
+class Past:
+    """A call that another one may go on from; it may be gone, with its graph.
+
+    Attributes:
+        call: The call; a gradient can reach it only while it lives.
+        steps: How many it took.
+        before: The call that it went on from in its turn, detached or not.
+    """
+
+    call: weakref.ref[Capture]
+    steps: int
+    before: Past | None
 
 
 @dataclass(slots=True)
@@ -62,6 +82,8 @@ class Step:
         post_live: Indices that ``post`` belongs to.
         changed: Names of the streams whose weight was compared before and after.
         events: Such as ``skipped_step``.
+        cleared: Whether the gradients of the last step were cleared before this one's;
+            None where that cannot be told.
         skipped_by: Who skipped a skipped step: ``scaler``, ``clipper``, ``user``,
             ``refused`` (ourselves), or ``unknown`` while no step has been taken.
     """
@@ -74,4 +96,5 @@ class Step:
     post_live: list[int] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     events: tuple[str, ...] = ()
+    cleared: bool | None = None
     skipped_by: str = ""

@@ -6,6 +6,7 @@ after the optimizer's step the update of the weights is added.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -169,6 +170,10 @@ class Depths:
                     "B": shapes[0][1],
                     "dtype": chain[0].dtype,
                 }
+                if autocast := chain[0].autocast:
+                    self.facts[stream.module]["autocast"] = autocast
+                if cut := _steps_cut_off(chain[0]):
+                    self.facts[stream.module]["cut"] = cut
 
     def _launch_spectrum(self) -> None:
         began = time.perf_counter()
@@ -309,6 +314,26 @@ class Depths:
             known["in_optimizer"] = None
             if optimized is not None:
                 known["in_optimizer"] = id(weight) in optimized
-                if optimized.get(id(weight)) == 0:
-                    known["lr"] = 0  # any other rate changes too often for a fact
+                if (rate := optimized.get(id(weight))) is not None:
+                    known["lr"] = _roughly(rate)
             self.facts[name] = known
+
+
+def _steps_cut_off(first: Capture) -> int:
+    """Return the steps of earlier calls whose state was detached, and that get nothing.
+
+    Where an earlier call has had a gradient of its own, through a loss of its own,
+    nothing is lost.
+    """
+    steps, past = 0, first.cut_from
+    while past is not None:
+        call = past.call()
+        if call is not None and call.reached:
+            break
+        steps, past = steps + past.steps, past.before
+    return steps
+
+
+def _roughly(rate: float) -> float:
+    """Return a learning rate as a power of 2, or 0: a fact is not to change often."""
+    return 2.0 ** round(math.log2(rate)) if rate > 0 and math.isfinite(rate) else 0.0

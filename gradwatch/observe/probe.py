@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch import _torch
 from gradwatch.health import Guard
-from gradwatch.observe.capture import Capture
+from gradwatch.observe.capture import Capture, Past
 from gradwatch.observe.rows import Rows, given_states, take_rows, tensors
 from gradwatch.recurrent import shape_of, used_weights
 
@@ -115,7 +115,7 @@ class Probe:
         self._wanted, self._samples, self._guard = wanted, samples, guard
         self._reached: list[Capture] = []
         self._captures: weakref.WeakSet[Capture] = weakref.WeakSet()
-        self._by_state: dict[_States, weakref.ref[Capture]] = {}
+        self._by_state: dict[_States, Past] = {}
         self._copied: tuple[object, dict[str, Tensor]] = (None, {})
         self._computed: dict[str, Tensor] = {}
         self._rng: Tensor | None = None
@@ -219,7 +219,8 @@ class Probe:
             given = args[0] if args else kwargs.get("input")
             capture = Capture(
                 shape=shape_of(module, given),
-                dtype=str(heads[0].dtype).removeprefix("torch."),
+                dtype=_name(heads[0].dtype),
+                autocast=_autocast(heads[0].device.type),
             )
             self._copy_weights(capture, module, recurrent_only=not wanted.rows)
             if wanted.rows:
@@ -250,15 +251,19 @@ class Probe:
         )
         if isinstance(given, PackedSequence) or getattr(module, "bidirectional", False):
             return  # a reverse direction begins anew in each call
-        if states and all(map(_passes_gradient, states)):
-            before = self._by_state.get(_identity(states))
-            capture.previous = before() if before is not None else None
+        before = self._by_state.get(_identity(states)) if states else None
+        if before is not None and all(map(_passes_gradient, states)):
+            capture.previous = before.call()
+        elif before is not None and not any(map(_passes_gradient, states)):
+            capture.cut_from = before
+        steps = capture.shape[0] if capture.shape is not None else 0
+        past = Past(weakref.ref(capture), steps, before)
         if isinstance(module, nn.RNNCellBase):
             returned = tuple(tensors(output))
         else:
             returned = tuple(tensors(output))[1:]
         capture.states = tuple(s.detach() for s in returned)
-        self._by_state[_identity(returned)] = weakref.ref(capture)
+        self._by_state[_identity(returned)] = past
 
     def _copy_weights(
         self, capture: Capture, module: nn.Module, *, recurrent_only: bool
@@ -286,6 +291,16 @@ class Probe:
             capture.reached = True
             if capture.weights:  # else the graph has outlived the step
                 self._reached.append(capture)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _autocast(device: str) -> str:
+    """Return the type that autocast computes in on a device now; empty where off."""
+    on = torch.is_autocast_enabled(device)
+    return _name(torch.get_autocast_dtype(device)) if on else ""
 
 
 _States = tuple[tuple[int, int, torch.Size], ...]

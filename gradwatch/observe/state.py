@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from gradwatch.numerics.activation import Statistics, mean_field_gain, statistics
 from gradwatch.observe.measure import Numbers, norms
 from gradwatch.observe.sequence import Trajectory
 from gradwatch.record import Stream
 from gradwatch.recurrent import Recurrence, plain_weight
+
+_DRIVEN = 8
+"""Steps at which it is measured what drives the units."""
 
 
 @dataclass(slots=True)
@@ -27,6 +31,9 @@ class State:
         gates: Gated streams whose W_hh has a gradient of its own; the norms of their
             gates' gradients, one stream after the other, are ``state.gates``.
         left_out: Path of a module -> why it could not be replayed.
+        inputs: Path of each module whose input is told: the share of its steps, at the
+            end, that are all zeros, and two sums by which the same input is known
+            again, are ``state.input.<index>``.
         numbers: The numbers.
         seconds: What the launch cost on the host's clock.
     """
@@ -35,6 +42,7 @@ class State:
     modules: list[tuple[str, float]] = field(default_factory=list)
     gates: list[Stream] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
     numbers: Numbers = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -46,6 +54,9 @@ class State:
         if replayed.mismatch is not None:
             self.numbers[f"mismatch.{len(self.modules)}"] = replayed.mismatch
         self.modules.append((path, replayed.tolerance))
+        x = torch.cat([rows.x for rows in replayed.calls])
+        self.numbers[f"input.{len(self.inputs)}"] = _of_input(x, replayed.lengths)
+        self.inputs.append(path)
 
     def add(
         self, path: str, members: Sequence[Recurrence], replayed: Trajectory | str
@@ -60,7 +71,44 @@ class State:
             names = tuple(name for parts, _ in found for name in parts)
             values = torch.cat([v.reshape(-1).to(found[0][1].dtype) for _, v in found])
             self.numbers[str(len(self.streams))] = values
+            if member.stream.kind != "RNN_RELU":
+                drive = _drive(replayed, *divmod(number, each))
+                self.numbers[f"drive.{len(self.streams)}"] = drive
             self.streams.append((member.stream, names))
+
+
+def _of_input(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the share of all-zero steps at the end, and two sums of an input.
+
+    Args:
+        x: Shape ``(T, K, F)``.
+        lengths: Of each sequence; their padding is not counted. None: all have T.
+    """
+    size = torch.linalg.vector_norm(x.float(), dim=-1)
+    steps = len(x) if lengths is None else lengths
+    last = (size > 0).flip(0).to(torch.int8).argmax(0)  # 0 for nothing but zeros too
+    empty = last.where(size.amax(0) > 0, len(x))
+    padded = empty if lengths is None else (empty - (len(x) - lengths)).clamp_min(0)
+    wave = torch.arange(size.numel(), device=x.device).cos().view_as(size)
+    return torch.stack(((padded / steps).mean(), size.sum(), (size * wave).sum()))
+
+
+def _drive(replayed: Trajectory, layer: int, direction: int) -> Tensor:
+    """Return the size of what the input drives the units by, over what the state does.
+
+    Taken at a few steps along the sequence; a tensor of no axis.
+    """
+    own, weights = replayed.layers[layer][direction], replayed.weights[layer][direction]
+    below = replayed.layers[layer - 1] if layer else None
+    step = max(len(own.h) // _DRIVEN, 1)
+    if below is None:
+        x = torch.cat([rows.x for rows in replayed.calls])[step::step]
+    else:
+        x = torch.cat([one.h[step::step] for one in below], -1)
+    given = torch.linalg.vector_norm(linear(x.to(weights.ih.dtype), weights.ih))
+    state = torch.linalg.vector_norm(linear(own.h[step - 1 :: step], weights.hh))
+    drive: Tensor = given / state.clamp_min(1e-30)
+    return drive
 
 
 def _of_layer(

@@ -6,64 +6,101 @@ replayed from a run's files with no model. It never changes anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.rules.divergence import LossDivergence
 from gradwatch.rules.drift import Drift
 from gradwatch.rules.exploding import Exploding
 from gradwatch.rules.growth import Growth
 from gradwatch.rules.incidents import Incidents
-from gradwatch.rules.learning import NoGradient, NotUpdating
+from gradwatch.rules.judge import Judge, Rule
+from gradwatch.rules.learning import NoGradient, NotUpdating, Underflow
+from gradwatch.rules.loop import (
+    ClearedEarly,
+    LrTooHigh,
+    NotCleared,
+    OverClipping,
+    RepeatedBatch,
+)
 from gradwatch.rules.nonfinite import Nonfinite
 from gradwatch.rules.spike import Spike
 from gradwatch.rules.units import DeadUnits, GateStuck
 from gradwatch.rules.vanishing import Truncated, Vanishing
 
 __all__ = [
+    "ClearedEarly",
     "DeadUnits",
     "Drift",
     "Exploding",
     "GateStuck",
     "Growth",
     "Incidents",
+    "Judge",
+    "LossDivergence",
+    "LrTooHigh",
     "NoGradient",
     "Nonfinite",
+    "NotCleared",
     "NotUpdating",
+    "OverClipping",
+    "RepeatedBatch",
     "Rule",
     "Spike",
     "Truncated",
+    "Underflow",
     "Vanishing",
     "default_rules",
+    "replay",
 ]
 
-
-@runtime_checkable
-class Rule(Protocol):
-    """Judges one record after the other.
-
-    A rule may also have: ``wants``, the name of a depth that it asks for at the next
-    step, or several; ``wishes``, the same where the budget allows it; ``kind`` and
-    ``active``, by which an incident of that kind stays open; and
-    ``state_dict`` / ``load_state_dict`` of plain values.
-    """
-
-    def update(self, record: StepRecord) -> list[Alert]:
-        """Return the alerts that a record raises; mostly none."""
+_RULES: Final[Sequence[Callable[[Sequence[Stream]], Rule]]] = (
+    Exploding,
+    Growth,
+    Nonfinite,
+    LrTooHigh,
+    LossDivergence,
+    Spike,
+    DeadUnits,
+    GateStuck,
+    ClearedEarly,
+    NotCleared,
+    OverClipping,
+    NoGradient,
+    NotUpdating,
+    Underflow,
+    Drift,
+    Vanishing,
+    Truncated,
+    RepeatedBatch,
+)
+"""What explains comes before what it explains."""
 
 
 def default_rules(streams: Sequence[Stream]) -> list[Rule]:
     """Return the catalogue's rules for the streams of one model."""
-    return [
-        Exploding(streams),
-        Growth(streams),
-        Nonfinite(streams),
-        Spike(streams),
-        DeadUnits(streams),
-        GateStuck(streams),
-        NoGradient(streams),
-        NotUpdating(streams),
-        Drift(streams),
-        Vanishing(streams),
-        Truncated(streams),
-    ]
+    return [rule(streams) for rule in _RULES]
+
+
+def replay(
+    records: Iterable[StepRecord],
+    streams: Sequence[Stream],
+    *,
+    rules: Sequence[Rule] | None = None,
+    mute: Iterable[str | tuple[str, str]] = (),
+) -> list[Alert]:
+    """Judge the records of a run again, with no model.
+
+    Args:
+        records: One a step, in their order, such as ``gradwatch.load(dir).records``.
+        streams: The streams that they are of: ``gradwatch.load(dir).streams``.
+        rules: In place of the catalogue's.
+        mute: Kinds, or ``(kind, stream)`` pairs, that are not wanted.
+
+    Returns:
+        The alerts that the watch gave in that run, where its file still holds a row for
+        each step and the run was not resumed.
+    """
+    judge = Judge(default_rules(streams) if rules is None else rules, mute)
+    return [alert for record in records for alert in judge.take(record)[0]]

@@ -9,6 +9,7 @@ from gradwatch import remedies
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
+from gradwatch.rules.catalogue.flow import DRIFT
 from gradwatch.rules.hysteresis import Hysteresis
 
 _WARM_UP: Final = 20
@@ -23,7 +24,7 @@ class Drift:
     and are left alone.
     """
 
-    kind = "drift"
+    kind = DRIFT.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._watched = [
@@ -31,7 +32,7 @@ class Drift:
             for stream in streams
             if not stream.gates
         ]
-        self._levels = Hysteresis(raise_at=0.5, clear_at=0.35)
+        self._levels = Hysteresis(DRIFT.at("moved"), DRIFT.clear("moved"))
         self._began: int | None = None
 
     @property
@@ -65,27 +66,21 @@ class Drift:
             shown += f"; rho is {rho:.3g}"
         if trend is not None:
             shown += f", trend {trend:+.2g} a step"
+        way = "last longer and explode sooner" if moved > 0 else "die out sooner"
         remedy = remedies.against(self.kind, "drift", stream)
         assert remedy is not None
-        way = "last longer and explode sooner" if moved > 0 else "die out sooner"
-        return Alert(
-            kind=self.kind,
-            severity="info",
-            step=record.step,
+        return text.alert(
+            DRIFT,
+            record,
             since=since(stream.name),
-            stream=stream.name,
-            streams=(stream.name,),
+            what=f"rho of {stream.name} has drifted",
+            shown=shown,
             cause="drift",
             evidence={key: (moved, self._levels.raise_at)},
-            message=text.four_lines(
-                self.kind,
-                record.step,
-                f"rho of {stream.name} has drifted",
-                shown,
-                f"gradients through time now {way}; no fault by itself",
-                f"weight decay, or: {remedies.line(remedy)}",
-            ),
+            stream=stream,
             remedy=remedy,
+            why=DRIFT.causes["drift"].why.format(way=way),
+            do=f"weight decay, or: {remedies.line(remedy)}",
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Exploding gradients, as far as the total norm and the updates alone can decide.
-
-Each threshold and the margin it was chosen with stands in docs/alerts.md.
-"""
+"""Exploding gradients, as far as the total norm and the updates alone can decide."""
 
 from __future__ import annotations
 
@@ -14,10 +11,16 @@ from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import Window, median, push
 from gradwatch.record import Alert, Remedy, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
+from gradwatch.rules.catalogue.flow import BEFORE, EXPLODING, HIDDEN, LOWER_RATE
+from gradwatch.rules.causes import CONTEXT, GROWN, growth_cause
+from gradwatch.rules.seen import Seen
 
 WARM_UP: Final = 12
 """Finite norms that a running median needs before anything is compared with it."""
 _WINDOW: Final = 25
+_LOOKS: Final = (1, 2, 4, 8, 12, 16, 20, 24)
+"""Steps of a high norm after which it is asked what grows through time."""
+_GROWS: Final = EXPLODING.clear("growth")
 
 _NORM = run_key("grad_norm")
 
@@ -25,22 +28,17 @@ _NORM = run_key("grad_norm")
 class Exploding:
     """The total norm far above its own running median, and staying there.
 
-    With the running median of the last 25 usual norms: 10,000 times it at three steps
-    running, or 100 times at 25 steps running, each also 10 times the largest median so
-    far; or 10 times it at two steps running in which an update was larger than the
-    recurrent weights that it changed; or not finite right after 10,000 times. A net
-    that explodes from step 0 is its own median and is not seen here.
+    Compared with the running median of the last 25 usual norms; see the catalogue. A
+    net that explodes from step 0 is its own median and is not seen here.
     """
 
-    kind = "exploding"
-    factor: Final = 1e4
+    kind = EXPLODING.name
+    factor: Final = EXPLODING.at("norm")
     running: Final = 3
-    lasting_factor: Final = 100.0
+    lasting_factor: Final = EXPLODING.at("lasting")
     lasting: Final = 25
-    above_peak: Final = 10.0
-    clear: Final = 10.0
-    jump: Final = 1.0
-    jump_running: Final = 2
+    above_peak: Final = EXPLODING.at("peak")
+    clear: Final = EXPLODING.clear("norm")
     leap: Final = 10.0
     before_nonfinite: Final = 1e4
 
@@ -48,26 +46,25 @@ class Exploding:
         self.active = False
         self.wants: tuple[str, ...] = ()
         self._streams = tuple(streams)
-        self._keys = [
-            (s.name, stream_key(s, "rho"), stream_key(s, "update_ratio"))
-            for s in streams
-        ]
+        self._keys = [(s.name, stream_key(s, "update_ratio")) for s in streams]
+        self._seen = Seen(streams, CONTEXT)
         self._norms: Window = ()
         self._peak = 0.0
-        self._since = 0
+        self._since = self._lasts = 0
         self._high: list[float] = []  # ratios to the median, while it stays above 10
         self._updates: Window = ()
-        self._jumps: dict[str, float] = {}
         self._calm = 0
-        self._rho: dict[str, list[float]] = {}
         self._carriers: dict[str, float] = {}
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         if reinitialised(record.events):  # norms of other weights are no measure
-            self.load_state_dict(Exploding(self._streams).state_dict())
+            seen = self._seen.state_dict()
+            self.load_state_dict(
+                {**Exploding(self._streams).state_dict(), "seen": seen}
+            )
         self.wants = ()
-        self._note_rho(record)
+        self._seen.take(record)
         norm = record.metrics.get(_NORM)
         if norm is None:
             return []
@@ -86,25 +83,24 @@ class Exploding:
         self._calm = 0
         self._carriers = dict(record.facts.get("carriers", self._carriers))
         if not self._high:
-            self._since, self._jumps = record.step, {}
-            self.wants = () if self.active else ("spectrum", "flow")
+            self._since, self._lasts = record.step, 0
+        self._lasts += 1
+        if not self.active and self._lasts in _LOOKS:
+            self.wants = ("spectrum", "flow")
         self._high = [*self._high, ratio][-self.lasting :]
-        self._note_jumps(record)
         if self.active or not self._decided(norm):
             return []
         return [self._alert(record, norm, usual)]
 
     def _decided(self, norm: float) -> bool:
         high = self._high
-        if self._jumps and len(high) >= self.jump_running:
-            return True
         far = len(high) >= self.running and min(high[-self.running :]) >= self.factor
         long = len(high) >= self.lasting and min(high) >= self.lasting_factor
         return (far or long) and norm >= self.above_peak * self._peak
 
     def _take_usual(self, record: StepRecord, norm: float, usual: float) -> None:
         """Take a usual norm into the median; count the steps back to calm."""
-        ratios = [record.metrics.get(key, 0.0) for _, _, key in self._keys]
+        ratios = [record.metrics.get(key, 0.0) for _, key in self._keys]
         self._updates = push(self._updates, max(ratios, default=0.0), _WINDOW)
         self._norms = push(self._norms, norm, _WINDOW)
         if usual > self._peak and len(self._norms) > WARM_UP:
@@ -114,23 +110,9 @@ class Exploding:
         if self._calm >= self.running:
             self.active = False
 
-    def _note_jumps(self, record: StepRecord) -> None:
-        for name, _, key in self._keys:
-            ratio = record.metrics.get(key, 0.0)
-            if ratio >= self.jump:
-                self._jumps[name] = max(ratio, self._jumps.get(name, 0.0))
-
-    def _note_rho(self, record: StepRecord) -> None:
-        for name, key, _ in self._keys:
-            rho = record.metrics.get(key)
-            if rho is not None:
-                self._rho[name] = [self._rho.get(name, [rho])[0], rho]
-
     def _alert(self, record: StepRecord, norm: float, usual: float) -> Alert:
         self.active = True
         since = self._since
-        heavy = max(self._carriers, key=self._carriers.__getitem__, default="")
-        at = [s for s in self._streams if _belongs(heavy, s)]
         shown = (
             f"total norm {norm:.3g}, {norm / usual:.3g} times its median {usual:.3g}"
         )
@@ -141,29 +123,34 @@ class Exploding:
         if self._carriers:
             parts = (f"{100 * v:.0f} % {name}" for name, v in self._carriers.items())
             shown += f"; carried by {', '.join(parts)}"
-        why, do, remedy = self._why_and_do(usual)
-        message = text.four_lines(
-            self.kind,
-            record.step,
-            f"the gradient norm has exploded since step {since}",
-            shown,
-            why,
-            do,
-        )
-        return Alert(
-            kind=self.kind,
-            severity="error",
-            step=record.step,
+        stream, cause, why, do, remedy = self._judgement(usual)
+        evidence: dict[str, tuple[float, float | None]] = {
+            _NORM: (norm, self.factor * usual)
+        }
+        if cause is not None and stream is not None:
+            grown = self._seen.of(stream).get("growth_log10", 0.0)
+            evidence[stream_key(stream, "growth_log10")] = (grown, _GROWS)
+            shown += f"; growth_log10 {grown:.1f} in {stream.name}"
+        return text.alert(
+            EXPLODING,
+            record,
             since=since,
-            stream=at[0].name if at else None,
-            streams=tuple(s.name for s in at[:1]),
-            evidence=self._evidence(norm, usual),
-            message=message,
+            what=f"the gradient norm has exploded since step {since}",
+            shown=shown,
+            cause=cause,
+            evidence=evidence,
+            stream=stream,
             remedy=remedy,
+            why=why,
+            do=do,
         )
 
-    def _why_and_do(self, usual: float) -> tuple[str, str, Remedy | None]:
-        since = self._since
+    def _judgement(
+        self, usual: float
+    ) -> tuple[Stream | None, str | None, str | None, str | None, Remedy | None]:
+        """Return the stream, the cause, why and do where they are not its, a remedy."""
+        heavy = max(self._carriers, key=self._carriers.__getitem__, default="")
+        bearer = next((s for s in self._streams if _belongs(heavy, s)), None)
         *before, last = self._updates or (0.0,)
         common = median(tuple(before))
         if common > 0 and last >= self.leap * common:
@@ -172,44 +159,51 @@ class Exploding:
                 f"their norm, {last / common:.3g} times as far as usual: the learning "
                 "rate is too high"
             )
-            return why, text.lr_line(since), None
-        grown = self._grown()
-        if grown is None or self._jumps:  # what jumped tells nothing of what was before
-            clip = remedies.clipping(5 * usual)
-            return text.EXPLODING_UNDECIDED, text.remedy_line(clip, since), clip
-        first, now = self._rho[grown.name]
+            return (
+                bearer,
+                None,
+                why,
+                LOWER_RATE + BEFORE.format(since=self._since),
+                None,
+            )
+        grows = self._grows()
+        if grows is None:
+            return bearer, None, None, None, remedies.clipping(5 * usual)
+        seen = self._seen.of(grows)
+        cause = growth_cause(grows, seen)
+        remedy = remedies.against(self.kind, cause, grows)
+        if cause != "drift":
+            return grows, cause, None, None, remedy
+        now, moved = seen.get("rho", math.nan), seen["rho_total_drift"]
         why = (
-            f"rho of {grown.name} was {first:.3g} at first and is {now:.3g}; clipping "
-            "would hide that, not cure it"
+            f"rho of {grows.name} was {now / math.exp(moved):.3g} at first and is "
+            f"{now:.3g}; {HIDDEN}"
         )
-        anew = remedies.against(self.kind, "large_radius", grown)
-        assert anew is not None
-        return why, text.remedy_line(anew, since), anew
+        return grows, cause, why, None, remedy
 
-    def _evidence(
-        self, norm: float, usual: float
-    ) -> dict[str, tuple[float, float | None]]:
-        factor = self.clear if self._jumps else self.factor
-        found: dict[str, tuple[float, float | None]] = {_NORM: (norm, factor * usual)}
-        for name, _, key in self._keys:
-            if name in self._jumps:
-                found[key] = (self._jumps[name], self.jump)
-        return found
-
-    def _grown(self) -> Stream | None:
-        """Return the stream whose rho has grown most, by more than a tenth."""
-        growth = {n: last / max(first, 1e-12) for n, (first, last) in self._rho.items()}
-        grown = [s for s in self._streams if growth.get(s.name, 0.0) > 1.1]
-        return max(grown, key=lambda s: growth[s.name], default=None)
+    def _grows(self) -> Stream | None:
+        """Return the stream through which gradients grow most, or whose rho has."""
+        seen = {s: self._seen.of(s) for s in self._streams}
+        growth = {s: v.get("growth_log10", 0.0) for s, v in seen.items()}
+        drift = {
+            s: v.get("rho_total_drift", 0.0) for s, v in seen.items() if not s.gates
+        }
+        for values, least in ((growth, _GROWS), (drift, GROWN)):
+            most = max(values, key=values.__getitem__, default=None)
+            if most is not None and values[most] >= least:
+                return most
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        static = ("_streams", "_keys")
-        return {k: v for k, v in vars(self).items() if k not in static}
+        static = ("_streams", "_keys", "_seen")
+        state = {k: v for k, v in vars(self).items() if k not in static}
+        return {**state, "seen": self._seen.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        vars(self).update(state)
+        self._seen.load_state_dict(state["seen"])
+        vars(self).update({k: v for k, v in state.items() if k != "seen"})
 
 
 def _belongs(parameter: str, stream: Stream) -> bool:

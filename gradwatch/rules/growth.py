@@ -2,121 +2,179 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch import remedies
 from gradwatch.metrics import stream_key
+from gradwatch.numerics.streaming import theil_sen
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
+from gradwatch.rules.catalogue.flow import EXPLODING
+from gradwatch.rules.causes import CONTEXT, growth_cause
 from gradwatch.rules.hysteresis import Hysteresis
+from gradwatch.rules.seen import Seen
 
 _OFTEN: Final = 10
-"""Steps between probes while an incident is open."""
-_CONTEXT: Final = ("rho", "rho_total_drift")
+"""Steps between probes while an incident is open, or growth rises."""
+_AGAIN: Final = (0, 1, 2)
+"""Steps to the next probe after one and two that counted: a burst is over by then."""
+_SAMPLES: Final = 8
+"""Probes that a slope is taken over."""
+_SOON: Final = 50
+"""Steps within which a rising growth has to cross the threshold to be told of."""
 
 
 class Growth:
-    """A gradient grows by 10^2.4 or more on its way back through the sequence.
+    """A gradient grows on its way back through the sequence: see the catalogue.
 
-    ``growth_log10`` at 2.4 in two probes running (the second is asked for at once), or
-    at 2.7 in one; cleared after three at 1.7 or below. It is seen from the first step
-    on, and while the total norm is clipped.
+    Seen from the first step on, and while the total norm is clipped. A growth that
+    rises together with rho is told of before it crosses, as a notice.
     """
 
-    kind = "exploding"
+    kind = EXPLODING.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
         self.wishes: str | None = None
         self._watched = [(s, stream_key(s, "growth_log10")) for s in streams]
-        self._context = [
-            (s.name, name, stream_key(s, name)) for s in streams for name in _CONTEXT
-        ]
-        self._levels = Hysteresis(raise_at=2.4, clear_at=1.7, at_once=2.7)
-        self._seen: dict[str, dict[str, float]] = {}
+        self._names = [s.name for s in streams]
+        self._seen = Seen(streams, (*CONTEXT, "rho_trend"))
+        self._levels = Hysteresis(
+            EXPLODING.at("growth"),
+            EXPLODING.clear("growth"),
+            EXPLODING.at("growth_at_once"),
+            running=3,
+        )
+        self._past: dict[str, list[list[float]]] = {}  # stream: [step, growth], ...
+        self._rising: dict[str, int] = {}  # stream: since which step
         self._probed = 0
 
     @property
     def active(self) -> bool:
-        """Whether gradients still grow in some stream."""
-        return self._levels.active
+        """Whether gradients still grow in some stream, or rise towards it."""
+        return self._levels.active or bool(self._rising)
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
+        self._seen.take(record)
         for name in reinitialised(record.events):
             self._levels.forget(name)
-            self._seen.pop(name, None)
-        for name, metric, key in self._context:
-            if key in record.metrics:
-                self._seen.setdefault(name, {})[metric] = record.metrics[key]
+            self._past.pop(name, None)
+            self._rising.pop(name, None)
         for stream, key in self._watched:
             growth = record.metrics.get(key)
             if growth is None:
                 continue
             self._probed = record.step
             change = self._levels.update(stream.name, record.step, growth)
-            if change == "suspected":
-                self.wants = "flow"
-            elif change == "raised":
+            if change == "raised":
+                self._rising.pop(stream.name, None)
                 found.append(self._alert(record, stream, key, growth))
-        due = self.active and record.step + 1 - self._probed >= _OFTEN
-        self.wishes = "flow" if due else None
+            elif not self._levels.raised(stream.name):
+                found += self._early(record, stream, key, growth)
+        self._ask(record.step)
         return found
+
+    def _ask(self, step: int) -> None:
+        """Ask for probes: soon while suspected, else often while something rises."""
+        steps = step + 1 - self._probed
+        unsure = max(map(self._levels.suspicions, self._names), default=0)
+        if unsure and steps >= _AGAIN[unsure]:
+            self.wants = "flow"
+        due = (self.active or self._growing()) and steps >= _OFTEN
+        self.wishes = "flow" if due else None
+
+    def _growing(self) -> bool:
+        """Tell whether a growth is where a rise would soon cross the threshold."""
+        low = EXPLODING.clear("rising")
+        return any(p and low <= p[-1][1] for p in self._past.values())
+
+    def _early(
+        self, record: StepRecord, stream: Stream, key: str, growth: float
+    ) -> list[Alert]:
+        """Return the notice of a growth that rises towards the threshold."""
+        name = stream.name
+        known = self._past.get(name, [])
+        past = self._past[name] = [*known, [record.step, growth]][-_SAMPLES:]
+        slope = theil_sen(*zip(*past, strict=True)) if len(past) > 1 else 0.0
+        if name in self._rising:
+            if growth < EXPLODING.clear("rising") or slope <= 0:
+                del self._rising[name]
+            return []
+        if len(past) < _SAMPLES or growth < EXPLODING.at("rising") or slope <= 0:
+            return []
+        left = (EXPLODING.at("growth") - growth) / slope
+        if not 0 < left <= _SOON or self._seen.of(stream).get("rho_trend", 0.0) <= 0:
+            return []
+        self._rising[name] = int(past[0][0])
+        return [self._notice(record, stream, key, growth, left)]
+
+    def _notice(
+        self,
+        record: StepRecord,
+        stream: Stream,
+        key: str,
+        growth: float,
+        left: float,
+    ) -> Alert:
+        cause = growth_cause(stream, self._seen.of(stream))
+        trend = self._seen.of(stream)["rho_trend"]
+        return text.alert(
+            EXPLODING,
+            record,
+            severity="info",
+            since=self._rising[stream.name],
+            what=(
+                f"growth through time in {stream.name} is rising; at this pace over "
+                f"the threshold within about {max(10 * math.ceil(left / 10), 10)} steps"
+            ),
+            shown=(
+                f"growth_log10 {growth:.1f}, up in {_SAMPLES} probes (alarm from "
+                f"{EXPLODING.at('growth')}); rho rises by {trend:.2g} a step"
+            ),
+            cause=cause,
+            evidence={key: (growth, EXPLODING.at("growth"))},
+            stream=stream,
+            remedy=remedies.against(self.kind, cause, stream),
+        )
 
     def _alert(
         self, record: StepRecord, stream: Stream, key: str, growth: float
     ) -> Alert:
-        levels, cause = self._levels, self._cause(stream)
+        levels, cause = self._levels, growth_cause(stream, self._seen.of(stream))
         since = levels.since(stream.name)
-        remedy = remedies.against(self.kind, cause, stream)
-        assert remedy is not None
-        shown = (
-            f"growth_log10 {growth:.1f} (alarm from {levels.raise_at}, twice, or "
-            f"{levels.at_once}): "
-            f"a gradient grows to 10^{growth:.1f} of its size on its way back"
-        )
-        return Alert(
-            kind=self.kind,
-            severity="error",
-            step=record.step,
+        return text.alert(
+            EXPLODING,
+            record,
             since=since,
-            stream=stream.name,
-            streams=(stream.name,),
+            what=f"gradients grow through time in {stream.name} since step {since}",
+            shown=(
+                f"growth_log10 {growth:.1f} (alarm from {levels.raise_at} at "
+                f"{levels.running} probes running, or {levels.at_once}): a gradient "
+                f"grows to 10^{growth:.1f} of its size on its way back"
+            ),
             cause=cause,
             evidence={key: (growth, levels.raise_at)},
-            message=text.four_lines(
-                self.kind,
-                record.step,
-                f"gradients grow through time in {stream.name} since step {since}",
-                shown,
-                text.GROWTH[cause],
-                text.remedy_line(remedy, since),
-            ),
-            remedy=remedy,
+            stream=stream,
+            remedy=remedies.against(self.kind, cause, stream),
         )
-
-    def _cause(self, stream: Stream) -> str:
-        """Return the first cause that the evidence names."""
-        seen = self._seen.get(stream.name, {})
-        if stream.gates:
-            return "large_recurrent_weights"
-        if seen.get("rho_total_drift", 0.0) > 0.1:
-            return "drift"
-        if seen.get("rho", 1.0) < 1:
-            return "active_subnetwork" if stream.kind == "RNN_RELU" else "nonnormal"
-        return "large_radius" if stream.kind == "RNN_RELU" else "chaos"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
         return {
             "levels": self._levels.state_dict(),
-            "seen": dict(self._seen),
+            "seen": self._seen.state_dict(),
+            "past": dict(self._past),
+            "rising": dict(self._rising),
             "probed": self._probed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._levels.load_state_dict(state["levels"])
-        self._seen, self._probed = dict(state["seen"]), state["probed"]
+        self._seen.load_state_dict(state["seen"])
+        self._past, self._rising = dict(state["past"]), dict(state["rising"])
+        self._probed = state["probed"]

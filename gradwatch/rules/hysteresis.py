@@ -7,7 +7,6 @@ from typing import Any, Final, Literal
 
 Change = Literal["suspected", "raised", ""]
 
-_RUNNING: Final = 2
 _CALM: Final = 3
 """Measurements running, at the clear value or below, after which a level is over."""
 
@@ -18,14 +17,19 @@ class Hysteresis:
     Args:
         raise_at: Value from which on a measurement counts.
         clear_at: Value up to which it counts as calm.
-        at_once: Value from which on one measurement is enough; else two running are
-            needed.
+        at_once: Value from which on one measurement is enough.
+        running: How many measurements running are needed else.
     """
 
     def __init__(
-        self, raise_at: float, clear_at: float, at_once: float = math.inf
+        self,
+        raise_at: float,
+        clear_at: float,
+        at_once: float = math.inf,
+        running: int = 2,
     ) -> None:
         self.raise_at, self.clear_at, self.at_once = raise_at, clear_at, at_once
+        self.running = running
         self._over: dict[str, list[int]] = {}  # key: times over, since which step
         self._raised: dict[str, int] = {}  # key: calm measurements running
 
@@ -33,7 +37,7 @@ class Hysteresis:
         """Take in one measurement.
 
         Returns:
-            ``raised`` where the level has just been confirmed, ``suspected`` where one
+            ``raised`` where the level has just been confirmed, ``suspected`` where a
             measurement counts and more are needed, else nothing.
         """
         if key in self._raised:
@@ -48,14 +52,22 @@ class Hysteresis:
             return ""
         times, since = self._over.get(key, (0, step))
         self._over[key] = [times + 1, since]
-        if times + 1 < _RUNNING and value < self.at_once:
+        if times + 1 < self.running and value < self.at_once:
             return "suspected"
         self._raised[key] = 0
         return "raised"
 
+    def suspicions(self, key: str) -> int:
+        """Return how many measurements running have counted; 0 for a raised key."""
+        return 0 if key in self._raised else self._over.get(key, [0])[0]
+
     def since(self, key: str) -> int:
         """Return the step at which a raised key's evidence began."""
         return self._over[key][1]
+
+    def raised(self, key: str) -> bool:
+        """Tell whether a key is raised."""
+        return key in self._raised
 
     @property
     def active(self) -> bool:

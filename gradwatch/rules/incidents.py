@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from gradwatch.record import Alert, Incident, parse
@@ -17,8 +18,30 @@ _PRECEDENCE: Final = (
     "spike",
 )
 _BROKEN: Final = ("nonfinite", "exploding")
-_CONSEQUENCES: Final = ("dead_units", "gate_stuck", "no_gradient", "not_updating")
-"""What a net that has exploded shows too: evidence while one of those is open."""
+_CONSEQUENCES: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
+    {
+        "dead_units": _BROKEN,
+        "gate_stuck": _BROKEN,
+        "no_gradient": _BROKEN,
+        "underflow": _BROKEN,
+        "cleared_early": _BROKEN,  # a clip to a norm that overflows leaves zeros
+        "over_clipping": (*_BROKEN, "cleared_early"),
+        "not_updating": (*_BROKEN, "cleared_early", "over_clipping"),
+        "lr_too_high": ("not_cleared",),
+        "nonfinite": ("lr_too_high",),  # and it raises that to an error
+        "loss_divergence": ("not_cleared",),
+        "spike": ("not_cleared",),
+    }
+)
+"""Kind -> the open errors and alarms that explain it: it is evidence of theirs."""
+_UNDECIDED: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
+    {
+        "no_gradient": ("dead_units", "gate_stuck", "underflow"),
+        "not_updating": ("dead_units", "gate_stuck", "underflow"),
+        "exploding": ("lr_too_high",),
+    }
+)
+"""The same for an alert that could name no cause of its own."""
 _RANK: Final = {"info": 0, "warning": 1, "error": 2}
 _NOTICES: Final = 3
 """Notices that one stream may give in a run, per kind."""
@@ -73,6 +96,8 @@ class Incidents:
             self._open[alert.kind] = opened
             return alert, opened
         rises = _RANK[alert.severity] > _RANK[known.severity]
+        if alert.kind != known.kind and alert.kind != "nonfinite":
+            rises = False  # what is explained is evidence, however bad
         grown = dataclasses.replace(
             known,
             severity=alert.severity if rises else known.severity,
@@ -89,17 +114,22 @@ class Incidents:
         """Return the open incident that an alert is evidence of."""
         if alert.kind in self._open:
             return self._open[alert.kind]
-        if alert.kind in _CONSEQUENCES:
-            found = [self._open[kind] for kind in _BROKEN if kind in self._open]
-            return found[0] if found else None
+        explained = [*_CONSEQUENCES.get(alert.kind, ())]
+        if alert.cause is None:
+            explained += _UNDECIDED.get(alert.kind, ())
+        for kind in explained:
+            known = self._open.get(kind)
+            if known is not None and known.severity != "info":
+                return known
         if alert.kind not in _PRECEDENCE:
             return None
         for kind in _PRECEDENCE:
             known = self._open.get(kind)
             # An open error explains also what ranks above it: an explosion ends in NaN.
-            if known is not None and (
-                known.severity == "error"
-                or _PRECEDENCE.index(kind) < _PRECEDENCE.index(alert.kind)
+            if known is None or known.severity == "info":
+                continue
+            if known.severity == "error" or _PRECEDENCE.index(kind) < _PRECEDENCE.index(
+                alert.kind
             ):
                 return known
         return None

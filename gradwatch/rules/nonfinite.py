@@ -9,8 +9,9 @@ from typing import Any, Final
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules import text
+from gradwatch.rules.catalogue.loop import NONFINITE
 
-_SKIPS_ALLOWED: Final = 10
+_SKIPS_ALLOWED: Final = int(NONFINITE.at("skips"))
 _QUIET_STEPS: Final = 25
 
 _NORM = run_key("grad_norm")
@@ -25,16 +26,25 @@ class Nonfinite:
     row; the incident ends after 25 finite steps.
     """
 
-    kind = "nonfinite"
+    kind = NONFINITE.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.active = False
         self._skips = 0
         self._quiet = 0
-        self._finite: list[float] | None = None  # step and norm
+        self._finite: list[float] | None = None  # step, norm, loss
+        self._half = False
+        self._input = True
+        self.wants: str | None = None
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
+        self.wants = None
+        for facts in record.facts.values():
+            if isinstance(facts, dict) and "dtype" in facts:
+                used = (facts["dtype"], facts.get("autocast"))
+                self._half = "float16" in used
+                self._input = facts.get("input_finite", True)
         norm = record.metrics.get(_NORM)
         loss = record.metrics.get(_LOSS)
         count = record.metrics.get(_NONFINITE, 0.0)
@@ -43,7 +53,7 @@ class Nonfinite:
             self._skips = 0
             self._quiet += 1
             if norm is not None and math.isfinite(norm):
-                self._finite = [record.step, norm]
+                self._finite = [record.step, norm, math.nan if loss is None else loss]
             if self._quiet >= _QUIET_STEPS:
                 self.active = False
             return []
@@ -53,6 +63,7 @@ class Nonfinite:
             by = record.facts.get("skipped_by", "user")
             excused = by in ("scaler", "clipper", "unknown")
             if excused and self._skips <= _SKIPS_ALLOWED:
+                self.wants = "state"  # it tells whether the input is finite
                 return []
         self.active = True
         return [self._alert(record, count, loss)]
@@ -68,32 +79,35 @@ class Nonfinite:
             what, shown = "the logged loss is not finite", f"loss {loss}"
             evidence = {_LOSS: (float(loss or 0.0), None)}
         if self._finite is not None:
-            step, norm = self._finite
+            step, norm, last = self._finite
             shown += f"; last finite gradient norm {norm:.3g} at step {step:.0f}"
+            if not math.isnan(last):
+                shown += f", loss {last:.3g}"
         else:
             shown += "; no gradient was finite before"
-        why, do = text.NONFINITE[cause]
         if self._skips > _SKIPS_ALLOWED:
             what = f"{self._skips} steps in a row were skipped for NaN or Inf"
-        return Alert(
-            kind=self.kind,
-            severity="error",
-            step=record.step,
+        return text.alert(
+            NONFINITE,
+            record,
             since=record.step - max(self._skips - 1, 0),
+            what=what,
+            shown=shown,
             cause=cause,
             evidence=evidence,
-            message=text.four_lines(self.kind, record.step, what, shown, why, do),
         )
 
     def _cause(
         self, record: StepRecord, count: float, loss: float | None
     ) -> str | None:
-        if loss is not None and not math.isfinite(loss):
-            return "nan_data" if self._finite is not None else None
+        if not self._input:
+            return "nan_data"
         if self._skips > _SKIPS_ALLOWED and record.facts.get("skipped_by") == "scaler":
             return "fp16_overflow"
+        if loss is not None and not math.isfinite(loss):
+            return "nan_data" if self._finite is not None else None
         if loss is not None:
-            return "nan_backward"
+            return "fp16_overflow" if self._half else "nan_backward"
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,32 +10,33 @@ from gradwatch.metrics import run_key
 from gradwatch.numerics.streaming import Window, median, push, robust_z
 from gradwatch.record import Alert, Remedy, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
+from gradwatch.rules.catalogue.loop import SPIKE
+from gradwatch.rules.seen import Losses
 
 _WARM_UP: Final = 50
 """Norms before any is judged: a net that opens to its gradients jumps once."""
 _WINDOW: Final = 25
 """Logarithms of norms that a norm is compared with."""
+_WITHIN: Final = 3
+"""Steps after which a norm has to be back."""
 
-_NORM = run_key("grad_norm")
+_NORM, _LOSS = map(run_key, ("grad_norm", "loss"))
 
 
 class Spike:
-    """One norm far above the recent ones that is over within three steps.
+    """One norm far above the recent ones, and above all so far, that is soon over.
 
-    Robust z of ln(norm) >= 10 and at least 25 times the median of the last 25; said
-    once the norm is back, because a longer one belongs to another kind.
+    Said once the norm is back, because a longer one belongs to another kind.
     """
 
-    kind = "spike"
+    kind = SPIKE.name
     active = False
-    score: Final = 10.0
-    ratio: Final = 25.0
-    within: Final = 3
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._logs: Window = ()
         self._taken = 0
-        self._peak = -math.inf
+        self._largest = -math.inf
+        self._losses = Losses()
         self._raised: list[float] | None = None  # step, norm, ratio, z; or too long
 
     def update(self, record: StepRecord) -> list[Alert]:
@@ -48,55 +49,64 @@ class Spike:
             return []
         log, usual = math.log(norm), median(self._logs)
         self._taken += 1
-        if self._taken <= _WARM_UP:
-            self._logs = push(self._logs, log, _WINDOW)
-            if len(self._logs) == _WINDOW:
-                self._peak = max(self._peak, median(self._logs))
-            return []
-        if log - usual < math.log(self.ratio):
-            self._logs = push(self._logs, log, _WINDOW)
-            self._peak = max(self._peak, usual)
+        if self._taken <= _WARM_UP or log - usual < math.log(SPIKE.at("ratio")):
             raised, self._raised = self._raised, None
-            return [self._alert(record, raised)] if raised else []
-        z = robust_z(self._logs, log, floor=0.1)
+            found = self._judged(record, raised) if raised else []
+            self._take_usual(record, log)
+            return found
         if self._raised is None:
-            # A norm that was usual before is a net that had forgotten it, no spike.
-            if z >= self.score and log > self._peak + 1:
+            z = robust_z(self._logs, log, floor=0.1)
+            if z >= SPIKE.at("z"):
                 self._raised = [record.step, norm, math.exp(log - usual), z]
-        elif not self._raised or record.step - self._raised[0] >= self.within:
+                loss = record.metrics.get(_LOSS, -math.inf)
+                self._raised.append(loss)
+            else:
+                self._take_usual(record, log)
+        elif not self._raised or record.step - self._raised[0] >= _WITHIN:
             self._raised = []  # too long for a spike
-            self._logs = push(self._logs, log, _WINDOW)
+            self._take_usual(record, log)
         return []
 
-    def _alert(self, record: StepRecord, raised: Sequence[float]) -> Alert:
-        step, norm, ratio, z = raised
-        usual = norm / ratio
+    def _take_usual(self, record: StepRecord, log: float) -> None:
+        self._logs = push(self._logs, log, _WINDOW)
+        self._largest = max(self._largest, log)
+        self._losses.take(record)
+
+    def _judged(self, record: StepRecord, raised: Sequence[float]) -> list[Alert]:
+        """Return the alert, if the norm was larger than any net that learns shows."""
+        step, norm, ratio, z, loss = raised
+        record_ratio = math.exp(math.log(norm) - self._largest)
+        # A loss that is logged behind the step stands in the next record.
+        loss = max(loss, record.metrics.get(_LOSS, loss))
+        told = loss > SPIKE.at("loss") * max(self._losses.largest, 0.0)
+        if record_ratio < SPIKE.at("record_with_loss" if told else "record"):
+            return []
         clip = Remedy(name="clip.LogZClip")
-        message = text.four_lines(
-            self.kind,
-            record.step,
-            f"one gradient norm stood out at step {step:.0f}; it is back",
-            f"norm {norm:.3g}, {ratio:.3g} times the median {usual:.3g} "
-            f"(robust z {z:.1f}; both 25 and 10 are needed)",
-            "a batch unlike the others, most likely: a long sequence, a bad label, "
-            "an outlier in the input",
-            text.remedy_line(clip, int(step)),
+        usual = norm / ratio
+        shown = (
+            f"norm {norm:.3g}, {ratio:.3g} times the median {usual:.3g} (robust z "
+            f"{z:.1f}) and {record_ratio:.3g} times the largest so far"
         )
-        return Alert(
-            kind=self.kind,
-            severity="warning",
-            step=record.step,
-            since=int(step),
-            cause="bad_batch",
-            evidence={_NORM: (norm, self.ratio * usual)},
-            message=message,
-            remedy=clip,
-        )
+        if told:
+            shown += f"; loss {loss:.3g}, at most {self._losses.largest:.3g} before"
+        return [
+            text.alert(
+                SPIKE,
+                record,
+                since=int(step),
+                what=f"one gradient norm stood out at step {step:.0f}; it is back",
+                shown=shown,
+                cause="bad_batch",
+                evidence={_NORM: (norm, SPIKE.at("ratio") * usual)},
+                remedy=clip,
+            )
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        return dict(vars(self))
+        return {**vars(self), "_losses": self._losses.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        vars(self).update(state)
+        self._losses.load_state_dict(state["_losses"])
+        vars(self).update({k: v for k, v in state.items() if k != "_losses"})

@@ -9,6 +9,7 @@ from gradwatch import remedies
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
+from gradwatch.rules.catalogue.units import DEAD_UNITS, GATE_STUCK
 from gradwatch.rules.hysteresis import Hysteresis
 
 _GATES: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
@@ -17,12 +18,15 @@ _GATES: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {
 }
 """Of each kind of net: gate -> the metric that shows it stuck, and the cause."""
 
+_SIDES: Final[Mapping[str, str]] = {
+    "input_gate": "i is below .05",
+    "output_gate": "o is below .05",
+    "update_gate": "z is above .95",
+}
 _STATES: Final = 40
 """Fewest states from which a unit that was 0 in all of them is called dead."""
 _REPLAYED: Final = 4
 """Sequences that stand for the batch below the uppermost layer."""
-_MEANT: Final = 20.0
-"""Lengths of the sequence that a memory may last and still be meant."""
 
 
 class DeadUnits:
@@ -32,7 +36,7 @@ class DeadUnits:
     cleared at .3. In healthy runs the largest share was .21.
     """
 
-    kind = "dead_units"
+    kind = DEAD_UNITS.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
@@ -43,7 +47,7 @@ class DeadUnits:
         ]
         self._top = {s.module: s.layer for s in sorted(streams, key=lambda s: s.layer)}
         self._facts: dict[str, Any] = {}
-        self._levels = Hysteresis(raise_at=0.5, clear_at=0.3)
+        self._levels = Hysteresis(DEAD_UNITS.at("dead"), DEAD_UNITS.clear("dead"))
 
     @property
     def active(self) -> bool:
@@ -78,32 +82,21 @@ class DeadUnits:
     def _alert(self, record: StepRecord, stream: Stream, share: float) -> Alert:
         since = self._levels.since(stream.name)
         active = record.metrics.get(stream_key(stream, "act_deriv"))
-        remedy = remedies.against(self.kind, "dead_relu", stream)
-        assert remedy is not None
         shown = (
             f"dead {share:.2f} in {stream.name} (alarm from {self._levels.raise_at})"
         )
         if active is not None:
             shown += f"; share of active units at a step {active:.2f}"
-        return Alert(
-            kind=self.kind,
-            severity="warning",
-            step=record.step,
+        return text.alert(
+            DEAD_UNITS,
+            record,
             since=since,
-            stream=stream.name,
-            streams=(stream.name,),
+            what=f"{100 * share:.0f} % of the units of {stream.name} never fire",
+            shown=shown,
             cause="dead_relu",
             evidence={stream_key(stream, "dead"): (share, self._levels.raise_at)},
-            message=text.four_lines(
-                self.kind,
-                record.step,
-                f"{100 * share:.0f} % of the units of {stream.name} never fire",
-                shown,
-                "a ReLU that is 0 everywhere passes no gradient and cannot come back: "
-                "a step that was too large, or biases that hold it down",
-                text.remedy_line(remedy, since),
-            ),
-            remedy=remedy,
+            stream=stream,
+            remedy=remedies.against(self.kind, "dead_relu", stream),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +119,7 @@ class GateStuck:
     beside a forget gate that does.
     """
 
-    kind = "gate_stuck"
+    kind = GATE_STUCK.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
@@ -135,7 +128,7 @@ class GateStuck:
             for stream in streams
             for gate, (metric, cause) in _GATES.get(stream.kind, {}).items()
         ]
-        self._levels = Hysteresis(raise_at=0.95, clear_at=0.85)
+        self._levels = Hysteresis(GATE_STUCK.at("share"), GATE_STUCK.clear("share"))
         self._lengths: dict[str, int] = {}
 
     @property
@@ -169,7 +162,7 @@ class GateStuck:
         """Tell whether a gate is what a long memory looks like, as chrono sets it."""
         steps = record.metrics.get(stream_key(stream, "timescale"), 0.0)
         length = self._lengths.get(stream.module, 0)
-        lasting = steps <= _MEANT * length
+        lasting = steps <= GATE_STUCK.at("meant") * length
         if cause == "input_gate":
             held = record.metrics.get(stream_key(stream, "open", "f"), 0.0)
             return lasting and held >= 0.5
@@ -179,31 +172,20 @@ class GateStuck:
         self, record: StepRecord, stream: Stream, gate: str, key: str, cause: str
     ) -> Alert:
         share, since = record.metrics[key], self._levels.since(key)
-        side, means = text.STUCK[cause]
         length = self._lengths.get(stream.module, 0)
-        remedy = remedies.against(self.kind, cause, stream, length)
-        do = text.bias_line(stream, since)
-        if remedy is not None:
-            do = text.remedy_line(remedy, since)
-        return Alert(
-            kind=self.kind,
-            severity="warning",
-            step=record.step,
+        return text.alert(
+            GATE_STUCK,
+            record,
             since=since,
-            stream=stream.name,
-            streams=(stream.name,),
+            what=f"gate {gate} of {stream.name} is stuck",
+            shown=(
+                f"{_SIDES[cause]} in {100 * share:.0f} % of units and steps "
+                f"(alarm from {100 * self._levels.raise_at:.0f} %)"
+            ),
             cause=cause,
             evidence={key: (share, self._levels.raise_at)},
-            message=text.four_lines(
-                self.kind,
-                record.step,
-                f"gate {gate} of {stream.name} is stuck",
-                f"{side} in {100 * share:.0f} % of units and steps "
-                f"(alarm from {100 * self._levels.raise_at:.0f} %)",
-                means,
-                do,
-            ),
-            remedy=remedy,
+            stream=stream,
+            remedy=remedies.against(self.kind, cause, stream, length),
         )
 
     def state_dict(self) -> dict[str, Any]:

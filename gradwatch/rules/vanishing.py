@@ -7,58 +7,61 @@ from typing import Any, Final
 
 from gradwatch import remedies
 from gradwatch.metrics import stream_key
-from gradwatch.record import Alert, Severity, StepRecord, Stream, reinitialised
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
+from gradwatch.rules.catalogue.flow import TRUNCATED, VANISHING
+from gradwatch.rules.causes import GROWN
+from gradwatch.rules.seen import Losses, Seen
 
-_LOW: Final = -6.0
-_HIGH: Final = -4.5
-"""Decades from the largest adjoint to the first step's: raised at, cleared at."""
+_LOW: Final = VANISHING.at("reach")
+_HIGH: Final = VANISHING.clear("reach")
+_FLOOR: Final = -45.0
+"""Decades that stand for an adjoint of 0: the least that float32 tells from it."""
 _PROBES: Final = 5
 _CLEAR: Final = 3
-_DEMAND: Final = 0.5
 _SHORTEST: Final = 5
-_PROGRESS: Final = 0.5
-"""Share of its start to which the signal falls where the task is being learnt."""
 _HOLD: Final = 100
-_TRAVEL: Final = 1.5
 _LONG: Final = 3000
-"""Steps, and sum of update ratios, after which a net will not open by itself."""
+"""Steps after which a net will not open by itself, however little it has moved."""
 _OFTEN: Final = 10
 _SELDOM: Final = 100
 _OFTEN_FOR: Final = 1000
 """Steps between probes while an incident is open, at first and later."""
-_CONTEXT: Final = ("act_deriv", "forget", "rho", "rho_total_drift", "shut/f", "shut/z")
+_SATURATED: Final = 0.35
+_FOR_GOOD: Final = 0.2
+"""Mean slope of the tanh that is the cause; that does not go away by itself."""
+_SHUT: Final = 0.9
+_PADDED: Final = 0.3
+"""Share of the steps, at the end, whose input is all zeros."""
+_LASTING: Final = ("forget_gate", "update_gate", "padding", "truncation")
+_CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
 
 
 class Vanishing:
-    """The adjoint of the first step is a millionth of the largest, or less.
+    """No gradient reaches the first steps, for long, and nothing is learnt without.
 
     At the first probe that is a notice: many nets open by themselves. It is an alarm
-    once it has lasted 100 steps in which the recurrent weights have moved by one and a
-    half times their norm (the sum of their update ratios is 1.5), or 3,000 steps; at
-    once where the gradient had reached the first steps before. Silent where the loss
-    reads half of the steps or more, in sequences of 5 steps or fewer, and where the
-    signal has fallen to half: the task is being learnt without the far past.
+    once it has lasted what such nets need, by a cause that stays or by the way that
+    the weights have gone; at once where the gradient had reached the first steps. See
+    the catalogue.
     """
 
-    kind = "vanishing"
+    kind = VANISHING.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wishes: str | None = None
         self._watched = [
             (s, {name: stream_key(s, name) for name in _METRICS}) for s in streams
         ]
-        self._context = [
-            (s.name, name, stream_key(s, name)) for s in streams for name in _CONTEXT
-        ]
+        self._seen = Seen(streams, _CONTEXT)
+        self._losses = Losses()
         self._open: dict[str, dict[str, Any]] = {}
         self._past: dict[str, list[float]] = {}
         self._reached: dict[str, bool] = {}
         self._learnt: dict[str, bool] = {}
-        self._seen: dict[str, dict[str, float]] = {}
-        self._modules: dict[str, dict[str, Any]] = {}
         self._probed = 0
+        self._suspicious = False
 
     @property
     def active(self) -> bool:
@@ -67,37 +70,28 @@ class Vanishing:
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
-        self._note(record)
+        self._seen.take(record)
+        self._losses.take(record)
+        for name in reinitialised(record.events):
+            for state in (self._open, self._past, self._reached, self._learnt):
+                state.pop(name, None)
         found: list[Alert] = []
         for stream, keys in self._watched:
             known = self._open.get(stream.name)
             if known is not None:
                 known["travel"] += record.metrics.get(keys["update_ratio"], 0.0)
             reach = record.metrics.get(keys["adjoint_log10"])
-            if reach is None:
-                continue
-            self._probed = record.step
-            found += self._probe(record, stream, keys, reach)
+            if reach is not None:
+                self._probed = record.step
+                found += self._probe(record, stream, keys, max(reach, _FLOOR))
         self.wishes = self._asks(record.step)
         return found
 
-    def _note(self, record: StepRecord) -> None:
-        for name, metric, key in self._context:
-            if key in record.metrics:
-                self._seen.setdefault(name, {})[metric] = record.metrics[key]
-        for name, facts in record.facts.items():
-            if isinstance(facts, dict):
-                self._modules[name] = facts
-        for name in reinitialised(record.events):
-            for state in (self._open, self._past, self._reached, self._learnt):
-                state.pop(name, None)
-            self._seen.pop(name, None)
-
     def _asks(self, step: int) -> str | None:
-        """Return the depth that an open incident asks for at the next step."""
-        if not self._open:
+        """Return the depth that an open incident, or one to be, asks for next."""
+        if not self._open and not self._suspicious:
             return None
-        since = min(known["since"] for known in self._open.values())
+        since = min((known["since"] for known in self._open.values()), default=step)
         every = _OFTEN if step - since < _OFTEN_FOR else _SELDOM
         return "flow" if step + 1 - self._probed >= every else None
 
@@ -105,8 +99,11 @@ class Vanishing:
         self, record: StepRecord, stream: Stream, keys: Mapping[str, str], reach: float
     ) -> list[Alert]:
         name = stream.name
+        if self._cut(stream):
+            reach = _FLOOR  # what is measured is the last piece alone
         past = self._past[name] = [*self._past.get(name, []), reach][-_PROBES:]
-        learnt = record.metrics.get(keys["signal"], 1.0) < _PROGRESS
+        signal = record.metrics.get(keys["signal"], 1.0)
+        learnt = signal < VANISHING.clear("learnt")
         known = self._open.get(name)
         if known is not None:
             calm = reach >= _HIGH or learnt
@@ -116,28 +113,38 @@ class Vanishing:
                 self._learnt[name] = self._learnt.get(name, False) or learnt
                 self._reached[name] = self._reached.get(name, False) or reach >= _HIGH
                 return []
-            return self._rise(record, stream, keys, known, past, learnt)
+            return self._rise(record, stream, keys, known, past)
         if reach >= _HIGH:
             self._reached[name] = True
             self._learnt[name] = False
         learnt = learnt or self._learnt.get(name, False)
+        self._suspicious = False
         if reach > _LOW or learnt or not self._can_matter(record, stream, keys):
             return []
         if self._reached.get(name) and (len(past) < _PROBES or max(past) > _HIGH):
+            self._suspicious = True
             return []
         known = {"since": record.step, "travel": 0.0, "calm": 0, "raised": False}
-        self._open[name] = known
+        self._open[name] = known = {**known, "first": reach}
         if self._reached.get(name):
-            return self._rise(record, stream, keys, known, past, learnt)
-        return [self._alert(record, stream, keys, "info")]
+            return self._rise(record, stream, keys, known, past)
+        return [self._alert(record, stream, keys, alarm=False)]
+
+    def _cut(self, stream: Stream) -> bool:
+        """Tell whether earlier calls of the same step were cut off, and get nothing."""
+        return bool(self._seen.fact(stream, "cut", 0))
 
     def _can_matter(
         self, record: StepRecord, stream: Stream, keys: Mapping[str, str]
     ) -> bool:
         """Tell whether the loss can want the far past at all."""
-        length = self._modules.get(stream.module, {}).get("T", 0)
+        length = self._length(stream)
         demand = record.metrics.get(keys["demand"])
-        return length > _SHORTEST and demand is not None and demand < _DEMAND
+        wanted = demand is not None and demand < VANISHING.at("demand")
+        return length > _SHORTEST and wanted
+
+    def _length(self, stream: Stream) -> int:
+        return int(self._seen.fact(stream, "T", 0) + self._seen.fact(stream, "cut", 0))
 
     def _rise(
         self,
@@ -146,74 +153,102 @@ class Vanishing:
         keys: Mapping[str, str],
         known: dict[str, Any],
         past: Sequence[float],
-        learnt: bool,
     ) -> list[Alert]:
         """Return the alarm where a notice has lasted what opens by itself."""
         lasted = record.step - known["since"]
-        moved = lasted >= _HOLD and known["travel"] >= _TRAVEL
         middle = sorted(past)[len(past) // 2]
         low = middle <= _LOW and max(past) <= _HIGH and len(past) >= _PROBES
+        if known["raised"] or not low or self._progress(record, stream, keys):
+            return []
+        moved = self._moved(known, middle)
+        lasting = lasted >= _HOLD and (moved or self._stays(stream))
         fell = bool(self._reached.get(stream.name))
-        due = fell or moved or lasted >= _LONG
-        if known["raised"] or learnt or not low or not due:
+        if not fell and not lasting and lasted < _LONG:
             return []
         known["raised"] = True
-        return [self._alert(record, stream, keys, "warning")]
+        return [self._alert(record, stream, keys, alarm=True)]
+
+    def _progress(
+        self, record: StepRecord, stream: Stream, keys: Mapping[str, str]
+    ) -> bool:
+        """Tell whether the task is being learnt, by the signal or by the loss."""
+        signal, share = record.metrics.get(keys["signal"], 1.0), self._losses.share
+        if self._cut(stream):  # what the last piece holds is learnt all the same
+            return signal < VANISHING.clear("learnt")
+        told = share is not None and share < VANISHING.at("loss")
+        return told or signal < VANISHING.at("learnt")
+
+    def _moved(self, known: Mapping[str, Any], middle: float) -> bool:
+        """Tell whether the weights have gone further than nets that open need."""
+        level = "travel" if self._losses.share is not None else "travel_alone"
+        opens = middle > known["first"] + VANISHING.at("opening")
+        return bool(known["travel"] >= VANISHING.at(level)) and not opens
+
+    def _stays(self, stream: Stream) -> bool:
+        """Tell whether the cause is one that does not go away by itself."""
+        if self._cause(stream) in _LASTING:
+            return True
+        slope = self._seen.of(stream).get("act_deriv", 1.0)
+        return stream.kind != "RNN_RELU" and slope < _FOR_GOOD
 
     def _alert(
         self,
         record: StepRecord,
         stream: Stream,
         keys: Mapping[str, str],
-        severity: Severity,
+        *,
+        alarm: bool,
     ) -> Alert:
         known = self._open[stream.name]
         reach = record.metrics[keys["adjoint_log10"]]
         horizon = record.metrics.get(keys["horizon"])
-        length = self._modules.get(stream.module, {}).get("T", 0)
-        cause = self._cause(stream, length)
-        far = (
-            f"{horizon:.0f} of {length}" if horizon is not None else f"few of {length}"
-        )
+        length, cut = self._length(stream), self._seen.fact(stream, "cut", 0)
+        cause = self._cause(stream)
         shown = (
             f"the first step gets 10^{reach:.1f} of the largest adjoint (from "
-            f"10^{_LOW:.0f}); signal {record.metrics.get(keys['signal'], 1.0):.2f} of "
-            f"its start; the weights have moved by {known['travel']:.2g} of their norm"
+            f"10^{_LOW:.0f})"
         )
-        remedy = remedies.against(self.kind, cause, stream, length)
-        why, do = text.vanishing(cause, remedy)
-        return Alert(
-            kind=self.kind,
-            severity=severity,
-            step=record.step,
+        if cut:
+            reach = -float("inf")
+            shown = f"the first {cut} of {length} steps are cut off and get nothing"
+        shown += (
+            f"; signal {record.metrics.get(keys['signal'], 1.0):.2f} of its start; the "
+            f"weights have moved by {known['travel']:.2g} of their norm"
+        )
+        if self._losses.share is not None:
+            shown += f"; the loss is at {self._losses.share:.2f} of its start"
+        far = f"{horizon:.0f}" if horizon is not None else "few"
+        why = VANISHING.causes[cause].why
+        return text.alert(
+            VANISHING,
+            record,
+            severity="warning" if alarm else "info",
             since=known["since"],
-            stream=stream.name,
-            streams=(stream.name,),
+            what=f"gradients of {stream.name} reach {far} of {length} steps back",
+            shown=shown,
             cause=cause,
             evidence={keys["adjoint_log10"]: (reach, _LOW)},
-            message=text.four_lines(
-                self.kind,
-                record.step,
-                f"gradients of {stream.name} reach {far} steps back",
-                shown,
-                why,
-                do,
-            ),
-            remedy=remedy,
+            stream=stream,
+            remedy=remedies.against(self.kind, cause, stream, length),
+            why=f"{why}; it is a fault where the task needs the first steps",
         )
 
-    def _cause(self, stream: Stream, length: int) -> str:
+    def _cause(self, stream: Stream) -> str:
         """Return the first cause that the evidence names."""
-        seen = self._seen.get(stream.name, {})
-        if self._modules.get(stream.module, {}).get("state_detached"):
+        seen, length = self._seen.of(stream), self._length(stream)
+        if self._cut(stream) or self._seen.fact(stream, "state_detached"):
             return "truncation"
-        if stream.kind != "RNN_RELU" and seen.get("act_deriv", 1.0) < 0.35:
-            return "saturation"
-        if seen.get("shut/f", 0.0) > 0.9:
+        if self._seen.fact(stream, "padding", 0.0) >= _PADDED:
+            return "padding"
+        if stream.kind != "RNN_RELU" and seen.get("act_deriv", 1.0) < _SATURATED:
+            drive = self._seen.fact(stream, "drive")
+            by = {"input": "input_scale", "state": "large_weights"}
+            return by.get(drive, "saturation")
+        if seen.get("shut/f", 0.0) > _SHUT:
             return "forget_gate"
-        if seen.get("shut/z", 0.0) > 0.9:
+        if seen.get("shut/z", 0.0) > _SHUT:
             return "update_gate"
-        if not stream.gates and seen.get("rho_total_drift", 0.0) <= -0.1:
+        if not stream.gates and seen.get("rho_total_drift", 0.0) <= -GROWN:
             return "drift"
         if stream.gates or (length > 70 and seen.get("rho", 0.0) > 0.5):
             return "horizon_too_long"
@@ -221,12 +256,17 @@ class Vanishing:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        static = ("_watched", "_context", "wishes")
-        return {k: v for k, v in vars(self).items() if k not in static}
+        static = ("_watched", "_seen", "_losses", "wishes")
+        state = {k: v for k, v in vars(self).items() if k not in static}
+        seen, losses = self._seen.state_dict(), self._losses.state_dict()
+        return {**state, "seen": seen, "losses": losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        vars(self).update(state)
+        self._seen.load_state_dict(state["seen"])
+        self._losses.load_state_dict(state["losses"])
+        own = {k: v for k, v in state.items() if k not in ("seen", "losses")}
+        vars(self).update(own)
 
 
 class Truncated:
@@ -236,7 +276,7 @@ class Truncated:
     have no graph. Said once a stream.
     """
 
-    kind = "truncated"
+    kind = TRUNCATED.name
     active = False
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
@@ -256,23 +296,16 @@ class Truncated:
         return found
 
     def _alert(self, record: StepRecord, stream: Stream, length: int) -> Alert:
-        return Alert(
-            kind=self.kind,
-            severity="info",
-            step=record.step,
+        return text.alert(
+            TRUNCATED,
+            record,
             since=record.step,
-            stream=stream.name,
-            streams=(stream.name,),
+            what=f"the state of {stream.name} is detached every {length} steps",
+            shown="it begins with the state of an earlier call, which has no graph",
             cause="truncation",
-            message=text.four_lines(
-                self.kind,
-                record.step,
-                f"the state of {stream.name} is detached every {length} steps",
-                "it begins with the state of an earlier call, which has no graph",
-                "truncated backpropagation through time: nothing farther back than "
-                f"{length} steps is learnt from; no fault by itself",
-                "a longer piece of the sequence in each call, if more is needed",
-            ),
+            evidence={},
+            stream=stream,
+            why=TRUNCATED.causes["truncation"].why.format(length=length),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class Jsonl:
         self._step_size = 1
         self._fold = Fold()
         self._recent: deque[StepRecord] = deque(maxlen=_AROUND_INCIDENT)
+        self._profiled: tuple[int | None, Mapping[str, Any]] = (None, {})
+        self._around: dict[Path, tuple[str, dict[str, Any]]] = {}
         self._pid = os.getpid()
         self._closed = False
         self._waiting: list[StepRecord] = []
@@ -123,6 +125,8 @@ class Jsonl:
             lines = "".join(dump_line(alert) + "\n" for alert in alerts)
             self._alerts.write(lines.encode("ascii"))
         self._recent.append(record)
+        if record.profiles:
+            self._profiled = (record.step, record.profiles)
         self._waiting.append(record)
         if alerts:
             self.flush()
@@ -155,8 +159,17 @@ class Jsonl:
         if self._written >= self._section:
             self._written, self._step_size = 0, self._step_size * 10
 
-    def write_incident(self, incident: Incident) -> None:
-        """Write an incident's file, with the last 64 records whole."""
+    def write_incident(
+        self, incident: Incident, latest: Mapping[str, float] | None = None
+    ) -> None:
+        """Write an incident's file, with what led to it and where it happened.
+
+        What led to it is of when the incident opened, or became more severe.
+
+        Args:
+            incident: As it is now.
+            latest: The last value of every key.
+        """
         if not self._ours:
             return
         folder = self.folder / "incidents"
@@ -165,8 +178,33 @@ class Jsonl:
         content = {
             f.name: getattr(incident, f.name) for f in dataclasses.fields(incident)
         }
-        content["records"] = [json.loads(dump_line(r)) for r in self._recent]
-        _replace(path, dump_line(content))
+        severity, around = self._around.get(path, ("", {}))
+        if severity != incident.severity:
+            around = self._surroundings(latest or {})
+            self._around[path] = (incident.severity, around)
+        _replace(path, dump_line({**content, **around}))
+
+    def _surroundings(self, latest: Mapping[str, float]) -> dict[str, Any]:
+        """Return what an incident's file holds beside the incident, in plain values."""
+        found: dict[str, Any] = {
+            "latest": dict(latest),
+            "profiles": {"step": self._profiled[0], **self._profiled[1]},
+            "environment": {
+                name: self._meta[name]
+                for name in ("versions", "settings", "streams")
+                if name in self._meta
+            },
+            "records": [json.loads(dump_line(r)) for r in self._recent],
+        }
+        broken = [r for r in self._recent if "nonfinite" in r.facts]
+        if broken:
+            tensors = broken[0].facts["nonfinite"]
+            found["first_nonfinite"] = {
+                "step": broken[0].step,
+                "module": tensors[0].rpartition(".")[0] if tensors else None,
+                "tensors": tensors,
+            }
+        return found
 
     def _write_meta(self) -> None:
         _replace(self.folder / "meta.json", dump_line(self._meta))

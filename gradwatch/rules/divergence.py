@@ -1,0 +1,161 @@
+"""A logged loss that has left its best far behind, and stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.metrics import run_key, stream_key
+from gradwatch.numerics.streaming import median
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
+from gradwatch.rules import text
+from gradwatch.rules.catalogue.loop import LOSS_DIVERGENCE, LR_TOO_HIGH
+from gradwatch.rules.seen import Losses, Seen
+
+_WARM_UP: Final = 60
+_HOLD: Final = 30
+_HOLD_EXPLAINED: Final = 10
+"""Steps running; fewer where the learning rate has been raised."""
+_FALLS: Final = 0.9
+"""Share of the highest median below which the loss is on its way back: wait anew."""
+_BACK: Final = 3
+_RAISED: Final = 3.0
+"""Times the learning rate at the best from which on it is the cause."""
+_BURST: Final = 100.0
+"""Times the usual gradient norm from which on one batch is."""
+_AFTER: Final = 100
+"""Steps behind such a batch in which what it has done can show."""
+_LOSS, _NORM = map(run_key, ("loss", "grad_norm"))
+
+
+class LossDivergence:
+    """The median of 20 losses far above the lowest such median, and not falling.
+
+    Needs ``watch.log(loss=...)``; silent where losses are negative.
+    """
+
+    kind = LOSS_DIVERGENCE.name
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self.wants: str | None = None
+        self._streams = tuple(streams)
+        self._ratios = [stream_key(s, "update_ratio") for s in streams]
+        self._seen = Seen(streams, ())
+        self.active = False
+        self._losses = Losses()
+        self._taken = self._high = self._calm = self._since = 0
+        self._best = [math.inf, 0.0]  # the lowest median of 20, their deviation from it
+        self._peak = 0.0  # the highest median since it rose
+        self._usual = [0.0, 0.0, 0.0]  # at the best: update ratio, norm, rate
+        self._now = [0.0, 0.0]  # running means of the first two
+        self._burst = -math.inf  # last step whose norm was far above the usual one
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self.wants = None
+        self._seen.take(record)
+        if reinitialised(record.events):
+            self._restart()
+        losses = self._losses
+        if losses.take(record) is None:
+            return []
+        self._taken += 1
+        self._note(record)
+        if losses.start is None:
+            return []
+        loss = losses.usual
+        if loss < self._best[0]:
+            self._best = [loss, median(tuple(abs(x - loss) for x in losses.last))]
+            self._usual = [*self._now, self._rate()]
+        if self.active:
+            calm = loss <= LOSS_DIVERGENCE.clear("best") * self._best[0]
+            self._calm = self._calm + 1 if calm else 0
+            self.active = self._calm < _BACK
+            return []
+        if not self._far(loss):
+            self._high, self._peak = 0, 0.0
+            return []
+        self._since = self._since if self._peak else record.step
+        falls = loss < _FALLS * self._peak
+        self._high = 1 if falls else self._high + 1
+        self._peak = loss if falls else max(self._peak, loss)
+        if self._high == 1:
+            self.wants = "state"  # so that the learning rate is that of now
+        if self._high < (_HOLD_EXPLAINED if self._rate_raised() else _HOLD):
+            return []
+        self.active, self._high, self._peak, self._calm = True, 0, 0.0, 0
+        return [self._alert(record, loss)]
+
+    def _far(self, loss: float) -> bool:
+        best, spread = self._best
+        return (
+            self._taken >= _WARM_UP
+            and loss >= LOSS_DIVERGENCE.at("best") * best
+            and loss >= LOSS_DIVERGENCE.at("start") * (self._losses.start or math.inf)
+            and loss >= best + LOSS_DIVERGENCE.at("spread") * spread
+        )
+
+    def _note(self, record: StepRecord) -> None:
+        """Keep running means of the update ratio and the norm, and the burst."""
+        metrics = record.metrics
+        ratio = max((metrics.get(key, 0.0) for key in self._ratios), default=0.0)
+        norm = metrics.get(_NORM, 0.0)
+        if not math.isfinite(ratio + norm):
+            return
+        if norm >= _BURST * self._usual[1] > 0:
+            self._burst = record.step
+        old = 0.9 if self._taken > 1 else 0.0
+        self._now = [
+            old * before + (1 - old) * value
+            for before, value in zip(self._now, (ratio, norm), strict=True)
+        ]
+
+    def _alert(self, record: StepRecord, loss: float) -> Alert:
+        best, start = self._best[0], self._losses.start
+        return text.alert(
+            LOSS_DIVERGENCE,
+            record,
+            since=self._since,
+            what=f"the loss has gone up since step {self._since}, and stays up",
+            shown=(
+                f"median of the last 20 losses {loss:.3g}; at best {best:.3g}, at "
+                f"first {start:.3g}; update_ratio {self._now[0]:.2g}, at the best "
+                f"{self._usual[0]:.2g}; learning rate about {self._rate():.2g}, at the "
+                f"best {self._usual[2]:.2g}"
+            ),
+            cause=self._cause(),
+            evidence={_LOSS: (loss, LOSS_DIVERGENCE.at("best") * best)},
+        )
+
+    def _rate(self) -> float:
+        """Return the largest learning rate of a recurrent weight, as far as known."""
+        rates = [self._seen.fact(s, "lr", 0.0) for s in self._streams]
+        return max(rates, default=0.0)
+
+    def _rate_raised(self) -> bool:
+        return self._rate() >= _RAISED * self._usual[2] > 0
+
+    def _cause(self) -> str:
+        if self._rate_raised() or self._now[0] >= LR_TOO_HIGH.clear("ratio"):
+            return "lr"
+        return "bad_batch" if self._since - self._burst <= _AFTER else "data"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        static = ("_streams", "_ratios", "wants")
+        state = {k: v for k, v in vars(self).items() if k not in static}
+        own = {"_losses": self._losses.state_dict(), "_seen": self._seen.state_dict()}
+        return {**state, **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._losses.load_state_dict(state["_losses"])
+        self._seen.load_state_dict(state["_seen"])
+        own = ("_losses", "_seen")
+        vars(self).update({k: v for k, v in state.items() if k not in own})
+
+    def _restart(self) -> None:
+        """Forget the losses of other weights."""
+        anew = LossDivergence(self._streams).state_dict()
+        self.load_state_dict({**anew, "_seen": self._seen.state_dict()})

@@ -1,0 +1,372 @@
+"""Mistakes of the loop: steps that are too large, clipped away, or of old gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.metrics import run_key, stream_key
+from gradwatch.numerics.streaming import median
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
+from gradwatch.rules import text
+from gradwatch.rules.catalogue.kind import Kind
+from gradwatch.rules.catalogue.loop import (
+    CLEARED_EARLY,
+    LR_TOO_HIGH,
+    NOT_CLEARED,
+    OVER_CLIPPING,
+    REPEATED_BATCH,
+)
+from gradwatch.rules.seen import Losses
+
+_NORM, _CLIPPED = map(run_key, ("grad_norm", "grad_norm_clipped"))
+_CLIP = run_key("clip_ratio")
+_JUMPS: Final = 2
+_BACK: Final = 3
+_BACK_FROM_JUMP: Final = 100
+"""Steps without the evidence after which it is over."""
+
+
+class _Running:
+    """Counts the steps running that show something, and when that began.
+
+    Attributes:
+        steps: How many so far.
+        since: Step of the first of them.
+        raised: Whether it has been said, and is not over.
+        back: Steps without, after which it is over.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.since = self._back = 0
+        self.raised, self.back = False, _BACK
+
+    def take(self, step: int, there: bool, hold: float) -> bool:
+        """Take in one step; tell whether it has just been there for long enough."""
+        if there:
+            self.since = self.since if self.steps else step
+            self.steps += 1
+            self._back = 0
+        else:
+            self._back += 1
+            if self._back >= self.back or not self.raised:
+                self.steps, self.raised, self.back = 0, False, _BACK
+        if self.raised or self.steps < hold:
+            return False
+        self.raised = True
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        vars(self).update(state)
+
+
+class LrTooHigh:
+    """Updates of a quarter of the recurrent weights and more, and nothing learnt."""
+
+    kind = LR_TOO_HIGH.name
+    _last: Final = 5
+    _warm_up: Final = 10
+    _hold: Final = 4
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self._watched = [(s, stream_key(s, "update_ratio")) for s in streams]
+        self._ratios: dict[str, list[float]] = {}
+        self._usual: dict[str, tuple[float, float]] = {}  # update ratio, norm: means
+        self._running = {s.name: _Running() for s in streams}
+        self._losses = Losses()
+        self._taken = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether updates are still too large somewhere."""
+        return any(one.raised for one in self._running.values())
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self._losses.take(record)
+        for name in reinitialised(record.events):
+            self._ratios.pop(name, None)
+        self._taken += 1
+        found, norm = [], record.metrics.get(_NORM, math.nan)
+        for stream, key in self._watched:
+            ratio = record.metrics.get(key)
+            if ratio is None:
+                continue
+            if 0 < ratio < LR_TOO_HIGH.clear("ratio"):
+                self._take_usual(stream, ratio, norm)
+            known = self._ratios.get(stream.name, [])
+            last = self._ratios[stream.name] = [*known[1 - self._last :], ratio]
+            running = self._running[stream.name]
+            level = "clear" if running.raised else "at"
+            if ratio < LR_TOO_HIGH.clear("ratio") and not running.steps:
+                continue  # nearly always
+            size = sorted(last)[len(last) // 2]
+            there = size >= getattr(LR_TOO_HIGH, level)("ratio")
+            there = there and (running.raised or self._can_be_judged(len(last)))
+            jumps = self._jumps(stream, last, norm)
+            running.back = _BACK_FROM_JUMP if jumps else running.back
+            hold = running.steps + 1 if jumps else self._hold
+            if running.take(record.step, there or jumps, hold):
+                size = max(last) if jumps else size
+                found.append(self._alert(record, stream, key, size))
+        return found
+
+    def _jumps(self, stream: Stream, last: Sequence[float], norm: float) -> bool:
+        """Tell whether an update leaves nothing of the weights, and not by its norm."""
+        jump, leap = LR_TOO_HIGH.at("jump"), LR_TOO_HIGH.at("leap")
+        if self._taken <= self._warm_up or last[-1] < jump:
+            return False
+        if last[-1] < leap and sum(ratio >= jump for ratio in last) < _JUMPS:
+            return False
+        usual, before = self._usual.get(stream.name, (0.0, 0.0))
+        faster = LR_TOO_HIGH.at("faster") * usual * norm
+        return math.isfinite(norm) and last[-1] * before >= faster
+
+    def _take_usual(self, stream: Stream, ratio: float, norm: float) -> None:
+        """Take a usual update, and the norm that it came from, into running means."""
+        if math.isfinite(norm):
+            usual, before = self._usual.get(stream.name, (ratio, norm))
+            self._usual[stream.name] = (
+                0.9 * usual + 0.1 * ratio,
+                0.9 * before + 0.1 * norm,
+            )
+
+    def _can_be_judged(self, known: int) -> bool:
+        share = self._losses.recent
+        learnt = share is not None and share < LR_TOO_HIGH.at("loss")
+        return known == self._last and self._taken > self._warm_up and not learnt
+
+    def _alert(
+        self, record: StepRecord, stream: Stream, key: str, size: float
+    ) -> Alert:
+        share = self._losses.recent
+        shown = (
+            f"update_ratio {size:.2g} (alarm from {LR_TOO_HIGH.at('ratio')} as the "
+            f"median of {self._last} steps, {LR_TOO_HIGH.at('jump'):g} twice, or "
+            f"{LR_TOO_HIGH.at('leap'):g})"
+        )
+        if share is not None:
+            shown += f"; the loss is at {share:.2f} of its start"
+        return text.alert(
+            LR_TOO_HIGH,
+            record,
+            since=self._running[stream.name].since,
+            what=f"steps are too large for {stream.name}",
+            shown=shown,
+            cause="lr",
+            evidence={key: (size, LR_TOO_HIGH.at("ratio"))},
+            stream=stream,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {
+            "ratios": dict(self._ratios),
+            "usual": dict(self._usual),
+            "running": {k: v.state_dict() for k, v in self._running.items()},
+            "losses": self._losses.state_dict(),
+            "taken": self._taken,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._ratios, self._taken = dict(state["ratios"]), state["taken"]
+        self._usual = {name: (a, b) for name, (a, b) in state["usual"].items()}
+        self._losses.load_state_dict(state["losses"])
+        for name, own in state["running"].items():
+            if name in self._running:
+                self._running[name].load_state_dict(own)
+
+
+class _OfSteps:
+    """A kind that is decided on whole steps, and on how many run."""
+
+    row: Kind
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self._streams = tuple(streams)
+        self._ratios = [stream_key(s, "update_ratio") for s in streams]
+        self._facts: dict[str, Any] = {}
+        self._running = _Running()
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still so."""
+        return self._running.raised
+
+    def _note(self, record: StepRecord) -> None:
+        for name in ("scaled", "cleared"):
+            if name in record.facts:
+                self._facts[name] = record.facts[name]
+
+    def _moved(self, record: StepRecord) -> float | None:
+        """Return the largest update ratio of the step; None where none was measured."""
+        found = [record.metrics[key] for key in self._ratios if key in record.metrics]
+        return max(found, default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {"facts": dict(self._facts), "running": self._running.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._facts = dict(state["facts"])
+        self._running.load_state_dict(state["running"])
+
+
+class OverClipping(_OfSteps):
+    """The clip leaves a hundredth or less, and the weights hardly move."""
+
+    kind = OVER_CLIPPING.name
+    _hold: Final = 20
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        super().__init__(streams)
+        self._norms: list[float] = []
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self._note(record)
+        ratio, norm = record.metrics.get(_CLIP), record.metrics.get(_NORM, math.nan)
+        if ratio is None or not math.isfinite(norm):
+            return []
+        level = OVER_CLIPPING.clear if self.active else OVER_CLIPPING.at
+        tight = 0 < ratio <= level("clip_ratio")
+        moved = self._moved(record) if tight else None
+        there = moved is not None and 0 < moved <= OVER_CLIPPING.at("update")
+        self._norms = [*self._norms[1 - self._hold :], norm] if there else []
+        if not self._running.take(record.step, there, self._hold):
+            return []
+        cause = "scaled_gradients" if self._facts.get("scaled") else "clip"
+        usual, since = median(tuple(self._norms)), self._running.since
+        line = OVER_CLIPPING.causes[cause].do
+        return [
+            text.alert(
+                OVER_CLIPPING,
+                record,
+                since=since,
+                what="the clip leaves nothing of the gradients",
+                shown=(
+                    f"clip_ratio {ratio:.2g} (alarm from "
+                    f"{OVER_CLIPPING.at('clip_ratio')} down), largest update_ratio "
+                    f"{moved:.2g} (from {OVER_CLIPPING.at('update'):.0e} down), for "
+                    f"{self._running.steps} steps"
+                ),
+                cause=cause,
+                evidence={_CLIP: (ratio, OVER_CLIPPING.at("clip_ratio"))},
+                do=line.format(usual=usual),
+            )
+        ]
+
+
+class NotCleared(_OfSteps):
+    """Each backward adds to gradients that have been used already."""
+
+    kind = NOT_CLEARED.name
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self._note(record)
+        if _NORM not in record.metrics:
+            return []
+        there, hold = self._facts.get("cleared") is False, NOT_CLEARED.at("steps")
+        if not self._running.take(record.step, there, hold):
+            return []
+        norm = record.metrics[_NORM]
+        return [
+            text.alert(
+                NOT_CLEARED,
+                record,
+                since=self._running.since,
+                what="gradients pile up from step to step",
+                shown=(
+                    f"{self._running.steps} steps running began with gradients that an "
+                    f"optimizer had used; their norm is now {norm:.3g}"
+                ),
+                cause="zero_grad",
+                evidence={_NORM: (norm, None)},
+            )
+        ]
+
+
+class ClearedEarly(_OfSteps):
+    """A gradient at the end of backward, and none as the optimizer steps."""
+
+    kind = CLEARED_EARLY.name
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        norm = record.metrics.get(_NORM, 0.0)
+        if not norm > 0 or not math.isfinite(norm) or "skipped_step" in record.events:
+            return []
+        gone = record.metrics.get(_CLIPPED, 0.0) == 0
+        # A weight that was compared before and after: an optimizer has stepped.
+        there = gone and self._moved(record) is not None
+        if not self._running.take(record.step, there, CLEARED_EARLY.at("steps")):
+            return []
+        return [
+            text.alert(
+                CLEARED_EARLY,
+                record,
+                since=self._running.since,
+                what="the optimizer finds no gradients",
+                shown=(
+                    f"norm {norm:.3g} at the end of backward, and nothing left at the "
+                    f"optimizer's step, in {self._running.steps} steps running"
+                ),
+                cause="zero_grad",
+                evidence={_NORM: (norm, 0.0)},
+            )
+        ]
+
+
+class RepeatedBatch:
+    """The sequences looked at are the same, bit for bit, at every look: a notice."""
+
+    kind = REPEATED_BATCH.name
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self._modules = tuple(dict.fromkeys(s.module for s in streams))
+        self._same: dict[str, int] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether they still are."""
+        return any(n >= REPEATED_BATCH.at("looks") for n in self._same.values())
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        for module in self._modules if record.facts else ():
+            facts = record.facts.get(module)
+            if not isinstance(facts, dict) or "same_batch" not in facts:
+                continue
+            before = self._same.get(module, 0)
+            looks = self._same[module] = facts["same_batch"]
+            if before < REPEATED_BATCH.at("looks") <= looks:
+                return [self._alert(record, module, looks)]
+        return []
+
+    def _alert(self, record: StepRecord, module: str, looks: int) -> Alert:
+        return text.alert(
+            REPEATED_BATCH,
+            record,
+            since=0,
+            what=f"{module} is given the same batch at every step",
+            shown=f"its input was the same, bit for bit, at {looks} looks running",
+            cause="data",
+            evidence={},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {"same": dict(self._same)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._same = dict(state["same"])

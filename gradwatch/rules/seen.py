@@ -1,0 +1,110 @@
+"""What several rules remember: the losses, and what was last seen of each stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.metrics import run_key, stream_key
+from gradwatch.numerics.streaming import median
+from gradwatch.record import StepRecord, Stream, reinitialised
+
+_SPAN: Final = 20
+"""Losses that a median is taken over."""
+_LOSS: Final = run_key("loss")
+
+
+class Losses:
+    """The losses given to ``watch.log``: where they began, and where they are.
+
+    Attributes:
+        last: The last 20.
+        start: Median of the first 20; None until there are as many, and where one was
+            negative: then no share of it means anything.
+        largest: The largest one.
+    """
+
+    def __init__(self) -> None:
+        self.last: list[float] = []
+        self.start: float | None = None
+        self.largest = -math.inf
+        self._signed = False
+
+    def take(self, record: StepRecord) -> float | None:
+        """Take in a record's loss; return it if it has a finite one."""
+        loss = record.metrics.get(_LOSS)
+        if loss is None or not math.isfinite(loss):
+            return None
+        self.last = [*self.last[1 - _SPAN :], loss]
+        if self.start is None and not self._signed and len(self.last) == _SPAN:
+            self.start = self.usual
+        if loss < 0:
+            self._signed, self.start = True, None
+        self.largest = max(self.largest, loss)
+        return loss
+
+    @property
+    def usual(self) -> float:
+        """Median of the last 20: one bad batch is not what the loss is."""
+        return median(tuple(self.last))
+
+    @property
+    def recent(self) -> float | None:
+        """The median of the last 5 over the start; None where that cannot be told."""
+        return median(tuple(self.last[-5:])) / self.start if self.start else None
+
+    @property
+    def share(self) -> float | None:
+        """The median over the start; None where that cannot be told."""
+        return self.usual / self.start if self.start else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {k: v for k, v in vars(self).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        vars(self).update(state)
+
+
+class Seen:
+    """The last value of some metrics of every stream, and the facts as they are now."""
+
+    def __init__(self, streams: Sequence[Stream], metrics: Sequence[str]) -> None:
+        self._keys = [(s.name, m, stream_key(s, m)) for s in streams for m in metrics]
+        self._values: dict[str, dict[str, float]] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+
+    def take(self, record: StepRecord) -> None:
+        """Take in a record; forget the streams whose weights were set anew."""
+        if record.events:
+            for name in reinitialised(record.events):
+                self._values.pop(name, None)
+        metrics = record.metrics
+        for name, metric, key in self._keys:
+            if key in metrics:
+                self._values.setdefault(name, {})[metric] = metrics[key]
+        for name, facts in record.facts.items():
+            if isinstance(facts, dict):
+                self._facts[name] = facts
+
+    def of(self, stream: Stream) -> Mapping[str, float]:
+        """Return the values of a stream, by metric."""
+        return self._values.get(stream.name, {})
+
+    def fact(self, stream: Stream, name: str, default: Any = None) -> Any:
+        """Return a fact of a stream, else of its module, else the default."""
+        own = self._facts.get(stream.name, {})
+        found = own.get(name, self._facts.get(stream.module, {}).get(name))
+        return default if found is None else found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        values = {name: dict(found) for name, found in self._values.items()}
+        return {"values": values, "facts": dict(self._facts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._values = {name: dict(found) for name, found in state["values"].items()}
+        self._facts = dict(state["facts"])
