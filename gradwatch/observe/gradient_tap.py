@@ -24,6 +24,7 @@ from torch.optim.optimizer import (
 from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.observe.capture import Step
+from gradwatch.observe.clearing import Clearing
 from gradwatch.observe.measure import Norms, all_finite, joined, norms, over
 from gradwatch.observe.optimizers import Held, Optimizers
 from gradwatch.observe.weights import Changes
@@ -79,7 +80,7 @@ class GradientTap:
         self._hooks: list[Any] = []
         self._params: list[nn.Parameter] = []
         self._optimizers = Optimizers((), Changes({}))
-        self._used: tuple[int, weakref.ref[Tensor], int] | None = None
+        self._clearing = Clearing()
         self._fresh()
         self.rescan()
         # The engine keeps the last callback until its next pass.
@@ -147,7 +148,6 @@ class GradientTap:
         """Forget the step that has closed."""
         self._open = False
         self._cleared: bool | None = None
-        self._first = -1
         self._backwards = 0
         self._live: list[int] = []
         self._order: list[Tensor] = []
@@ -171,30 +171,11 @@ class GradientTap:
         if self._depth == 0 and self._open and self._goes_not_on(param):
             self.settle()
         if not self._open and param is not None:
-            self._note_cleared(param)
+            index = self._index.get(id(param), -1)
+            self._cleared = self._clearing.begins(index, param.grad)
         self._open = True
         self._order = [] if param is None else [param]
         _torch.after_backward(self._ended)
-
-    def _note_cleared(self, param: Tensor) -> None:
-        """Note whether the first gradient of a step was added to one used already.
-
-        It was where it is the tensor that the optimizer used, written once since.
-        """
-        self._first = self._index.get(id(param), -1)
-        if self._used is None or self._used[0] != self._first or param.grad is None:
-            return
-        _, used, version = self._used
-        same = used() is param.grad
-        self._cleared = not (same and param.grad._version == version + 1)
-
-    def _note_used(self) -> None:
-        """Note the gradient that the step began with, as the optimizer leaves it."""
-        self._used = None
-        if self._stepped and 0 <= self._first < len(self._params):
-            grad = self._params[self._first].grad
-            if grad is not None:
-                self._used = (self._first, weakref.ref(grad), grad._version)
 
     def _goes_not_on(self, param: Tensor | None) -> bool:
         """Tell whether a backward does not go on with the open step."""
@@ -454,7 +435,7 @@ class GradientTap:
         if self._moved:
             step.numbers["change"] = joined([change for _, change, _ in self._moved])
             step.numbers["weight"] = joined([weight for *_, weight in self._moved])
-        self._note_used()
+        self._clearing.ends(self._params if self._stepped else ())
         if self._stepped:
             self._expected = self._stepped
         self._any_step = self._any_step or not by

@@ -19,12 +19,12 @@ from gradwatch.rules.judge import Judge, Rule
 from gradwatch.rules.learning import NoGradient, NotUpdating, Underflow
 from gradwatch.rules.loop import (
     ClearedEarly,
-    LrTooHigh,
     NotCleared,
     OverClipping,
     RepeatedBatch,
 )
 from gradwatch.rules.nonfinite import Nonfinite
+from gradwatch.rules.rates import LrTooHigh
 from gradwatch.rules.spike import Spike
 from gradwatch.rules.units import DeadUnits, GateStuck
 from gradwatch.rules.vanishing import Truncated, Vanishing

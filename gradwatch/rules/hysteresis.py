@@ -1,14 +1,17 @@
-"""A level that is raised at one value and cleared at another, over measurements."""
+"""What is raised and cleared: a level over measurements, a sign over steps running."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 Change = Literal["suspected", "raised", ""]
 
 _CALM: Final = 3
 """Measurements running, at the clear value or below, after which a level is over."""
+_BACK: Final = 3
+"""Steps running without a sign after which it is over."""
 
 
 class Hysteresis:
@@ -86,3 +89,41 @@ class Hysteresis:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._over, self._raised = dict(state["over"]), dict(state["raised"])
+
+
+class Running:
+    """Counts the steps running that show something, and when that began.
+
+    Attributes:
+        steps: How many so far.
+        since: Step of the first of them.
+        raised: Whether it has been said, and is not over.
+        back: Steps without, after which it is over.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.since = self._back = 0
+        self.raised, self.back = False, _BACK
+
+    def take(self, step: int, there: bool, hold: float) -> bool:
+        """Take in one step; tell whether it has just been there for long enough."""
+        if there:
+            self.since = self.since if self.steps else step
+            self.steps += 1
+            self._back = 0
+        else:
+            self._back += 1
+            if self._back >= self.back or not self.raised:
+                self.steps, self.raised, self.back = 0, False, _BACK
+        if self.raised or self.steps < hold:
+            return False
+        self.raised = True
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        vars(self).update(state)

@@ -1,0 +1,137 @@
+"""Steps that are too large beside the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.metrics import run_key, stream_key
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
+from gradwatch.rules import text
+from gradwatch.rules.catalogue.loop import LR_TOO_HIGH
+from gradwatch.rules.hysteresis import Running
+from gradwatch.rules.seen import Losses
+
+_JUMPS: Final = 2
+_BACK_FROM_JUMP: Final = 100
+"""Steps running without a sign after which a jump is over."""
+_NORM: Final = run_key("grad_norm")
+
+
+class LrTooHigh:
+    """Updates of a quarter of the recurrent weights and more, and nothing learnt."""
+
+    kind = LR_TOO_HIGH.name
+    _last: Final = 5
+    _warm_up: Final = 10
+    _hold: Final = 4
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self._watched = [(s, stream_key(s, "update_ratio")) for s in streams]
+        self._ratios: dict[str, list[float]] = {}
+        self._usual: dict[str, tuple[float, float]] = {}  # update ratio, norm: means
+        self._running = {s.name: Running() for s in streams}
+        self._losses = Losses()
+        self._taken = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether updates are still too large somewhere."""
+        return any(one.raised for one in self._running.values())
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self._losses.take(record)
+        for name in reinitialised(record.events):
+            self._ratios.pop(name, None)
+        self._taken += 1
+        found, norm = [], record.metrics.get(_NORM, math.nan)
+        for stream, key in self._watched:
+            ratio = record.metrics.get(key)
+            if ratio is None:
+                continue
+            if 0 < ratio < LR_TOO_HIGH.clear("ratio"):
+                self._take_usual(stream, ratio, norm)
+            known = self._ratios.get(stream.name, [])
+            last = self._ratios[stream.name] = [*known[1 - self._last :], ratio]
+            running = self._running[stream.name]
+            level = "clear" if running.raised else "at"
+            if ratio < LR_TOO_HIGH.clear("ratio") and not running.steps:
+                continue  # nearly always
+            size = sorted(last)[len(last) // 2]
+            there = size >= getattr(LR_TOO_HIGH, level)("ratio")
+            there = there and (running.raised or self._can_be_judged(len(last)))
+            jumps = self._jumps(stream, last, norm)
+            running.back = _BACK_FROM_JUMP if jumps else running.back
+            hold = running.steps + 1 if jumps else self._hold
+            if running.take(record.step, there or jumps, hold):
+                size = max(last) if jumps else size
+                found.append(self._alert(record, stream, key, size))
+        return found
+
+    def _jumps(self, stream: Stream, last: Sequence[float], norm: float) -> bool:
+        """Tell whether an update leaves nothing of the weights, and not by its norm."""
+        jump, leap = LR_TOO_HIGH.at("jump"), LR_TOO_HIGH.at("leap")
+        if self._taken <= self._warm_up or last[-1] < jump:
+            return False
+        if last[-1] < leap and sum(ratio >= jump for ratio in last) < _JUMPS:
+            return False
+        usual, before = self._usual.get(stream.name, (0.0, 0.0))
+        faster = LR_TOO_HIGH.at("faster") * usual * norm
+        return math.isfinite(norm) and last[-1] * before >= faster
+
+    def _take_usual(self, stream: Stream, ratio: float, norm: float) -> None:
+        """Take a usual update, and the norm that it came from, into running means."""
+        if math.isfinite(norm):
+            usual, before = self._usual.get(stream.name, (ratio, norm))
+            self._usual[stream.name] = (
+                0.9 * usual + 0.1 * ratio,
+                0.9 * before + 0.1 * norm,
+            )
+
+    def _can_be_judged(self, known: int) -> bool:
+        share = self._losses.recent
+        learnt = share is not None and share < LR_TOO_HIGH.at("loss")
+        return known == self._last and self._taken > self._warm_up and not learnt
+
+    def _alert(
+        self, record: StepRecord, stream: Stream, key: str, size: float
+    ) -> Alert:
+        share = self._losses.recent
+        shown = (
+            f"update_ratio {size:.2g} (alarm from {LR_TOO_HIGH.at('ratio')} as the "
+            f"median of {self._last} steps, {LR_TOO_HIGH.at('jump'):g} twice, or "
+            f"{LR_TOO_HIGH.at('leap'):g})"
+        )
+        if share is not None:
+            shown += f"; the loss is at {share:.2f} of its start"
+        return text.alert(
+            LR_TOO_HIGH,
+            record,
+            since=self._running[stream.name].since,
+            what=f"steps are too large for {stream.name}",
+            shown=shown,
+            cause="lr",
+            evidence={key: (size, LR_TOO_HIGH.at("ratio"))},
+            stream=stream,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {
+            "ratios": dict(self._ratios),
+            "usual": dict(self._usual),
+            "running": {k: v.state_dict() for k, v in self._running.items()},
+            "losses": self._losses.state_dict(),
+            "taken": self._taken,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._ratios, self._taken = dict(state["ratios"]), state["taken"]
+        self._usual = {name: (a, b) for name, (a, b) in state["usual"].items()}
+        self._losses.load_state_dict(state["losses"])
+        for name, own in state["running"].items():
+            if name in self._running:
+                self._running[name].load_state_dict(own)
