@@ -23,7 +23,7 @@ from benchmarks.detection.parallel import (
     pool_of_two,
     verified,
 )
-from benchmarks.detection.score import Judged, median, rows, share
+from benchmarks.detection.score import Judged, Verified, median, rows, share
 from benchmarks.detection.tools import TOOLS
 
 
@@ -34,10 +34,22 @@ def check(families: Sequence[str], seeds: Sequence[int]) -> int:
         found = list(pool.map(verified, jobs))
     violated = [one for one in found if one.problems]
     for one in violated:
-        numbers = ", ".join(f"{k} {v:.3g}" for k, v in one.values.items())
-        print(f"- {one.family}, seed {one.seed}: {'; '.join(one.problems)} ({numbers})")
+        print(_violation(one))
     print(f"\n{len(jobs)} labels measured, {len(violated)} violated.")
     return len(violated)
+
+
+def _violation(one: Verified) -> str:
+    numbers = ", ".join(f"{k} {v:.3g}" for k, v in one.values.items())
+    return f"- {one.family}, seed {one.seed}: {'; '.join(one.problems)} ({numbers})"
+
+
+def _left_out(wrong: Sequence[Verified], measured: int) -> None:
+    """Say which runs were not judged, because their label does not hold."""
+    print(f"{measured} labels measured, {len(wrong)} violated and left out.\n")
+    for one in wrong:
+        print(_violation(one))
+    print()
 
 
 def compare(
@@ -45,15 +57,17 @@ def compare(
 ) -> None:
     """Print the table of the tools, and where each was wrong."""
     jobs = [(family, seed) for family in families for seed in seeds]
-    one = partial(judged, tools=tools, remedies=remedies)
+    judge_one = partial(judged, tools=tools, remedies=remedies)
     with pool_of_two() as pool:
-        done = [item for found in pool.map(one, jobs) for item in found.items()]
+        found = list(pool.map(judge_one, jobs))
+    done = [item for one in found if isinstance(one, dict) for item in one.items()]
+    _left_out([one for one in found if isinstance(one, Verified)], len(jobs))
     for title, chosen in (("tuning families", False), ("held-out families", True)):
-        found = [(t, j) for t, j in done if held_out(j.family) is chosen]
-        if not found:
+        part = [(t, j) for t, j in done if held_out(j.family) is chosen]
+        if not part:
             continue
         print(f"### {title}\n")
-        _table([(tool, [j for t, j in found if t == tool]) for tool in tools])
+        _table([(tool, [j for t, j in part if t == tool]) for tool in tools])
     for tool in tools:
         print(f"\n### Where {tool} was wrong\n")
         wrong = list(rows(j for t, j in done if t == tool))

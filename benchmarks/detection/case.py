@@ -32,8 +32,11 @@ class Label:
             fault belongs to no stream, or to all.
         onset: The step from which on the fault is there.
         others: Kinds that are true as well, and not counted against a tool.
-        curable: Whether changing weights or gradients can cure it. Else the data or the
-            code has to change.
+        same: Kinds under which the same fault is named as rightly: of a rate that is
+            too high, and a loss that goes up by it, either is.
+        curable: Whether changing weights or gradients can cure it from then on. Else
+            the data or the code has to change, or what was done is done, as by one bad
+            batch.
     """
 
     kind: str | None = None
@@ -41,6 +44,7 @@ class Label:
     streams: frozenset[str] = frozenset()
     onset: int = 0
     others: frozenset[str] = frozenset()
+    same: frozenset[str] = frozenset()
     curable: bool = False
 
 

@@ -43,8 +43,11 @@ def pool_of_two() -> ProcessPoolExecutor:
 
 def judged(
     job: tuple[str, int], tools: Sequence[str], remedies: bool
-) -> dict[str, Judged]:
-    """Judge tools on one family and seed."""
+) -> dict[str, Judged] | Verified:
+    """Judge tools on one family and seed; return why not, where its label is wrong."""
+    measured = verify(*job)
+    if measured.problems:
+        return measured
     named = NAME_REMEDIES if remedies else ()
     return judge(*job, {tool: TOOLS[tool] for tool in tools}, named)
 

@@ -50,16 +50,14 @@ class Judged:
     @property
     def right(self) -> list[Alarm]:
         """The alarms of the right kind, from the onset on."""
-        return [
-            a
-            for a in self.report.alarms
-            if a.kind == self.label.kind and a.step >= self.label.onset
-        ]
+        named = self.label.same | {self.label.kind}
+        said = self.report.alarms
+        return [a for a in said if a.kind in named and a.step >= self.label.onset]
 
     @property
     def false(self) -> list[Alarm]:
         """The alarms of a kind that is not true; before the onset, all of them."""
-        true = self.label.others | {self.label.kind}
+        true = self.label.others | self.label.same | {self.label.kind}
         if self.sick and self.history.diverged:
             true |= {"loss_divergence"}  # by exact count: it is true as well
         return [
@@ -106,7 +104,7 @@ class Judged:
         """Whether what is open at the end is what is true, and nothing else."""
         if not self.sick:
             return not self.report.open - self.label.others
-        return self.label.kind in self.report.open
+        return bool(self.report.open & (self.label.same | {self.label.kind}))
 
 
 def judge(

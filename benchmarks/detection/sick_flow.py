@@ -99,6 +99,7 @@ def labelled(
     onset: int = 0,
     loss: Loss = classes,
     others: Iterable[str] = (),
+    same: Iterable[str] = (),
     curable: bool = True,
     **more: Any,
 ) -> Case:
@@ -109,6 +110,7 @@ def labelled(
         streams=frozenset(shown),
         onset=onset,
         others=frozenset(others),
+        same=frozenset(same),
         curable=curable,
     )
     more.setdefault("optimizer", adam(model))

@@ -171,7 +171,8 @@ def lr_too_high_tanh(draw: Draw, sick: bool) -> Case:
         model,
         batches,
         "lr",
-        others=("exploding", "vanishing", "drift", "spike", "loss_divergence"),
+        others=("exploding", "vanishing", "drift", "spike"),
+        same=("loss_divergence",),
         counted=(hh(model),),
         optimizer=optimizer,
     )
@@ -215,7 +216,6 @@ def spike_bad_batch(draw: Draw, sick: bool) -> Case:
         "bad_batch",
         loss=values,
         onset=onset,
-        curable=True,
     )
 
 

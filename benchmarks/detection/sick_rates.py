@@ -79,6 +79,7 @@ def _too_high(
         "lr",
         onset=onset,
         others=ANYTHING_LARGE,
+        same=("loss_divergence",),
         counted=(hh(model),),
         optimizer=optimizer(model.parameters(), lr=low),
         **more,
@@ -129,7 +130,8 @@ def _diverges(
         "lr",
         onset=onset,
         steps=400,
-        others=("lr_too_high", "exploding", "vanishing", "spike"),
+        others=("exploding", "vanishing", "spike"),
+        same=("lr_too_high",),
         optimizer=optimizer,
         **more,
     )
@@ -182,7 +184,6 @@ def spike_scaled_inputs(draw: Draw, sick: bool) -> Case:
         "bad_batch",
         loss=values,
         onset=onset,
-        curable=True,
         optimizer=adam(model, 3e-3),
     )
 
@@ -227,6 +228,5 @@ def spike_long_and_loud(draw: Draw, sick: bool) -> Case:
         "bad_batch",
         loss=_summed,
         onset=onset,
-        curable=True,
         optimizer=adam(model, 8e-4),
     )

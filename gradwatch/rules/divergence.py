@@ -49,6 +49,7 @@ class LossDivergence:
         self._peak = 0.0  # the highest median since it rose
         self._usual = [0.0, 0.0, 0.0]  # at the best: update ratio, norm, rate
         self._now = [0.0, 0.0]  # running means of the first two
+        self._rates: list[float] = []  # along the losses that the median is of
         self._burst = -math.inf  # last step whose norm was far above the usual one
 
     def update(self, record: StepRecord) -> list[Alert]:
@@ -61,13 +62,14 @@ class LossDivergence:
         if losses.take(record) is None:
             return []
         self._taken += 1
+        self._rates = [*self._rates[1 - len(losses.last) :], self._rate()]
         self._note(record)
         if losses.start is None:
             return []
         loss = losses.usual
         if loss < self._best[0]:
             self._best = [loss, median(tuple(abs(x - loss) for x in losses.last))]
-            self._usual = [*self._now, self._rate()]
+            self._usual = [*self._now, self._rates[0]]
         if self.active:
             calm = loss <= LOSS_DIVERGENCE.clear("best") * self._best[0]
             self._calm = self._calm + 1 if calm else 0

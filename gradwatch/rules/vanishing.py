@@ -138,10 +138,11 @@ class Vanishing:
         self, record: StepRecord, stream: Stream, keys: Mapping[str, str]
     ) -> bool:
         """Tell whether the loss can want the far past at all."""
-        length = self._length(stream)
+        length, seen = self._length(stream), self._seen.fact(stream, "T", 0)
         demand = record.metrics.get(keys["demand"])
-        wanted = demand is not None and demand < VANISHING.at("demand")
-        return length > _SHORTEST and wanted
+        if demand is None or length <= _SHORTEST:
+            return False
+        return bool(demand * seen < VANISHING.at("demand") * length)
 
     def _length(self, stream: Stream) -> int:
         return int(self._seen.fact(stream, "T", 0) + self._seen.fact(stream, "cut", 0))
