@@ -88,15 +88,18 @@ class Exploding:
         if not self.active and self._lasts in _LOOKS:
             self.wants = ("spectrum", "flow")
         self._high = [*self._high, ratio][-self.lasting :]
-        if self.active or not self._decided(norm):
+        if self.active or not self._decided(usual):
             return []
         return [self._alert(record, norm, usual)]
 
-    def _decided(self, norm: float) -> bool:
+    def _decided(self, usual: float) -> bool:
         high = self._high
-        far = len(high) >= self.running and min(high[-self.running :]) >= self.factor
+        last = high[-self.running :]
+        far = len(last) == self.running and min(last) >= self.factor
         long = len(high) >= self.lasting and min(high) >= self.lasting_factor
-        return (far or long) and norm >= self.above_peak * self._peak
+        # One norm of these above all that was usual is a batch's, not the net's.
+        least = min(last) if far else median(tuple(high))
+        return (far or long) and least * usual >= self.above_peak * self._peak
 
     def _take_usual(self, record: StepRecord, norm: float, usual: float) -> None:
         """Take a usual norm into the median; count the steps back to calm."""

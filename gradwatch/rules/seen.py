@@ -23,13 +23,14 @@ class Losses:
         start: Median of the first 20; None until there are as many, and where one was
             negative: then no share of it means anything.
         largest: The largest one.
+        signed: Whether one was negative.
     """
 
     def __init__(self) -> None:
         self.last: list[float] = []
         self.start: float | None = None
         self.largest = -math.inf
-        self._signed = False
+        self.signed = False
 
     def take(self, record: StepRecord) -> float | None:
         """Take in a record's loss; return it if it has a finite one."""
@@ -37,10 +38,10 @@ class Losses:
         if loss is None or not math.isfinite(loss):
             return None
         self.last = [*self.last[1 - _SPAN :], loss]
-        if self.start is None and not self._signed and len(self.last) == _SPAN:
+        if self.start is None and not self.signed and len(self.last) == _SPAN:
             self.start = self.usual
         if loss < 0:
-            self._signed, self.start = True, None
+            self.signed, self.start = True, None
         self.largest = max(self.largest, loss)
         return loss
 

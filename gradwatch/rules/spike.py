@@ -78,7 +78,8 @@ class Spike:
         record_ratio = math.exp(math.log(norm) - self._largest)
         # A loss that is logged behind the step stands in the next record.
         loss = max(loss, record.metrics.get(_LOSS, loss))
-        told = loss > SPIKE.at("loss") * max(self._losses.largest, 0.0)
+        most = math.inf if self._losses.signed else self._losses.largest
+        told = loss > SPIKE.at("loss") * max(most, 0.0)
         if record_ratio < SPIKE.at("record_with_loss" if told else "record"):
             return []
         clip = Remedy(name="clip.LogZClip")

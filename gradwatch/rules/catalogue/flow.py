@@ -40,7 +40,7 @@ EXPLODING = Kind(
             "healthy bursts of more than 100 are over within 25 steps",
         ),
         "peak": Evidence(
-            "`grad_norm` over the largest median so far, beside either",
+            "these norms over the largest median so far, beside either",
             10.0,
             None,
             "a net that had learnt and moves again only returns to its early norms",
