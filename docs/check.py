@@ -18,8 +18,51 @@ PAGES = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+ALERTS = sorted((ROOT / "docs" / "alerts").glob("*.md"))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RUN = """
+import torch
+from torch import nn
+
+import gradwatch
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.relu = nn.RNN(4, 8), nn.RNN(8, 8, nonlinearity="relu")
+        self.lstm, self.gru = nn.LSTM(8, 8), nn.GRU(8, 8)
+
+    def forward(self, x):
+        for layer in (self.rnn, self.relu, self.lstm, self.gru):
+            x = layer(x)[0]
+        return x
+
+
+model, batch = Model(), torch.randn(12, 4, 4)
+optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+watch = gradwatch.watch(model, dir="runs", wandb=None, budget=None)
+for _ in range(12):
+    loss = model(batch)[-1].square().mean()
+    watch.log(loss=loss)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+watch.flush()
+"""
+"""What the examples of the pages of alerts begin with: a run under a watch."""
+EACH = """
+import sys, traceback
+
+for page, code in PAGES:
+    try:
+        exec(code, dict(globals()))
+    except BaseException:
+        sys.stderr.write(f"{page}: {traceback.format_exc()}")
+        failed = True
+sys.exit("failed" in globals())
+"""
 
 
 def anchors(page: Path) -> set[str]:
@@ -43,33 +86,38 @@ def broken_links(page: Path) -> list[str]:
     return wrong
 
 
-def failing_examples(page: Path) -> list[str]:
-    """Run a page's Python blocks in order, in one process and an empty folder."""
-    blocks = EXAMPLE.findall(page.read_text(encoding="utf-8"))
-    if not blocks:
+def examples(page: Path) -> str:
+    """Return the Python blocks of a page, one behind the other."""
+    return "\n".join(EXAMPLE.findall(page.read_text(encoding="utf-8")))
+
+
+def failing(name: str, code: str) -> list[str]:
+    """Run Python in a process of its own and an empty folder."""
+    if not code:
         return []
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-c", "\n".join(blocks)],
+            [sys.executable, "-c", code],
             cwd=folder,
             capture_output=True,
             text=True,
             check=False,
             env={**os.environ, "HOME": folder, "WANDB_MODE": "offline"},
         )
-    return [f"{page.name}: {done.stderr[-800:]}"] if done.returncode else []
+    return [f"{name}: {done.stderr[-800:]}"] if done.returncode else []
 
 
 def main() -> int:
     """Return 1 if anything is wrong, having said what."""
-    wrong = [line for page in PAGES for line in broken_links(page)]
-    wrong += [line for page in PAGES for line in failing_examples(page)]
-    stale = generate.DOCS / "metrics.md"
-    if stale.read_text(encoding="utf-8") != generate.page():
-        wrong.append("metrics.md is stale: run make docs")
+    every = [*PAGES, *ALERTS]
+    wrong = [line for page in every for line in broken_links(page)]
+    wrong += [line for page in PAGES for line in failing(page.name, examples(page))]
+    about = [(page.name, examples(page)) for page in ALERTS]
+    wrong += failing("docs/alerts", f"{RUN}\nPAGES = {about!r}\n{EACH}")
+    wrong += generate.stale()
     for line in wrong:
         print(line)
-    print(f"{len(PAGES)} pages, {len(wrong)} problems")
+    print(f"{len(every)} pages, {len(wrong)} problems")
     return 1 if wrong else 0
 
 

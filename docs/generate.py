@@ -1,13 +1,27 @@
-"""Write the pages that come from the catalogues: docs/metrics.md.
+"""Write what comes from the catalogues: docs/metrics.md and the pages of the alerts.
+
+Of ``docs/alerts/<kind>.md`` all down to the second mark is generated, of
+``docs/alerts.md`` the tables; the rest is by hand and kept.
 
 Run: make docs
 """
 
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from string import Formatter
+from typing import Final
 
+from gradwatch import remedies
 from gradwatch.metrics import CATALOGUE, Metric
+from gradwatch.record import Stream
+from gradwatch.rules.catalogue import CATALOGUE as KINDS
+from gradwatch.rules.catalogue import Evidence, Kind
+from gradwatch.rules.incidents import CONSEQUENCES, PRECEDENCE, UNDECIDED
 
 DOCS = Path(__file__).parent
+BEGIN: Final = "<!-- catalogue -->"
+END: Final = "<!-- by hand -->"
 MEASURED = {
     "gradients": (
         "Every step. Gradients are read at the end of backward (before clipping) and "
@@ -46,10 +60,20 @@ Headline metrics go to W&B by default, without their gates; the others with
 """
 
 
-def row(metric: Metric) -> str:
+def line(cells: list[str]) -> str:
     """Return one line of a table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table."""
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)]) + "\n"
+
+
+def row(metric: Metric) -> list[str]:
+    """Return the cells of one metric."""
     gates = metric.gates + (f" (whole: {metric.unsuffixed})" * bool(metric.unsuffixed))
-    cells = [
+    return [
         f"`{metric.name}`",
         metric.scope,
         gates or "-",
@@ -59,25 +83,209 @@ def row(metric: Metric) -> str:
         metric.range,
         metric.meaning,
     ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def page() -> str:
     """Return the reference of all metrics, depth by depth."""
+    head = ["metric", "of", "gates", "nets", "headline", "unit", "range", "meaning"]
     parts = [HEAD]
     for depth, when in MEASURED.items():
         rows = [row(m) for m in CATALOGUE.values() if m.depth == depth]
-        parts.append(
-            f"\n## {depth.capitalize()}\n\n{when}\n\n"
-            "| metric | of | gates | nets | headline | unit | range | meaning |\n"
-            "|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
-        )
+        parts.append(f"\n## {depth.capitalize()}\n\n{when}\n\n{table(head, rows)}")
     return "".join(parts)
 
 
+# ---- the pages of the alerts
+
+_NETS: Final = (("LSTM", ("i", "f", "g", "o")), ("RNN_TANH", ()))
+"""A gated net and a vanilla one: what helps may differ."""
+_BY_RULE: Final[Mapping[tuple[str, str | None], str]] = {
+    ("exploding", None): "clip.NormClip",
+    ("spike", "bad_batch"): "clip.LogZClip",
+}
+"""Remedies that a rule names with numbers of its own, which no catalogue has."""
+
+
+def title(kind: Kind) -> str:
+    """Return the title of a kind's page."""
+    words = kind.title.removeprefix("gradwatch: ")
+    return words[0].upper() + words[1:]
+
+
+def fill(text: str, indent: str = "") -> str:
+    """Return a paragraph or an item of a list, in lines."""
+    return (
+        textwrap.fill(text, 96, subsequent_indent=indent, break_on_hyphens=False) + "\n"
+    )
+
+
+def number(value: float | None) -> str:
+    """Return a threshold as it is read."""
+    return "-" if value is None else f"{value:,.6g}"
+
+
+def plain(do: str) -> str:
+    """Return a line of the catalogue with its placeholders in angle brackets."""
+    parts = [
+        text + (f"<{name}>" if name is not None else "")
+        for text, name, _, _ in Formatter().parse(do)
+    ]
+    return "".join(parts)
+
+
+def named(kind: str, cause: str | None) -> list[str]:
+    """Return the remedies that an alert may name: of a gated net, then of others."""
+    if (kind, cause) in _BY_RULE:
+        return [_BY_RULE[kind, cause]]
+    found = []
+    # Only a gated net has a cause that is a gate.
+    for mode, gates in _NETS[:1] if str(cause).endswith("_gate") else _NETS:
+        stream = Stream(
+            name="rnn.l0",
+            module="rnn",
+            kind=mode,
+            layer=0,
+            direction="forward",
+            input_size=1,
+            hidden_size=1,
+            gates=gates,
+        )
+        remedy = remedies.against(kind, cause, stream) if cause is not None else None
+        found += [remedy.name] if remedy is not None else []
+    return list(dict.fromkeys(found))
+
+
+def help_against(kind: Kind, cause: str | None) -> str:
+    """Return what the message says to do."""
+    names = [f"[`gradwatch.{n}`](../remedies.md)" for n in named(kind.name, cause)]
+    if names:
+        return "; of a vanilla net ".join(names)
+    return f"`{plain(kind.causes[cause].do)}`"
+
+
+def alert_head(kind: Kind) -> str:
+    """Return the generated part of the page of a kind, down to the second mark."""
+    decided = [
+        ("warm-up", kind.warm_up),
+        ("confirmed", kind.confirmed),
+        ("over", kind.over),
+        ("excused", kind.excused or "nothing"),
+    ]
+    causes = [
+        [f"`{name}`" if name else "none", cause.known, help_against(kind, name)]
+        for name, cause in kind.causes.items()
+    ]
+    why = ["cause", "how it is known", "what the message says to do"]
+    evidence = "No number decides it.\n"
+    if kind.evidence:
+        head = ["evidence", "raised at", "cleared at", "why there"]
+        evidence = table(head, [_number_row(e) for e in kind.evidence.values()])
+    return (
+        f"{BEGIN}\n# {title(kind)}\n\n"
+        + fill(f"`{kind.name}`, {_SEVERITY[kind.severity]}. {kind.meaning}")
+        + f"\n{evidence}\n"
+        + "".join(fill(f"- *{name}*: {text}", indent="  ") for name, text in decided)
+        + f"\n{table(why, causes)}\n{END}\n"
+    )
+
+
+_SEVERITY: Final = {
+    "error": "an alarm (error)",
+    "warning": "an alarm (warning)",
+    "info": "a notice (info)",
+}
+
+
+def _number_row(evidence: Evidence) -> list[str]:
+    return [
+        evidence.what,
+        number(evidence.at),
+        number(evidence.clear),
+        evidence.reason,
+    ]
+
+
+def explained_by(name: str) -> str:
+    """Return the kinds that explain one while they are open, or nothing."""
+    rank = PRECEDENCE.index(name) if name in PRECEDENCE else 0
+    # An open error explains also what ranks above it.
+    ranked = [
+        kind
+        for at, kind in enumerate(PRECEDENCE)
+        if name in PRECEDENCE and kind != name
+        if at < rank or KINDS[kind].severity == "error"
+    ]
+    always = dict.fromkeys((*ranked, *CONSEQUENCES.get(name, ())))
+    cells = [f"`{kind}`" for kind in always]
+    cells += [f"`{kind}` if it names no cause" for kind in UNDECIDED.get(name, ())]
+    return ", ".join(cells)
+
+
+def overview() -> str:
+    """Return the tables of docs/alerts.md: all kinds, and which explains which."""
+    rows = [
+        [f"[`{kind.name}`](alerts/{kind.name}.md)", kind.severity, kind.meaning]
+        for kind in KINDS.values()
+    ]
+    explained = {name: explained_by(name) for name in KINDS}
+    return (
+        f"{BEGIN}\n## All kinds\n\n{table(['kind', 'severity', 'meaning'], rows)}\n"
+        "## What explains what\n\n"
+        + table(
+            ["an alert of", "is evidence of an open incident of"],
+            [[f"`{name}`", kinds] for name, kinds in explained.items() if kinds],
+        )
+        + f"\n{END}\n"
+    )
+
+
+def due(docs: Path = DOCS) -> dict[Path, str]:
+    """Return each page that is generated, or partly, as it should be.
+
+    What is by hand is taken from the pages as they are; a page that is not there has
+    nothing by hand.
+    """
+    pages = {docs / "metrics.md": page()}
+    summary = docs / "alerts.md"
+    before, _, rest = summary.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
+    after = rest.partition(f"{END}\n")[2]
+    pages[summary] = before + overview() + after
+    for name, kind in KINDS.items():
+        path = docs / "alerts" / f"{name}.md"
+        pages[path] = alert_head(kind) + by_hand(path)
+    return pages
+
+
+def by_hand(path: Path) -> str:
+    """Return what stands behind the second mark of a page; empty for no page."""
+    if not path.exists():
+        return ""
+    return path.read_text(encoding="utf-8").partition(f"{END}\n")[2]
+
+
+def stale(docs: Path = DOCS) -> list[str]:
+    """Return the pages that are missing, not as they should be, or of no kind."""
+    found = []
+    for path, text in due(docs).items():
+        name = path.relative_to(docs)
+        if not path.exists():
+            found.append(f"{name} is missing: run make docs")
+        elif path.read_text(encoding="utf-8") != text:
+            found.append(f"{name} is stale: run make docs")
+        elif path.parent != docs and not by_hand(path).strip():
+            found.append(f"{name} has nothing by hand yet")
+    of_kinds = {f"{name}.md" for name in KINDS}
+    for path in sorted((docs / "alerts").glob("*.md")):
+        if path.name not in of_kinds:
+            found.append(f"alerts/{path.name} is of no kind in the catalogue")
+    return found
+
+
 def main() -> None:
-    """Write the page."""
-    (DOCS / "metrics.md").write_text(page(), encoding="utf-8")
+    """Write the pages."""
+    (DOCS / "alerts").mkdir(exist_ok=True)
+    for path, text in due().items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

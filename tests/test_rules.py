@@ -79,9 +79,12 @@ def test_an_update_larger_than_the_weights_decides_early():
     given(rule, usual(20), **{UPDATE: 0.01})
     assert rule.update(record(20, 1.0, **{UPDATE: 2.0})) == []
     assert rule.update(record(21, 15.0, **{UPDATE: 0.1})) == []
-    assert rule.update(record(22, 100.0, **{UPDATE: 2.0})) == []  # by its gradient
-    [alert] = rule.update(record(23, 1.0, **{UPDATE: 2.0}))
+    [alert] = rule.update(record(22, 1.0, **{UPDATE: 2.0}))
     assert "group['lr'] /= 10" in alert.message
+    rule = LrTooHigh([STREAM])
+    given(rule, usual(20), **{UPDATE: 0.01})
+    for step, norm in enumerate((1000.0, 1.0, 1.0)):  # its gradient, then momentum
+        assert rule.update(record(20 + step, norm, **{UPDATE: 5.0})) == []
 
 
 def test_what_learns_at_large_steps_is_left_alone():

@@ -70,9 +70,9 @@ def state_metrics(run: State, blocks: Mapping[str, Any], scale: float) -> Replay
                 drive = float(blocks[f"drive.{number}"])
                 found.facts[stream.name] = {"drive": _driven_by(drive)}
     for number, path in enumerate(run.inputs):
-        padding, *sums = blocks[f"input.{number}"].tolist()
+        padding, *sums, whole = blocks[f"input.{number}"].tolist()
         found.sums[path] = tuple(sums)
-        finite = math.isfinite(sum(sums))
+        finite = bool(whole) and math.isfinite(sum(sums))
         found.facts[path] = {"padding": round(padding, 1)} if finite else {}
         if not finite:
             found.facts[path]["input_finite"] = False

@@ -32,6 +32,7 @@ class Rows:
         h0: The given first states, shape ``(layers * directions, K, P)``; or None.
         c0: The given first cell states of an LSTM; or None.
         y: The output, shape ``(T, K, directions * P)``.
+        finite: Whether the input of the whole batch is; one element, on the device.
         largest: Of a ReLU module: the largest output of each unit over the whole
             batch, shape ``(directions * H,)``; else None.
         dropout: Probability of dropout between layers; 0 for none.
@@ -55,6 +56,7 @@ class Rows:
     h0: Tensor | None
     c0: Tensor | None
     y: Tensor
+    finite: Tensor | None = None
     largest: Tensor | None = None
     dropout: float = 0.0
     masks: Callable[[], Iterator[Tensor]] | None = None
@@ -151,6 +153,7 @@ def take_rows(
             h0=h0,
             c0=c0 if isinstance(module, (nn.LSTM, nn.LSTMCell)) else None,
             y=pick(y),
+            finite=torch.isfinite(data).all(),
             largest=y.flatten(0, -2).amax(0) if relu and y.dim() > 1 else None,
             dropout=dropout,
             masks=_masks(module, pick, y, rng) if dropout and known else None,

@@ -32,8 +32,8 @@ class State:
             gates' gradients, one stream after the other, are ``state.gates``.
         left_out: Path of a module -> why it could not be replayed.
         inputs: Path of each module whose input is told: the share of its steps, at the
-            end, that are all zeros, and two sums by which the same input is known
-            again, are ``state.input.<index>``.
+            end, that are all zeros, two sums by which the same input is known again,
+            and whether that of the whole batch is finite, are ``state.input.<index>``.
         numbers: The numbers.
         seconds: What the launch cost on the host's clock.
     """
@@ -55,7 +55,12 @@ class State:
             self.numbers[f"mismatch.{len(self.modules)}"] = replayed.mismatch
         self.modules.append((path, replayed.tolerance))
         x = torch.cat([rows.x for rows in replayed.calls])
-        self.numbers[f"input.{len(self.inputs)}"] = _of_input(x, replayed.lengths)
+        told = _of_input(x, replayed.lengths)
+        finite = [r.finite for r in replayed.calls if r.finite is not None]
+        told = [*told, torch.stack(finite).all().to(x.device)]
+        self.numbers[f"input.{len(self.inputs)}"] = torch.stack(
+            [one.float() for one in told]
+        )
         self.inputs.append(path)
 
     def add(
@@ -77,7 +82,7 @@ class State:
             self.streams.append((member.stream, names))
 
 
-def _of_input(x: Tensor, lengths: Tensor | None) -> Tensor:
+def _of_input(x: Tensor, lengths: Tensor | None) -> list[Tensor]:
     """Return the share of all-zero steps at the end, and two sums of an input.
 
     Args:
@@ -90,7 +95,7 @@ def _of_input(x: Tensor, lengths: Tensor | None) -> Tensor:
     empty = last.where(size.amax(0) > 0, len(x))
     padded = empty if lengths is None else (empty - (len(x) - lengths)).clamp_min(0)
     wave = torch.arange(size.numel(), device=x.device).cos().view_as(size)
-    return torch.stack(((padded / steps).mean(), size.sum(), (size * wave).sum()))
+    return [(padded / steps).mean(), size.sum(), (size * wave).sum()]
 
 
 def _drive(replayed: Trajectory, layer: int, direction: int) -> Tensor:

@@ -24,6 +24,8 @@ _RAISED: Final = 3.0
 """Times the learning rate at the best from which on it is the cause."""
 _BURST: Final = 100.0
 """Times the usual gradient norm from which on one batch is."""
+_FEW: Final = 5
+"""Most such batches; where there are more, the data have changed."""
 _AFTER: Final = 100
 """Steps behind such a batch in which what it has done can show."""
 _LOSS, _NORM = map(run_key, ("loss", "grad_norm"))
@@ -50,7 +52,7 @@ class LossDivergence:
         self._usual = [0.0, 0.0, 0.0]  # at the best: update ratio, norm, rate
         self._now = [0.0, 0.0]  # running means of the first two
         self._rates: list[float] = []  # along the losses that the median is of
-        self._burst = -math.inf  # last step whose norm was far above the usual one
+        self._bursts: list[int] = []  # the last steps of norms far above the usual one
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -106,7 +108,7 @@ class LossDivergence:
         if not math.isfinite(ratio + norm):
             return
         if norm >= _BURST * self._usual[1] > 0:
-            self._burst = record.step
+            self._bursts = [*self._bursts[-_FEW:], record.step]
         old = 0.9 if self._taken > 1 else 0.0
         self._now = [
             old * before + (1 - old) * value
@@ -114,11 +116,11 @@ class LossDivergence:
         ]
 
     def _alert(self, record: StepRecord, loss: float) -> Alert:
-        best, start = self._best[0], self._losses.start
+        best, start, cause = self._best[0], self._losses.start, self._cause()
         return text.alert(
             LOSS_DIVERGENCE,
             record,
-            since=self._since,
+            since=self._bursts[0] if cause == "bad_batch" else self._since,
             what=f"the loss has gone up since step {self._since}, and stays up",
             shown=(
                 f"median of the last 20 losses {loss:.3g}; at best {best:.3g}, at "
@@ -126,7 +128,7 @@ class LossDivergence:
                 f"{self._usual[0]:.2g}; learning rate about {self._rate():.2g}, at the "
                 f"best {self._usual[2]:.2g}"
             ),
-            cause=self._cause(),
+            cause=cause,
             evidence={_LOSS: (loss, LOSS_DIVERGENCE.at("best") * best)},
         )
 
@@ -141,7 +143,8 @@ class LossDivergence:
     def _cause(self) -> str:
         if self._rate_raised() or self._now[0] >= LR_TOO_HIGH.clear("ratio"):
             return "lr"
-        return "bad_batch" if self._since - self._burst <= _AFTER else "data"
+        near = [step for step in self._bursts if self._since - step <= _AFTER]
+        return "bad_batch" if 0 < len(near) <= _FEW else "data"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""

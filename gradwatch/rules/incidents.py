@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from gradwatch.record import Alert, Incident, parse
 
-_PRECEDENCE: Final = (
+PRECEDENCE: Final = (
     "nonfinite",
     "exploding",
     "lr_too_high",
@@ -18,12 +18,13 @@ _PRECEDENCE: Final = (
     "spike",
 )
 _BROKEN: Final = ("nonfinite", "exploding")
-_CONSEQUENCES: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
+CONSEQUENCES: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {
         "dead_units": _BROKEN,
         "gate_stuck": _BROKEN,
         "no_gradient": _BROKEN,
         "underflow": _BROKEN,
+        "vanishing": (*_BROKEN, "lr_too_high", "dead_units", "gate_stuck"),
         "cleared_early": _BROKEN,  # a clip to a norm that overflows leaves zeros
         "over_clipping": (*_BROKEN, "cleared_early"),
         "not_updating": (*_BROKEN, "cleared_early", "over_clipping"),
@@ -34,7 +35,7 @@ _CONSEQUENCES: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     }
 )
 """Kind -> the open errors and alarms that explain it: it is evidence of theirs."""
-_UNDECIDED: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
+UNDECIDED: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {
         "no_gradient": ("dead_units", "gate_stuck", "underflow"),
         "not_updating": ("dead_units", "gate_stuck", "underflow"),
@@ -114,21 +115,21 @@ class Incidents:
         """Return the open incident that an alert is evidence of."""
         if alert.kind in self._open:
             return self._open[alert.kind]
-        explained = [*_CONSEQUENCES.get(alert.kind, ())]
+        explained = [*CONSEQUENCES.get(alert.kind, ())]
         if alert.cause is None:
-            explained += _UNDECIDED.get(alert.kind, ())
+            explained += UNDECIDED.get(alert.kind, ())
         for kind in explained:
             known = self._open.get(kind)
             if known is not None and known.severity != "info":
                 return known
-        if alert.kind not in _PRECEDENCE:
+        if alert.kind not in PRECEDENCE:
             return None
-        for kind in _PRECEDENCE:
+        for kind in PRECEDENCE:
             known = self._open.get(kind)
             # An open error explains also what ranks above it: an explosion ends in NaN.
             if known is None or known.severity == "info":
                 continue
-            if known.severity == "error" or _PRECEDENCE.index(kind) < _PRECEDENCE.index(
+            if known.severity == "error" or PRECEDENCE.index(kind) < PRECEDENCE.index(
                 alert.kind
             ):
                 return known

@@ -14,6 +14,8 @@ from gradwatch.rules.catalogue.loop import NONFINITE
 _SKIPS_ALLOWED: Final = int(NONFINITE.at("skips"))
 _QUIET_STEPS: Final = 25
 
+_TYPES: Final = ("dtype", "autocast")
+
 _NORM = run_key("grad_norm")
 _NONFINITE = run_key("nonfinite")
 _LOSS = run_key("loss")
@@ -40,11 +42,11 @@ class Nonfinite:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants = None
-        for facts in record.facts.values():
-            if isinstance(facts, dict) and "dtype" in facts:
-                used = (facts["dtype"], facts.get("autocast"))
-                self._half = "float16" in used
-                self._input = facts.get("input_finite", True)
+        found = [f for f in record.facts.values() if isinstance(f, dict)]
+        if modules := [facts for facts in found if "dtype" in facts]:
+            used = {facts.get(name) for facts in modules for name in _TYPES}
+            self._half = "float16" in used
+            self._input = all(facts.get("input_finite", True) for facts in modules)
         norm = record.metrics.get(_NORM)
         loss = record.metrics.get(_LOSS)
         count = record.metrics.get(_NONFINITE, 0.0)
@@ -102,9 +104,11 @@ class Nonfinite:
     ) -> str | None:
         if not self._input:
             return "nan_data"
-        if self._skips > _SKIPS_ALLOWED and record.facts.get("skipped_by") == "scaler":
+        scaler = record.facts.get("skipped_by") == "scaler"
+        finite = loss is None or math.isfinite(loss)
+        if scaler and self._skips > _SKIPS_ALLOWED and (finite or self._half):
             return "fp16_overflow"
-        if loss is not None and not math.isfinite(loss):
+        if not finite:
             return "nan_data" if self._finite is not None else None
         if loss is not None:
             return "fp16_overflow" if self._half else "nan_backward"

@@ -14,8 +14,9 @@ from gradwatch.rules.hysteresis import Running
 from gradwatch.rules.seen import Losses
 
 _JUMPS: Final = 2
+_BACK: Final = 25
 _BACK_FROM_JUMP: Final = 100
-"""Steps running without a sign after which a jump is over."""
+"""Steps running without a sign after which it is over, and after which a jump is."""
 _NORM: Final = run_key("grad_norm")
 
 
@@ -34,6 +35,7 @@ class LrTooHigh:
         self._running = {s.name: Running() for s in streams}
         self._losses = Losses()
         self._taken = 0
+        self._burst = 0.0  # the largest norm lately, fading
 
     @property
     def active(self) -> bool:
@@ -47,6 +49,8 @@ class LrTooHigh:
             self._ratios.pop(name, None)
         self._taken += 1
         found, norm = [], record.metrics.get(_NORM, math.nan)
+        if math.isfinite(norm):  # momentum keeps the update of one large gradient up
+            self._burst = max(norm, 0.9 * self._burst)
         for stream, key in self._watched:
             ratio = record.metrics.get(key)
             if ratio is None:
@@ -62,15 +66,15 @@ class LrTooHigh:
             size = sorted(last)[len(last) // 2]
             there = size >= getattr(LR_TOO_HIGH, level)("ratio")
             there = there and (running.raised or self._can_be_judged(len(last)))
-            jumps = self._jumps(stream, last, norm)
-            running.back = _BACK_FROM_JUMP if jumps else running.back
+            jumps = self._jumps(stream, last)
+            running.back = max(_BACK_FROM_JUMP if jumps else _BACK, running.back)
             hold = running.steps + 1 if jumps else self._hold
             if running.take(record.step, there or jumps, hold):
                 size = max(last) if jumps else size
                 found.append(self._alert(record, stream, key, size))
         return found
 
-    def _jumps(self, stream: Stream, last: Sequence[float], norm: float) -> bool:
+    def _jumps(self, stream: Stream, last: Sequence[float]) -> bool:
         """Tell whether an update leaves nothing of the weights, and not by its norm."""
         jump, leap = LR_TOO_HIGH.at("jump"), LR_TOO_HIGH.at("leap")
         if self._taken <= self._warm_up or last[-1] < jump:
@@ -78,8 +82,7 @@ class LrTooHigh:
         if last[-1] < leap and sum(ratio >= jump for ratio in last) < _JUMPS:
             return False
         usual, before = self._usual.get(stream.name, (0.0, 0.0))
-        faster = LR_TOO_HIGH.at("faster") * usual * norm
-        return math.isfinite(norm) and last[-1] * before >= faster
+        return last[-1] * before >= LR_TOO_HIGH.at("faster") * usual * self._burst
 
     def _take_usual(self, stream: Stream, ratio: float, norm: float) -> None:
         """Take a usual update, and the norm that it came from, into running means."""
@@ -125,11 +128,13 @@ class LrTooHigh:
             "running": {k: v.state_dict() for k, v in self._running.items()},
             "losses": self._losses.state_dict(),
             "taken": self._taken,
+            "burst": self._burst,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._ratios, self._taken = dict(state["ratios"]), state["taken"]
+        self._burst = state["burst"]
         self._usual = {name: (a, b) for name, (a, b) in state["usual"].items()}
         self._losses.load_state_dict(state["losses"])
         for name, own in state["running"].items():

@@ -24,6 +24,8 @@ class Losses:
             negative: then no share of it means anything.
         largest: The largest one.
         signed: Whether one was negative.
+        best: The lowest median, as it was when it had last improved by a twentieth.
+        improved: When that was.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,7 @@ class Losses:
         self.start: float | None = None
         self.largest = -math.inf
         self.signed = False
+        self.best, self.improved = math.inf, 0
 
     def take(self, record: StepRecord) -> float | None:
         """Take in a record's loss; return it if it has a finite one."""
@@ -43,6 +46,8 @@ class Losses:
         if loss < 0:
             self.signed, self.start = True, None
         self.largest = max(self.largest, loss)
+        if self.start is not None and self.usual < 0.95 * self.best:
+            self.best, self.improved = self.usual, record.step
         return loss
 
     @property

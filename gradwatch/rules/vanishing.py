@@ -33,6 +33,8 @@ _FOR_GOOD: Final = 0.2
 _SHUT: Final = 0.9
 _PADDED: Final = 0.3
 """Share of the steps, at the end, whose input is all zeros."""
+_STALLED: Final = 150
+"""Steps without progress after which a loss has been learnt as far as it goes."""
 _LASTING: Final = ("forget_gate", "update_gate", "padding", "truncation")
 _CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
@@ -125,7 +127,8 @@ class Vanishing:
             self._suspicious = True
             return []
         known = {"since": record.step, "travel": 0.0, "calm": 0, "raised": False}
-        self._open[name] = known = {**known, "first": reach}
+        self._open[name] = known = {**known, "first": reach, "before": reach}
+        known["middles"] = []
         if self._reached.get(name):
             return self._rise(record, stream, keys, known, past)
         return [self._alert(record, stream, keys, alarm=False)]
@@ -162,6 +165,8 @@ class Vanishing:
         if known["raised"] or not low or self._progress(record, stream, keys):
             return []
         moved = self._moved(known, middle)
+        known["middles"] = [*known["middles"], middle][-_OFTEN:]
+        known["before"] = known["middles"][0]
         lasting = lasted >= _HOLD and (moved or self._stays(stream))
         fell = bool(self._reached.get(stream.name))
         if not fell and not lasting and lasted < _LONG:
@@ -177,12 +182,17 @@ class Vanishing:
         if self._cut(stream):  # what the last piece holds is learnt all the same
             return signal < VANISHING.clear("learnt")
         told = share is not None and share < VANISHING.at("loss")
+        if told and share is not None and share > VANISHING.clear("loss"):
+            # What the read-out alone can learn is learnt soon, and then no more.
+            told = record.step - self._losses.improved < _STALLED
         return told or signal < VANISHING.at("learnt")
 
     def _moved(self, known: Mapping[str, Any], middle: float) -> bool:
         """Tell whether the weights have gone further than nets that open need."""
         level = "travel" if self._losses.share is not None else "travel_alone"
         opens = middle > known["first"] + VANISHING.at("opening")
+        if level == "travel":  # and it goes on
+            opens = opens and middle > known["before"] + VANISHING.at("rising")
         return bool(known["travel"] >= VANISHING.at(level)) and not opens
 
     def _stays(self, stream: Stream) -> bool:
@@ -212,10 +222,9 @@ class Vanishing:
         if cut:
             reach = -float("inf")
             shown = f"the first {cut} of {length} steps are cut off and get nothing"
-        shown += (
-            f"; signal {record.metrics.get(keys['signal'], 1.0):.2f} of its start; the "
-            f"weights have moved by {known['travel']:.2g} of their norm"
-        )
+        shown += f"; signal {record.metrics.get(keys['signal'], 1.0):.2f} of its start"
+        if known["travel"]:
+            shown += f"; the weights have moved by {known['travel']:.2g} of their norm"
         if self._losses.share is not None:
             shown += f"; the loss is at {self._losses.share:.2f} of its start"
         far = f"{horizon:.0f}" if horizon is not None else "few"

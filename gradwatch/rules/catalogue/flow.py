@@ -22,7 +22,7 @@ EXPLODING = Kind(
             2.7,
             1.7,
             "healthy chrono LSTMs reach 3.0 at one probe as they learn, never at "
-            "three; sick runs stay above 4.7",
+            "three; sick ones 4.7 and more",
         ),
         "growth_at_once": Evidence(
             "`growth_log10`, once", 4.0, 1.7, "no healthy run came near it"
@@ -123,8 +123,9 @@ VANISHING = Kind(
         "loss": Evidence(
             "loss over its start, where it is logged, at least",
             0.9,
-            None,
-            "in runs that never learn a far target it stays above .98",
+            0.5,
+            "in runs that never learn a far target it stays above .98; down to .5 the "
+            "loss has to go on falling, or the read-out alone has learnt",
         ),
         "travel": Evidence(
             "sum of `update_ratio` since the first probe, with the loss logged",
@@ -143,6 +144,12 @@ VANISHING = Kind(
             1.5,
             None,
             "nets that open rise by more than that first",
+        ),
+        "rising": Evidence(
+            "beside it, with the loss logged: decades in the last 10 probes, at most",
+            0.5,
+            None,
+            "a reach that has grown and stays where it is opens nothing",
         ),
     },
     warm_up="100 steps since the first probe that showed it, or 3,000 whatever moved",
@@ -236,7 +243,7 @@ DRIFT = Kind(
             "`rho_total_drift`, in size, twice running",
             0.5,
             0.35,
-            "healthy runs reach .33, orthogonal tanh nets .59: too thin for an alarm",
+            "healthy runs reach .92: a notice, and no alarm",
         )
     },
     warm_up="20 steps after the first measurement",
