@@ -18,6 +18,8 @@ _HIGH: Final = VANISHING.clear("reach")
 _FLOOR: Final = -45.0
 """Decades that stand for an adjoint of 0: the least that float32 tells from it."""
 _PROBES: Final = 5
+_TREND: Final = 10
+"""Probes that a median is taken over, and that tell whether it still rises."""
 _CLEAR: Final = 3
 _SHORTEST: Final = 5
 _HOLD: Final = 100
@@ -63,7 +65,7 @@ class Vanishing:
         self._reached: dict[str, bool] = {}
         self._learnt: dict[str, bool] = {}
         self._probed = 0
-        self._suspicious = False
+        self._doubts: dict[str, bool] = {}
 
     @property
     def active(self) -> bool:
@@ -77,6 +79,7 @@ class Vanishing:
         for name in reinitialised(record.events):
             for state in (self._open, self._past, self._reached, self._learnt):
                 state.pop(name, None)
+            self._doubts.pop(name, None)
         found: list[Alert] = []
         for stream, keys in self._watched:
             known = self._open.get(stream.name)
@@ -91,7 +94,7 @@ class Vanishing:
 
     def _asks(self, step: int) -> str | None:
         """Return the depth that an open incident, or one to be, asks for next."""
-        if not self._open and not self._suspicious:
+        if not self._open and not self._doubts:
             return None
         since = min((known["since"] for known in self._open.values()), default=step)
         every = _OFTEN if step - since < _OFTEN_FOR else _SELDOM
@@ -120,15 +123,20 @@ class Vanishing:
             self._reached[name] = True
             self._learnt[name] = False
         learnt = learnt or self._learnt.get(name, False)
-        self._suspicious = False
+        self._doubts.pop(name, None)
         if reach > _LOW or learnt or not self._can_matter(record, stream, keys):
             return []
         if self._reached.get(name) and (len(past) < _PROBES or max(past) > _HIGH):
-            self._suspicious = True
+            self._doubts[name] = True
             return []
-        known = {"since": record.step, "travel": 0.0, "calm": 0, "raised": False}
-        self._open[name] = known = {**known, "first": reach, "before": reach}
-        known["middles"] = []
+        known = self._open[name] = {
+            "since": record.step,
+            "first": reach,
+            "middles": [],  # medians of the last probes
+            "travel": 0.0,
+            "calm": 0,
+            "raised": False,
+        }
         if self._reached.get(name):
             return self._rise(record, stream, keys, known, past)
         return [self._alert(record, stream, keys, alarm=False)]
@@ -165,8 +173,7 @@ class Vanishing:
         if known["raised"] or not low or self._progress(record, stream, keys):
             return []
         moved = self._moved(known, middle)
-        known["middles"] = [*known["middles"], middle][-_OFTEN:]
-        known["before"] = known["middles"][0]
+        known["middles"] = [*known["middles"], middle][-_TREND:]
         lasting = lasted >= _HOLD and (moved or self._stays(stream))
         fell = bool(self._reached.get(stream.name))
         if not fell and not lasting and lasted < _LONG:
@@ -192,7 +199,8 @@ class Vanishing:
         level = "travel" if self._losses.share is not None else "travel_alone"
         opens = middle > known["first"] + VANISHING.at("opening")
         if level == "travel":  # and it goes on
-            opens = opens and middle > known["before"] + VANISHING.at("rising")
+            before = [*known["middles"], known["first"]][0]
+            opens = opens and middle > before + VANISHING.at("rising")
         return bool(known["travel"] >= VANISHING.at(level)) and not opens
 
     def _stays(self, stream: Stream) -> bool:
