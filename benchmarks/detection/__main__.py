@@ -89,14 +89,16 @@ def long(seeds: Sequence[int]) -> None:
 
 
 PARTS = ("tuning", "held-out")
+SLOW = "vanishing"
+"""The kind that has a clock of its own."""
 LEAD = 10
 """Steps before a NaN by which an alarm is of use."""
 
 HEAD = (
     "tool", "right kind, sick runs", "healthy runs with an alarm", "cause", "stream",
-    "open at the end is right", "delay", "lead to NaN, 10 steps or more",
-    "also said of sick runs",
-    "remedy helped", "slow-down",
+    "open at the end is right", "delay", "delay of vanishing",
+    "lead to NaN, 10 steps or more", "also said of sick runs", "remedy helped",
+    "slow-down",
 )  # fmt: skip
 
 
@@ -121,7 +123,8 @@ def _table(found: Sequence[tuple[str, Sequence[Judged]]]) -> None:
                 _percent(found) if named else "-"  # it never names any
                 for found, named in zip(shares, (*names, True), strict=True)
             ),
-            _steps(median(r.delay for r in sick)),
+            _steps(median(r.delay for r in sick if r.label.kind != SLOW)),
+            _steps(median(r.delay for r in sick if r.label.kind == SLOW)),
             f"{_steps(median(r.lead for r in sick))}, "
             + _percent(share(None if r.lead is None else r.lead >= LEAD for r in sick)),
             _percent(share(bool(r.false) for r in sick)),
