@@ -91,6 +91,7 @@ def derive(memory: Memory, reading: Reading) -> tuple[Memory, StepRecord]:
             )
             metrics |= found
             facts = _with_carried(facts, reading.flow, blocks)
+        facts = {name: _if_carried(own) for name, own in facts.items()}
     norm = metrics.get(_NORM, math.nan)
     known, changed = _facts(memory, facts | _of_loop(memory, reading))
     if step.skipped_by:
@@ -203,6 +204,16 @@ def _with_carried(
         for path in paths & carried
     }
     return {**facts, **said}
+
+
+def _if_carried(own: Any) -> Any:
+    """Leave out the steps cut off where the states are not known to be a call's.
+
+    Where they lie decides, and new zeros may lie where old states were.
+    """
+    if isinstance(own, dict) and "cut" in own and not own.get("state_detached"):
+        return {name: value for name, value in own.items() if name != "cut"}
+    return own
 
 
 def _over_time(

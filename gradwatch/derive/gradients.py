@@ -24,7 +24,11 @@ def gradients(reading: Reading) -> dict[int, float]:
     values = _floats(host["pre"])
     if (scale := reading.scale) != 1.0:
         values = [value / scale for value in values]
-    return dict(zip(step.live, values, strict=True))
+    before = dict(zip(step.live, values, strict=True))
+    if step.idle:  # they wait for an optimizer of their own
+        own = {i: norm for i, norm in before.items() if i not in step.idle}
+        return own or before
+    return before
 
 
 def _floats(values: Any) -> list[float]:

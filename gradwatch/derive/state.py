@@ -72,7 +72,7 @@ def state_metrics(run: State, blocks: Mapping[str, Any], scale: float) -> Replay
     for number, path in enumerate(run.inputs):
         padding, *sums, whole = blocks[f"input.{number}"].tolist()
         found.sums[path] = tuple(sums)
-        finite = bool(whole) and math.isfinite(sum(sums))
+        finite = bool(whole)
         found.facts[path] = {"padding": round(padding, 1)} if finite else {}
         if not finite:
             found.facts[path]["input_finite"] = False

@@ -82,6 +82,8 @@ class Step:
         post_live: Indices that ``post`` belongs to.
         changed: Names of the streams whose weight was compared before and after.
         events: Such as ``skipped_step``.
+        idle: Indices of the parameters whose optimizers have not stepped, while others
+            have.
         cleared: Whether the gradients of the last step were cleared before this one's;
             None where that cannot be told.
         skipped_by: Who skipped a skipped step: ``scaler``, ``clipper``, ``user``,
@@ -96,5 +98,6 @@ class Step:
     post_live: list[int] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     events: tuple[str, ...] = ()
+    idle: frozenset[int] = frozenset()
     cleared: bool | None = None
     skipped_by: str = ""

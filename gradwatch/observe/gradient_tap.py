@@ -136,6 +136,7 @@ class GradientTap:
                 hook.remove()
             self._hooks.clear()
             self._again.clear()
+            self._clearing.close()
             self._params, self._seen = [], {}
             self._changes = Changes({})
 
@@ -415,6 +416,9 @@ class GradientTap:
         return [self._index[id(p)] for p in self._order if id(p) in self._index]
 
     def _close(self, events: tuple[str, ...], by: str = "") -> None:
+        idle = self._optimizers.idle(self._stepped)
+        if not self._clearing.ends(self._params if self._stepped else (), idle):
+            self._cleared = None
         step = Step(
             number=self.number,
             names=self.names,
@@ -423,6 +427,7 @@ class GradientTap:
             post_live=[i for index, _ in self._post for i in index],
             changed=[name for names, *_ in self._moved for name in names],
             events=events,
+            idle=idle,
             cleared=self._cleared,
             skipped_by=by,
         )
@@ -435,7 +440,6 @@ class GradientTap:
         if self._moved:
             step.numbers["change"] = joined([change for _, change, _ in self._moved])
             step.numbers["weight"] = joined([weight for *_, weight in self._moved])
-        self._clearing.ends(self._params if self._stepped else ())
         if self._stepped:
             self._expected = self._stepped
         self._any_step = self._any_step or not by

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Optimizers:
         self._params, self._changes = params, changes
         self._index = {id(p): i for i, p in enumerate(params)}
         self._known: dict[int, Held] = {}
+        self._idle: dict[frozenset[int], frozenset[int]] = {}
 
     def known(self, optimizer: Optimizer) -> Held | None:
         """Return what was looked up, unless its size has changed since."""
@@ -59,7 +60,26 @@ class Optimizers:
         moving = self._changes.among(self._params[i] for i in index)
         held = Held(len(params), weakref.ref(optimizer), index, moving)
         self._known[id(optimizer)] = held
+        self._idle.clear()
         return held
+
+    def idle(self, stepped: Collection[int]) -> frozenset[int]:
+        """Return the parameters that only optimizers hold which have not stepped.
+
+        Args:
+            stepped: Ids of the optimizers that have.
+
+        Returns:
+            Their indices; what an earlier backward left there is no part of the step.
+        """
+        if len(self._known) < 2 or not stepped:
+            return frozenset()
+        key = frozenset(stepped)
+        if key not in self._idle:
+            held = {i: set(one.params) for i, one in self._known.items()}
+            used = set().union(*(held.get(i, ()) for i in key))
+            self._idle[key] = frozenset(set().union(*held.values()) - used)
+        return self._idle[key]
 
     def alive(self) -> list[Optimizer]:
         """Return the optimizers that hold a watched parameter."""

@@ -89,13 +89,15 @@ def _of_input(x: Tensor, lengths: Tensor | None) -> list[Tensor]:
         x: Shape ``(T, K, F)``.
         lengths: Of each sequence; their padding is not counted. None: all have T.
     """
-    size = torch.linalg.vector_norm(x.float(), dim=-1)
+    x = x.float()
+    size = torch.linalg.vector_norm(x, dim=-1)
     steps = len(x) if lengths is None else lengths
     last = (size > 0).flip(0).to(torch.int8).argmax(0)  # 0 for nothing but zeros too
     empty = last.where(size.amax(0) > 0, len(x))
     padded = empty if lengths is None else (empty - (len(x) - lengths)).clamp_min(0)
+    mixed = x @ torch.arange(x.shape[-1], device=x.device).add(1).cos()
     wave = torch.arange(size.numel(), device=x.device).cos().view_as(size)
-    return [(padded / steps).mean(), size.sum(), (size * wave).sum()]
+    return [(padded / steps).mean(), size.sum(), (mixed * wave).sum()]
 
 
 def _drive(replayed: Trajectory, layer: int, direction: int) -> Tensor:

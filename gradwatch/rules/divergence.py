@@ -67,6 +67,7 @@ class LossDivergence:
         self._rates = [*self._rates[1 - len(losses.last) :], self._rate()]
         self._note(record)
         if losses.start is None:
+            self.active = self.active and not losses.signed
             return []
         loss = losses.usual
         if loss < self._best[0]:
@@ -120,7 +121,7 @@ class LossDivergence:
         return text.alert(
             LOSS_DIVERGENCE,
             record,
-            since=self._bursts[0] if cause == "bad_batch" else self._since,
+            since=self._near()[0] if cause == "bad_batch" else self._since,
             what=f"the loss has gone up since step {self._since}, and stays up",
             shown=(
                 f"median of the last 20 losses {loss:.3g}; at best {best:.3g}, at "
@@ -143,8 +144,11 @@ class LossDivergence:
     def _cause(self) -> str:
         if self._rate_raised() or self._now[0] >= LR_TOO_HIGH.clear("ratio"):
             return "lr"
-        near = [step for step in self._bursts if self._since - step <= _AFTER]
-        return "bad_batch" if 0 < len(near) <= _FEW else "data"
+        return "bad_batch" if 0 < len(self._near()) <= _FEW else "data"
+
+    def _near(self) -> list[int]:
+        """Return the steps, shortly before the loss rose, whose norm stood out."""
+        return [step for step in self._bursts if self._since - step <= _AFTER]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""

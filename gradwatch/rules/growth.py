@@ -22,6 +22,8 @@ _AGAIN: Final = (0, 1, 2)
 """Steps to the next probe after one and two that counted: a burst is over by then."""
 _SAMPLES: Final = 8
 """Probes that a slope is taken over."""
+_LOST: Final = 300
+"""Steps without a measurement after which a stream's level is forgotten."""
 _SOON: Final = 50
 """Steps within which a rising growth has to cross the threshold to be told of."""
 
@@ -49,6 +51,7 @@ class Growth:
         )
         self._past: dict[str, list[list[float]]] = {}  # stream: [step, growth], ...
         self._rising: dict[str, int] = {}  # stream: since which step
+        self._measured: dict[str, int] = {}
         self._probed = 0
 
     @property
@@ -68,13 +71,17 @@ class Growth:
             growth = record.metrics.get(key)
             if growth is None:
                 continue
-            self._probed = record.step
+            self._probed = self._measured[stream.name] = record.step
             change = self._levels.update(stream.name, record.step, growth)
             if change == "raised":
                 self._rising.pop(stream.name, None)
                 found.append(self._alert(record, stream, key, growth))
             elif not self._levels.raised(stream.name):
                 found += self._early(record, stream, key, growth)
+        for name in [n for n, at in self._measured.items() if record.step - at > _LOST]:
+            self._levels.forget(name)  # frozen or unused since: nobody can tell
+            self._rising.pop(name, None)
+            del self._measured[name]
         self._ask(record.step)
         return found
 
@@ -169,6 +176,7 @@ class Growth:
             "seen": self._seen.state_dict(),
             "past": dict(self._past),
             "rising": dict(self._rising),
+            "measured": dict(self._measured),
             "probed": self._probed,
         }
 
@@ -177,4 +185,4 @@ class Growth:
         self._levels.load_state_dict(state["levels"])
         self._seen.load_state_dict(state["seen"])
         self._past, self._rising = dict(state["past"]), dict(state["rising"])
-        self._probed = state["probed"]
+        self._measured, self._probed = dict(state["measured"]), state["probed"]

@@ -60,6 +60,7 @@ class Incidents:
         self._open: dict[str, Incident] = {}
         self._past: list[Incident] = []
         self._notices: Counter[tuple[str, str | None]] = Counter()
+        self._explained: dict[str, tuple[str, Alert]] = {}  # kind: by which, the last
 
     def __iter__(self) -> Any:
         """Iterate over the past incidents, then the open ones."""
@@ -97,8 +98,10 @@ class Incidents:
             self._open[alert.kind] = opened
             return alert, opened
         rises = _RANK[alert.severity] > _RANK[known.severity]
-        if alert.kind != known.kind and alert.kind != "nonfinite":
-            rises = False  # what is explained is evidence, however bad
+        if alert.kind != known.kind:
+            self._explained[alert.kind] = (known.kind, alert)
+            # What is explained is evidence, however bad; but a NaN is told.
+            rises = rises and alert.kind == "nonfinite"
         grown = dataclasses.replace(
             known,
             severity=alert.severity if rises else known.severity,
@@ -113,8 +116,9 @@ class Incidents:
 
     def _covering(self, alert: Alert) -> Incident | None:
         """Return the open incident that an alert is evidence of."""
-        if alert.kind in self._open:
-            return self._open[alert.kind]
+        own = self._open.get(alert.kind)
+        if own is not None and "info" not in (own.severity, alert.severity):
+            return own
         explained = [*CONSEQUENCES.get(alert.kind, ())]
         if alert.cause is None:
             explained += UNDECIDED.get(alert.kind, ())
@@ -122,8 +126,8 @@ class Incidents:
             known = self._open.get(kind)
             if known is not None and known.severity != "info":
                 return known
-        if alert.kind not in PRECEDENCE:
-            return None
+        if own is not None or alert.kind not in PRECEDENCE:
+            return own
         for kind in PRECEDENCE:
             known = self._open.get(kind)
             # An open error explains also what ranks above it: an explosion ends in NaN.
@@ -142,12 +146,26 @@ class Incidents:
         self._past += ended
         return ended
 
+    def left_behind(self, active: Mapping[str, bool]) -> list[Alert]:
+        """Return alerts that were explained by what is over, and that still hold.
+
+        Args:
+            active: Kind -> whether its rule still shows it.
+        """
+        over = [k for k, (by, _) in self._explained.items() if by not in self._open]
+        found = [self._explained.pop(kind)[1] for kind in over]
+        return [alert for alert in found if active.get(alert.kind, False)]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
         return {
             "open": [_plain(i) for i in self._open.values()],
             "past": [_plain(i) for i in self._past],
             "notices": [[*key, n] for key, n in self._notices.items()],
+            "explained": [
+                [kind, by, dataclasses.asdict(alert)]
+                for kind, (by, alert) in self._explained.items()
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -155,6 +173,9 @@ class Incidents:
         self._open = {raw["kind"]: parse(Incident, raw) for raw in state["open"]}
         self._past = [parse(Incident, raw) for raw in state["past"]]
         self._notices = Counter({(k, s): n for k, s, n in state["notices"]})
+        self._explained = {
+            kind: (by, parse(Alert, raw)) for kind, by, raw in state["explained"]
+        }
 
 
 def _plain(incident: Incident) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,6 +60,11 @@ class Judge:
                 active[kind] = active.get(kind, False) or there
         for incident in self.incidents.end(record.step, active):
             changed[incident.kind] = incident
+        for alert in self.incidents.left_behind(active):
+            out, incident = self.incidents.take(alert)
+            given += [out] if out is not None else []
+            if incident is not None and incident.kind not in changed:
+                changed[incident.kind] = incident
         return given, list(changed.values())
 
     def wanted(self, attribute: str) -> set[str]:
@@ -72,7 +78,7 @@ class Judge:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the rules and the incidents, in plain values."""
-        return {
+        state = {
             "rules": {
                 type(rule).__name__: rule.state_dict()
                 for rule in self.rules
@@ -80,9 +86,11 @@ class Judge:
             },
             "incidents": self.incidents.state_dict(),
         }
+        return copy.deepcopy(state)  # rules go on writing into what they hold
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+        state = copy.deepcopy(dict(state))
         for rule in self.rules:
             saved = state["rules"].get(type(rule).__name__)
             if saved is not None and hasattr(rule, "load_state_dict"):

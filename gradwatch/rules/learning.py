@@ -159,8 +159,9 @@ class NoGradient(_Missing):
         if norm:
             return None
         if self._fact(stream, "requires_grad") is not False:  # that is a notice
-            if self._fact(stream, "in_optimizer") is False:
-                return None
+            held = self._fact(stream, "in_optimizer")
+            if held is False or (held and keys.ratio not in record.metrics):
+                return None  # nobody trains it, or its optimizer has not stepped
             if norm == 0 and self._fact(stream, "T") == 1:
                 return None  # nothing has recurred
             if norm == 0 and self._half(stream):

@@ -73,6 +73,15 @@ class OverClipping(_OfSteps):
         super().__init__(streams)
         self._norms: list[float] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {**super().state_dict(), "norms": list(self._norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._norms = list(state["norms"])
+
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self._note(record)
@@ -199,7 +208,7 @@ class RepeatedBatch:
         return text.alert(
             REPEATED_BATCH,
             record,
-            since=0,
+            since=record.step,
             what=f"{module} is given the same batch at every step",
             shown=f"its input was the same, bit for bit, at {looks} looks running",
             cause="data",

@@ -54,6 +54,8 @@ class LrTooHigh:
         for stream, key in self._watched:
             ratio = record.metrics.get(key)
             if ratio is None:
+                if self._running[stream.name].raised:
+                    self._running[stream.name].take(record.step, False, self._hold)
                 continue
             if 0 < ratio < LR_TOO_HIGH.clear("ratio"):
                 self._take_usual(stream, ratio, norm)

@@ -37,7 +37,7 @@ _PADDED: Final = 0.3
 """Share of the steps, at the end, whose input is all zeros."""
 _STALLED: Final = 150
 """Steps without progress after which a loss has been learnt as far as it goes."""
-_LASTING: Final = ("forget_gate", "update_gate", "padding", "truncation")
+_LASTING: Final = ("forget_gate", "update_gate", "truncation")
 _CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
 
@@ -172,7 +172,7 @@ class Vanishing:
         low = middle <= _LOW and max(past) <= _HIGH and len(past) >= _PROBES
         if known["raised"] or not low or self._progress(record, stream, keys):
             return []
-        moved = self._moved(known, middle)
+        moved = self._moved(stream, known, middle)
         known["middles"] = [*known["middles"], middle][-_TREND:]
         lasting = lasted >= _HOLD and (moved or self._stays(stream))
         fell = bool(self._reached.get(stream.name))
@@ -194,11 +194,13 @@ class Vanishing:
             told = record.step - self._losses.improved < _STALLED
         return told or signal < VANISHING.at("learnt")
 
-    def _moved(self, known: Mapping[str, Any], middle: float) -> bool:
+    def _moved(self, stream: Stream, known: Mapping[str, Any], middle: float) -> bool:
         """Tell whether the weights have gone further than nets that open need."""
         level = "travel" if self._losses.share is not None else "travel_alone"
+        if level == "travel" and self._cause(stream) == "padding":
+            level = "travel_padded"
         opens = middle > known["first"] + VANISHING.at("opening")
-        if level == "travel":  # and it goes on
+        if level != "travel_alone":  # and it goes on
             before = [*known["middles"], known["first"]][0]
             opens = opens and middle > before + VANISHING.at("rising")
         return bool(known["travel"] >= VANISHING.at(level)) and not opens

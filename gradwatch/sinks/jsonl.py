@@ -100,7 +100,8 @@ class Jsonl:
         self._fold = Fold()
         self._recent: deque[StepRecord] = deque(maxlen=_AROUND_INCIDENT)
         self._profiled: tuple[int | None, Mapping[str, Any]] = (None, {})
-        self._around: dict[Path, tuple[str, dict[str, Any]]] = {}
+        self._around: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self._waits: dict[Path, dict[str, Any]] = {}
         self._pid = os.getpid()
         self._closed = False
         self._waiting: list[StepRecord] = []
@@ -178,10 +179,17 @@ class Jsonl:
         content = {
             f.name: getattr(incident, f.name) for f in dataclasses.fields(incident)
         }
-        severity, around = self._around.get(path, ("", {}))
-        if severity != incident.severity:
+        state = (incident.severity, incident.streams, incident.cause)
+        known, around = self._around.get(path, (None, {}))
+        self._waits.pop(path, None)
+        if known == state and incident.until is None:
+            self._waits[path] = content  # more evidence of the same: at the end
+            return
+        if known is None or known[0] != incident.severity:
             around = self._surroundings(latest or {})
-            self._around[path] = (incident.severity, around)
+        self._around[path] = (state, around)
+        if incident.until is not None:
+            del self._around[path]
         _replace(path, dump_line({**content, **around}))
 
     def _surroundings(self, latest: Mapping[str, float]) -> dict[str, Any]:
@@ -217,6 +225,8 @@ class Jsonl:
             self.flush()
             if self._fold.count:
                 self._append(dump_line(self._fold.row()) + "\n")
+            for path, content in self._waits.items():
+                _replace(path, dump_line({**content, **self._around[path][1]}))
             if health is not None:
                 self._meta["health"] = dict(health)
             self._write_meta()

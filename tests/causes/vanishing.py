@@ -67,7 +67,7 @@ def padded(sick):
         x, y = pad(batch[0], (0, 0, 0, 0, 0, 40)), batch[1]
         return classes(model, (x if sick else pack_padded_sequence(x, lengths), y))
 
-    return far(net(nn.LSTM), batches=symbols(5), loss=loss)
+    return far(net(nn.LSTM), 5e-3, batches=symbols(5), loss=loss)
 
 
 def saturated(scale, weight=0.0, level=0.0, suffix="l0", **more):

@@ -133,6 +133,12 @@ VANISHING = Kind(
             None,
             "healthy nets that begin without reach open at .3 to .7",
         ),
+        "travel_padded": Evidence(
+            "the same, behind padding",
+            0.5,
+            None,
+            "padding does not go away by itself; a blank input that is meant may open",
+        ),
         "travel_alone": Evidence(
             "the same, without a logged loss",
             1.5,
@@ -155,7 +161,7 @@ VANISHING = Kind(
     warm_up="100 steps since the first probe that showed it, or 3,000 whatever moved",
     confirmed=(
         "after 100 steps alone where the cause does not go away by itself: saturation, "
-        "a shut gate, padding, a state that is cut off; after five probes where "
+        "a shut gate, a state that is cut off; after five probes where "
         "gradients had reached the first steps before; else by the way that the "
         "weights have gone"
     ),

@@ -105,9 +105,9 @@ NO_GRADIENT = Kind(
     confirmed="by the number of steps",
     over="after 3 steps with a gradient",
     excused=(
-        "weights that no optimizer holds; sequences of one step; dead units and stuck "
-        "gates, which have alarms of their own. Never a small gradient: 7e-10 was "
-        "healthy"
+        "weights that no optimizer holds, or one that has not stepped; sequences of "
+        "one step; dead units and stuck gates, which have alarms of their own. Never a "
+        "small gradient: 7e-10 was healthy"
     ),
     causes={
         "frozen": Cause(
