@@ -23,6 +23,8 @@ _TREND: Final = 10
 _CLEAR: Final = 3
 _SHORTEST: Final = 5
 _HOLD: Final = 100
+_HOLD_ALONE: Final = 300
+"""Steps that a cause which stays has to last; more where no loss tells of progress."""
 _LONG: Final = 3000
 """Steps after which a net will not open by itself, however little it has moved."""
 _OFTEN: Final = 10
@@ -174,7 +176,9 @@ class Vanishing:
             return []
         moved = self._moved(stream, known, middle)
         known["middles"] = [*known["middles"], middle][-_TREND:]
-        lasting = lasted >= _HOLD and (moved or self._stays(stream))
+        waits = _HOLD if self._losses.share is not None else _HOLD_ALONE
+        lasting = lasted >= _HOLD and moved
+        lasting = lasting or (lasted >= waits and self._stays(stream))
         fell = bool(self._reached.get(stream.name))
         if not fell and not lasting and lasted < _LONG:
             return []
