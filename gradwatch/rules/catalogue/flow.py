@@ -160,10 +160,10 @@ VANISHING = Kind(
     },
     warm_up="100 steps since the first probe that showed it, or 3,000 whatever moved",
     confirmed=(
-        "after 100 steps alone, 300 where the loss is not logged, where the cause does "
-        "not go away by itself: saturation, a shut gate, a state that is cut off; after "
-        "five probes where gradients had reached the first steps before; else by the "
-        "way that the weights have gone"
+        "after 100 steps alone (300 where the loss is not logged) where the cause does "
+        "not go away by itself: saturation, a shut gate, a state cut off; after five "
+        "probes where gradients had reached the first steps before; else by the way "
+        "that the weights have gone"
     ),
     over="after 3 probes at -4.5 or above, or with `signal` below .5",
     excused="sequences of 5 steps or fewer; a task that is being learnt",
