@@ -46,7 +46,8 @@ class Losses:
         if loss < 0:
             self.signed, self.start = True, None
         self.largest = max(self.largest, loss)
-        if self.start is not None and self.usual < 0.95 * self.best:
+        # The loss itself first: a median costs as much as all the rest.
+        if self.start is not None and loss < 0.95 * self.best > self.usual:
             self.best, self.improved = self.usual, record.step
         return loss
 

@@ -17,6 +17,7 @@ _WARM_UP: Final = 50
 """Norms before any is judged: a net that opens to its gradients jumps once."""
 _WINDOW: Final = 25
 """Logarithms of norms that a norm is compared with."""
+_FAR: Final = math.log(SPIKE.at("ratio"))
 _WITHIN: Final = 3
 """Steps after which a norm has to be back."""
 
@@ -47,9 +48,11 @@ class Spike:
         if norm is None or not math.isfinite(norm) or norm <= 0:
             self._raised = None
             return []
-        log, usual = math.log(norm), median(self._logs)
+        log = math.log(norm)
         self._taken += 1
-        if self._taken <= _WARM_UP or log - usual < math.log(SPIKE.at("ratio")):
+        warm = self._taken > _WARM_UP and log - min(self._logs) >= _FAR
+        usual = median(self._logs) if warm else math.inf
+        if log - usual < _FAR:
             raised, self._raised = self._raised, None
             found = self._judged(record, raised) if raised else []
             self._take_usual(record, log)
