@@ -31,7 +31,9 @@ def watched(model, steps=40, optimizer=None, each=None, **setup):
     """Train on digits; return the watch and the alarms that it gave."""
     alarms = []
     optimizer = adam(model) if optimizer is None else optimizer
-    with gradwatch.watch(model, dir=None, on_alert=alarms.append) as watch:
+    # No budget: on a busy machine it would look more rarely.
+    options = {"dir": None, "budget": None, "on_alert": alarms.append}
+    with gradwatch.watch(model, **options) as watch:
         if each is None:
             learn(model, optimizer, digit_batches(steps), **setup)
         else:
