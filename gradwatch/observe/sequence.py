@@ -28,6 +28,7 @@ class Trajectory:
 
     Attributes:
         calls: What the calls were given and returned, in their order.
+        x: Their inputs joined, shape ``(T, K, I)``, in the weights' type.
         kind: ``RNN_TANH``, ``RNN_RELU``, ``LSTM`` or ``GRU``.
         states: The first states of each layer and direction, in PyTorch's order.
         masks: What dropout multiplied each layer's output by; empty without dropout.
@@ -43,6 +44,7 @@ class Trajectory:
     """
 
     calls: list[Rows]
+    x: Tensor
     kind: str
     states: list[tuple[Tensor, Tensor | None]]
     masks: list[Tensor]
@@ -92,6 +94,7 @@ def trajectory(
     largest = [rows.largest for rows in known if rows.largest is not None]
     return Trajectory(
         calls=known,
+        x=x,
         kind=kind,
         states=states,
         masks=masks,

@@ -54,8 +54,7 @@ class State:
         if replayed.mismatch is not None:
             self.numbers[f"mismatch.{len(self.modules)}"] = replayed.mismatch
         self.modules.append((path, replayed.tolerance))
-        x = torch.cat([rows.x for rows in replayed.calls])
-        told = _of_input(x, replayed.lengths)
+        told, x = _of_input(replayed.x, replayed.lengths), replayed.x
         finite = [r.finite for r in replayed.calls if r.finite is not None]
         told = [*told, torch.stack(finite).all().to(x.device)]
         self.numbers[f"input.{len(self.inputs)}"] = torch.stack(
@@ -109,10 +108,10 @@ def _drive(replayed: Trajectory, layer: int, direction: int) -> Tensor:
     below = replayed.layers[layer - 1] if layer else None
     step = max(len(own.h) // _DRIVEN, 1)
     if below is None:
-        x = torch.cat([rows.x for rows in replayed.calls])[step::step]
+        x = replayed.x[step::step]
     else:
         x = torch.cat([one.h[step::step] for one in below], -1)
-    given = torch.linalg.vector_norm(linear(x.to(weights.ih.dtype), weights.ih))
+    given = torch.linalg.vector_norm(linear(x, weights.ih))
     state = torch.linalg.vector_norm(linear(own.h[step - 1 :: step], weights.hh))
     drive: Tensor = given / state.clamp_min(1e-30)
     return drive

@@ -46,7 +46,7 @@ class Exploding:
         self.active = False
         self.wants: tuple[str, ...] = ()
         self._streams = tuple(streams)
-        self._keys = [(s.name, stream_key(s, "update_ratio")) for s in streams]
+        self._keys = [stream_key(s, "update_ratio") for s in streams]
         self._seen = Seen(streams, CONTEXT)
         self._norms: Window = ()
         self._peak = 0.0
@@ -103,7 +103,7 @@ class Exploding:
 
     def _take_usual(self, record: StepRecord, norm: float, usual: float) -> None:
         """Take a usual norm into the median; count the steps back to calm."""
-        ratios = [record.metrics.get(key, 0.0) for _, key in self._keys]
+        ratios = [record.metrics.get(key, 0.0) for key in self._keys]
         self._updates = push(self._updates, max(ratios, default=0.0), _WINDOW)
         self._norms = push(self._norms, norm, _WINDOW)
         if usual > self._peak and len(self._norms) > WARM_UP:

@@ -10,7 +10,6 @@ from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import median
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules import text
-from gradwatch.rules.catalogue.kind import Kind
 from gradwatch.rules.catalogue.loop import (
     CLEARED_EARLY,
     NOT_CLEARED,
@@ -21,16 +20,10 @@ from gradwatch.rules.hysteresis import Running
 
 _NORM, _CLIPPED = map(run_key, ("grad_norm", "grad_norm_clipped"))
 _CLIP = run_key("clip_ratio")
-_JUMPS: Final = 2
-_BACK: Final = 3
-_BACK_FROM_JUMP: Final = 100
-"""Steps without the evidence after which it is over."""
 
 
 class _OfSteps:
     """A kind that is decided on whole steps, and on how many run."""
-
-    row: Kind
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._streams = tuple(streams)
