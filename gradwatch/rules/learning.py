@@ -15,6 +15,7 @@ from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
 from gradwatch.rules.catalogue.loop import UNDERFLOW
 from gradwatch.rules.catalogue.units import NO_GRADIENT, NOT_UPDATING
+from gradwatch.rules.seen import Seen
 
 _BACK: Final = 3
 """Steps with it again before an incident is over."""
@@ -30,11 +31,10 @@ class _Keys(NamedTuple):
     hh: str
     ih: str
     ratio: str
-    dead: str
 
     @classmethod
     def of(cls, stream: Stream) -> _Keys:
-        names = ("grad_norm_hh", "grad_norm_ih", "update_ratio", "dead")
+        names = ("grad_norm_hh", "grad_norm_ih", "update_ratio")
         return cls(*(stream_key(stream, name) for name in names))
 
 
@@ -47,12 +47,11 @@ class _Missing:
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
         self._watched = [(stream, _Keys.of(stream)) for stream in streams]
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._seen = Seen(streams, ("dead",))
         self._missing: dict[str, int] = {}
         self._since: dict[str, int] = {}
         self._raised: dict[str, int] = {}  # stream: steps running with it again
         self._ever: dict[str, bool] = {}
-        self._dead: dict[str, float] = {}
 
     @property
     def active(self) -> bool:
@@ -90,33 +89,22 @@ class _Missing:
         return found
 
     def _note(self, record: StepRecord) -> None:
-        for name, facts in record.facts.items():
-            if isinstance(facts, dict):
-                self._facts[name] = facts
+        self._seen.take(record)
         for name in reinitialised(record.events):
             for state in (self._missing, self._since, self._raised, self._ever):
                 state.pop(name, None)
-            self._dead.pop(name, None)
-        for stream, keys in self._watched:
-            if keys.dead in record.metrics:
-                self._dead[stream.name] = record.metrics[keys.dead]
-
-    def _fact(self, stream: Stream, name: str) -> Any:
-        """Return a fact of a stream, or else of its module."""
-        own = self._facts.get(stream.name, {}).get(name)
-        return self._facts.get(stream.module, {}).get(name) if own is None else own
 
     def _half(self, stream: Stream) -> bool:
         """Tell whether the net computes in float16."""
         return "float16" in (
-            self._fact(stream, "dtype"),
-            self._fact(stream, "autocast"),
+            self._seen.fact(stream, "dtype"),
+            self._seen.fact(stream, "autocast"),
         )
 
     def _all_dead(self, stream: Stream) -> bool:
         """Tell whether no gradient passes because units are dead, here or above."""
         return any(
-            self._dead.get(other.name, 0.0) >= _ALL_DEAD
+            self._seen.of(other).get("dead", 0.0) >= _ALL_DEAD
             for other, _ in self._watched
             if other.module == stream.module and other.layer >= stream.layer
         )
@@ -142,11 +130,14 @@ class _Missing:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
         plain = {k: v for k, v in vars(self).items() if isinstance(v, dict)}
-        return {key: dict(value) for key, value in plain.items()}
+        own = {key: dict(value) for key, value in plain.items()}
+        return {**own, "_seen": self._seen.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        vars(self).update({key: dict(value) for key, value in state.items()})
+        self._seen.load_state_dict(state["_seen"])
+        own = {key: value for key, value in state.items() if key != "_seen"}
+        vars(self).update({key: dict(value) for key, value in own.items()})
 
 
 class NoGradient(_Missing):
@@ -158,11 +149,11 @@ class NoGradient(_Missing):
         norm = record.metrics.get(keys.hh)
         if norm:
             return None
-        if self._fact(stream, "requires_grad") is not False:  # that is a notice
-            held = self._fact(stream, "in_optimizer")
+        if self._seen.fact(stream, "requires_grad") is not False:  # that is a notice
+            held = self._seen.fact(stream, "in_optimizer")
             if held is False or (held and keys.ratio not in record.metrics):
                 return None  # nobody trains it, or its optimizer has not stepped
-            if norm == 0 and self._fact(stream, "T") == 1:
+            if norm == 0 and self._seen.fact(stream, "T") == 1:
                 return None  # nothing has recurred
             if norm == 0 and self._half(stream):
                 return None  # an alarm of its own
@@ -171,9 +162,9 @@ class NoGradient(_Missing):
 
     def _judged(self, record: StepRecord, stream: Stream, keys: _Keys) -> list[Alert]:
         """Return the alert, if a cause can be seen or a gradient of zeros is there."""
-        reach, norm = self._fact(stream, "reach"), record.metrics.get(keys.hh)
+        reach, norm = self._seen.fact(stream, "reach"), record.metrics.get(keys.hh)
         cause: str | None = None
-        if self._fact(stream, "requires_grad") is False:
+        if self._seen.fact(stream, "requires_grad") is False:
             cause = "frozen"
         elif norm is None:
             if reach not in ("unused", "detached"):
@@ -210,11 +201,11 @@ class NotUpdating(_Missing):
     def _cause(self, record: StepRecord, stream: Stream, keys: _Keys) -> str | None:
         if record.metrics.get(keys.ratio) is None:
             return "not_in_optimizer"
-        return "frozen" if self._fact(stream, "lr") == 0 else None
+        return "frozen" if self._seen.fact(stream, "lr") == 0 else None
 
     def _hold(self, record: StepRecord, stream: Stream, keys: _Keys) -> int | None:
         ratio = record.metrics.get(keys.ratio)
-        unheld = ratio is None and self._fact(stream, "in_optimizer") is False
+        unheld = ratio is None and self._seen.fact(stream, "in_optimizer") is False
         if not record.metrics.get(keys.hh) or (ratio != 0 and not unheld):
             return None
         cause = self._cause(record, stream, keys)
@@ -249,7 +240,7 @@ class Underflow(_Missing):
     def _hold(self, record: StepRecord, stream: Stream, keys: _Keys) -> int | None:
         if not self._half(stream) or record.metrics.get(keys.hh) != 0:
             return None
-        if self._fact(stream, "T") == 1:
+        if self._seen.fact(stream, "T") == 1:
             return None
         return int(UNDERFLOW.at("steps"))
 
