@@ -34,8 +34,8 @@ from gradwatch.schedule import Schedule
 
 _RESCAN_STEPS: Final = 50
 _BATCH: Final = 16
-_BATCH_S: Final = 1.0
-"""Most steps, and seconds, that an unremarkable step waits to be taken in."""
+"""Most measured steps between two looks of the rules. Never a time: what they then ask
+for has to follow from the steps alone."""
 
 _NOT_SAMPLED: Final = Sampled(None, None, None, {})
 
@@ -99,8 +99,9 @@ class Sampler:
         self._measuring = measuring
         self._pending: deque[_Pending] = deque()
         self._layout = (list[str](), Layout((), {}))
-        self._last = self._drained = time.perf_counter()
+        self._last = time.perf_counter()
         self._spent = self._ceiling = 0.0
+        self._unseen = 0
         self.depths = Depths(
             found,
             owner,
@@ -174,16 +175,26 @@ class Sampler:
         loss, self.loss = self.loss, None
         if isinstance(loss, Tensor):
             numbers["loss"], loss = loss, None
-        if self.paused:
-            return  # what has happened is told once measuring goes on
-        events = (*self.events, *self.depths.events)
-        self.events, self.depths.events = [], []
-        if not (numbers or step.events or events):
-            return
+        if not self.paused:  # else what has happened is told once measuring goes on
+            events = (*self.events, *self.depths.events)
+            self.events, self.depths.events = [], []
+            if numbers or step.events or events:
+                self._add(step, sampled, loss, events, used, elapsed)
+
+    def _add(
+        self,
+        step: Step,
+        sampled: Sampled,
+        loss: float | None,
+        events: tuple[str, ...],
+        used: float,
+        elapsed: float,
+    ) -> None:
+        """Start the numbers of a step on their way; take them in where that is due."""
         self._health.overhead = min(max(used / elapsed, 0.0), 1.0) if elapsed else 0.0
         waiting = _Pending(
             step=step,
-            drain=Drain(numbers),
+            drain=Drain(step.numbers),
             sampled=sampled,
             time=time.time(),
             loss=loss,
@@ -192,12 +203,15 @@ class Sampler:
             events=events,
         )
         self._pending.append(waiting)
+        self._unseen += 1
         if not waiting.drain.immediate:
             self.drain(keep=1)  # an accelerator's numbers come one sampled step late
-        elif not self._unremarkable(waiting, now):
+            self._hand_on()
+        elif not self._unremarkable(waiting):
             self.drain()
+            self._hand_on()
 
-    def _unremarkable(self, waiting: _Pending, now: float) -> bool:
+    def _unremarkable(self, waiting: _Pending) -> bool:
         """Tell whether a step can wait a little, to be taken in with those after it.
 
         No rule of the catalogue decides on such a step in haste, and several at once
@@ -210,7 +224,7 @@ class Sampler:
             return False
         if waiting.loss is not None and not math.isfinite(waiting.loss):
             return False
-        if len(self._pending) >= _BATCH or now - self._drained >= _BATCH_S:
+        if self._unseen >= _BATCH:
             return False
         return math.hypot(*pre) < self._ceiling
 
@@ -235,8 +249,13 @@ class Sampler:
             )
             self._take(reading)
             self._note_costs(waiting.sampled, time.perf_counter() - began)
-        self._ceiling = self._taken()
-        self._drained = time.perf_counter()
+
+    def _hand_on(self) -> None:
+        """Have what was taken in written, and learn what the rules ask for.
+
+        Not where a user reads records early: reading is to change nothing.
+        """
+        self._ceiling, self._unseen = self._taken(), 0
 
     def _note_costs(self, sampled: Sampled, finish: float) -> None:
         """Tell the schedule what the depths of a step cost; the finish is shared."""

@@ -375,7 +375,7 @@ def test_nothing_is_kept_after_the_step_even_where_the_graph_is():
         out.sum().backward(retain_graph=True)
         chain = watched.probe.take()
         watched.probe.forget()
-        assert all(c.rows is None and not c.weights and not c.states for c in chain)
+        assert all(c.rows is None and not c.weights and not c.used for c in chain)
         out.sum().backward()  # a second pass over the graph of a step that is over
         assert watched.probe.take() == []
 

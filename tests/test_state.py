@@ -265,7 +265,7 @@ def test_captured_sequences_are_released_with_the_step():
             kept.append(loss)
         [probe] = watch._sampler.depths.probes
         assert all(c.rows is None for c in probe._captures)
-        assert all(not c.weights and not c.states for c in probe._captures)
+        assert all(not c.weights and not c.used for c in probe._captures)
 
 
 def test_a_failure_of_the_replay_switches_off_the_states_alone(

@@ -178,7 +178,7 @@ def _with_replays(
     for path, said in words.items():
         told[path] = {**told.get(path, {}), "replay": said}
     found = dict(facts)
-    for name in {*told, *facts}:
+    for name in [*facts, *(n for n in told if n not in facts)]:
         before = known.get(name)
         kept = (
             {k: v for k, v in before.items() if k in _KEPT}

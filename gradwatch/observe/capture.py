@@ -19,7 +19,7 @@ class Capture:
         weights: Copies of the weights that the call used, by name, as
             :func:`gradwatch.recurrent.used_weights` gives them. Copies, because an
             optimizer may step before the end of backward.
-        addresses: Where in memory the weights themselves were, by name.
+        used: The weights themselves, detached, by name.
         shape: ``(T, B)``, or None where unknown.
         dtype: Type of the output, such as ``float32``.
         autocast: Type that autocast computes in, where it is on.
@@ -28,27 +28,24 @@ class Capture:
             has been taken: a second pass over the graph would add to them.
         rows: What it was given and returned, for a few sequences; or why that could
             not be had; None where it was not wanted.
-        states: The states that it returned; held so that their memory is not given to
-            another tensor, by which a later call could be taken for its successor.
         previous: The call whose states it was given, where a gradient can pass.
         cut_from: What is kept of the call whose states it was given, detached.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
-    addresses: dict[str, int] = field(default_factory=dict)
+    used: dict[str, Tensor] = field(default_factory=dict)
     shape: tuple[int, int] | None = None
     dtype: str = ""
     autocast: str = ""
     reached: bool = False
     wants_grads: bool = False
     rows: Rows | str | None = None
-    states: tuple[Tensor, ...] = ()
     previous: Capture | None = None
     cut_from: Past | None = None
 
     def release(self) -> None:
         """Let go of all tensors: a graph that the user keeps would keep them."""
-        self.weights, self.rows, self.states = {}, None, ()
+        self.weights, self.used, self.rows = {}, {}, None
         self.previous = self.cut_from = None
 
 
@@ -60,11 +57,14 @@ class Past:
         call: The call; a gradient can reach it only while it lives.
         steps: How many it took.
         before: The call that it went on from in its turn, detached or not.
+        states: The states that it returned; held so that their memory is not given to
+            another tensor, by which a later call could be taken for its successor.
     """
 
     call: weakref.ref[Capture]
     steps: int
     before: Past | None
+    states: tuple[Tensor, ...]
 
 
 @dataclass(slots=True)

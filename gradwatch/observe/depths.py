@@ -266,9 +266,9 @@ class Depths:
         """Return what looks up a stream's weights as they are now."""
         now = {r.stream.name: r for r in self.recurrences()}
         used = {
-            (module, name): address
+            (module, name): weight.data_ptr()
             for module, chain in self._chains.items()
-            for name, address in chain[0].addresses.items()
+            for name, weight in chain[0].used.items()
         }
 
         def weights(stream: Stream) -> Recurrent | None:

@@ -116,10 +116,10 @@ class Probe:
         self._reached: list[Capture] = []
         self._captures: weakref.WeakSet[Capture] = weakref.WeakSet()
         self._by_state: dict[_States, Past] = {}
-        self._copied: tuple[object, dict[str, Tensor]] = (None, {})
+        self._copied: _Copied = (None, {}, {})
         self._computed: dict[str, Tensor] = {}
         self._rng: Tensor | None = None
-        self._returned = (0, 0)
+        self._returned: tuple[Tensor | None, Tensor | None] = (None, None)
         self._handles = [
             module.register_forward_hook(ForwardHook(self), with_kwargs=True)
         ]
@@ -152,10 +152,12 @@ class Probe:
                 capture.release()
         self._reached.clear()
         self._by_state.clear()
-        self._copied = (None, {})
+        self._copied = (None, {}, {})
         self._computed.clear()
         self._rng = None
         self.calls = 0
+        if everything:
+            self._returned = (None, None)
 
     def take(self) -> list[Capture]:
         """Return the longest chain of calls that gradients reached since the last one.
@@ -203,11 +205,12 @@ class Probe:
             return
         wanted = self._wanted()
         if not wanted.weights and not wanted.address:
+            self._returned = (None, None)
             return
         with self._guard:
             before = self._returned
             heads = [t for t in tensors(output) if _torch.holds_values(t)]
-            self._returned = (before[1], heads[-1].data_ptr() if heads else 0)
+            self._returned = (before[1], heads[-1].detach() if heads else None)
             if not wanted.weights:
                 return
             self.calls += 1
@@ -226,7 +229,7 @@ class Probe:
             if wanted.rows:
                 states = given_states(args, kwargs)
                 self._look(capture, module, given, states, output)
-                carried = bool(states) and states[-1].data_ptr() in before
+                carried = bool(states) and _lies_at(states[-1], before)
                 if carried and isinstance(capture.rows, Rows):
                     capture.rows.carried = not any(map(_passes_gradient, states))
             self._captures.add(capture)
@@ -257,12 +260,12 @@ class Probe:
         elif before is not None and not any(map(_passes_gradient, states)):
             capture.cut_from = before
         steps = capture.shape[0] if capture.shape is not None else 0
-        past = Past(weakref.ref(capture), steps, before)
         if isinstance(module, nn.RNNCellBase):
             returned = tuple(tensors(output))
         else:
             returned = tuple(tensors(output))[1:]
-        capture.states = tuple(s.detach() for s in returned)
+        held = tuple(s.detach() for s in returned)
+        past = Past(weakref.ref(capture), steps, before, held)
         self._by_state[_identity(returned)] = past
 
     def _copy_weights(
@@ -270,11 +273,10 @@ class Probe:
     ) -> None:
         """Copy the weights, once for all the calls that use the same ones."""
         weights = self._computed | used_weights(module, recurrent_only=recurrent_only)
-        capture.addresses = {name: w.data_ptr() for name, w in weights.items()}
         used = tuple((n, w.data_ptr(), w._version) for n, w in weights.items())
         if self._copied[0] != used:
-            self._copied = (used, {n: w.clone() for n, w in weights.items()})
-        capture.weights = self._copied[1]
+            self._copied = (used, {n: w.clone() for n, w in weights.items()}, weights)
+        capture.weights, capture.used = self._copied[1:]
 
     def _drop_reached(self) -> None:
         for capture in self._reached:
@@ -304,6 +306,14 @@ def _autocast(device: str) -> str:
 
 
 _States = tuple[tuple[int, int, torch.Size], ...]
+_Copied = tuple[object, dict[str, Tensor], dict[str, Tensor]]
+"""By what weights are known again, their copies, and themselves: held, so that their
+memory is given to no other while it is compared."""
+
+
+def _lies_at(state: Tensor, held: tuple[Tensor | None, ...]) -> bool:
+    """Tell whether a state lies where one of some tensors lies that are held."""
+    return any(t is not None and t.data_ptr() == state.data_ptr() for t in held)
 
 
 def _passes_gradient(state: Tensor) -> bool:
