@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from benchmarks.looking import ALL, looking_at
 from benchmarks.replay import (
     FEATURES,
     HIDDEN,
@@ -30,10 +31,9 @@ from benchmarks.replay import (
     first_states,
     given_states,
 )
-from gradwatch.health import Health
-from gradwatch.observe.flow import Flow, backward
-from gradwatch.observe.probe import Probe, Wanted
-from gradwatch.observe.sequence import Trajectory, trajectory
+from gradwatch.depths.drain import Drain
+from gradwatch.depths.flow import Flow, backward
+from gradwatch.depths.trajectory import Trajectory, trajectory
 from gradwatch.recurrent import Recurrence, recurrences
 from tests import reference
 
@@ -70,13 +70,7 @@ def errors(case: Case, read: str, dtype: torch.dtype, seed: int = 0) -> float:
     }
     weigh["h"] = weigh["h"][..., : width // (1 + case.two_way)]
     chosen = _chosen(read, "LSTM" in case.kind)
-    probe = Probe(
-        module,
-        None,
-        wanted=lambda: Wanted(True, True, True),
-        samples=None,
-        guard=Health(print).guard("probe"),
-    )
+    probe = looking_at(module, ALL)
     _loss(module, case, x, lengths, states, weigh, chosen).backward()
     members = recurrences(module)
     replayed = trajectory(members, probe.take())
@@ -218,7 +212,7 @@ def run_flow(members: list[Recurrence], replayed: Trajectory) -> None:
     """Run the flow depth, and wait for its numbers."""
     flow = Flow()
     flow.add("rnn", members, replayed)
-    flow.numbers["0"].tolist()
+    Drain({"flow": flow.numbers}).wait()
 
 
 def main() -> None:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from gradwatch.health import Health
+from benchmarks.looking import ALL, STATES, looking_at
+from gradwatch.depths.drain import Drain
+from gradwatch.depths.state import State
+from gradwatch.depths.trajectory import Trajectory, trajectory
+from gradwatch.hooks.probe import NOTHING
 from gradwatch.numerics.activation import SIGMOID_GATES
-from gradwatch.observe.probe import Probe, Wanted
-from gradwatch.observe.sequence import Trajectory, trajectory
-from gradwatch.observe.state import State
 from gradwatch.recurrent import Recurrence, recurrences
 from tests import reference
 
@@ -103,14 +104,7 @@ def run(
         lengths = sorted(LENGTHS, reverse=True) if "sorted" in case.layout else LENGTHS
     x = torch.randn(STEPS, batch, FEATURES, dtype=dtype)
     states = first_states(module, case, batch, dtype) if case.states else None
-    health = Health(lambda line: None)
-    probe = Probe(
-        module,
-        None,
-        wanted=lambda: Wanted(True, True),
-        samples=None,
-        guard=health.guard("probe"),
-    )
+    probe = looking_at(module, STATES)
     _call(module, case, x, lengths, states).square().mean().backward()
     chain, members = probe.take(), recurrences(module)
     replayed = trajectory(members, chain)
@@ -125,8 +119,10 @@ def run(
         states = states and tuple(s if s is None else s[:, order] for s in states)
     truth = reference.unrolled(module, sequences, states)
     found = {
-        s.name: dict(zip(names, measured.numbers[str(i)].tolist(), strict=True))
-        for i, (s, names) in enumerate(measured.streams)
+        s.name: dict(
+            zip(names, measured.numbers[s.name, "statistics"].tolist(), strict=True)
+        )
+        for s, names in measured.streams
     }
     return module, replayed, truth, found
 
@@ -242,7 +238,7 @@ def run_state(members: list[Recurrence], replayed: Trajectory) -> None:
     """Run the state depth, and wait for its numbers."""
     state = State()
     state.add("rnn", members, replayed)
-    state.numbers["0"].tolist()
+    Drain({"state": state.numbers}).wait()
 
 
 def cost(
@@ -263,14 +259,7 @@ def cost(
         rounds: How many pairs.
     """
     optimizer = torch.optim.Adam(module.parameters(), 1e-3)
-    looking = False
-    probe = Probe(
-        module,
-        None,
-        wanted=lambda: Wanted(looking, looking, looking),
-        samples=samples,
-        guard=Health(print).guard("probe"),
-    )
+    probe = looking_at(module, NOTHING, samples=samples)
     members, ratios = recurrences(module), []
 
     def step() -> float:
@@ -281,9 +270,9 @@ def cost(
         return time.perf_counter() - began
 
     for number in range(rounds + 3):
-        looking = False
+        probe.expect(NOTHING)
         bare = step()
-        looking = True
+        probe.expect(ALL)
         seen = step()
         began = time.perf_counter()
         with torch.no_grad():

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from benchmarks.looking import STATES, looking_at
 from benchmarks.radius import digits
-from gradwatch.health import Health
+from gradwatch.depths.trajectory import Trajectory, trajectory
+from gradwatch.hooks.probe import NOTHING
 from gradwatch.numerics.activation import statistics as measured
 from gradwatch.numerics.through_time import Layer
-from gradwatch.observe.probe import Probe, Wanted
-from gradwatch.observe.sequence import Trajectory, trajectory
 from gradwatch.recurrent import recurrences
 
 HIDDEN, BATCH, LOOKED_AT = 64, 32, 4
@@ -45,21 +45,14 @@ def follow(kind: str, steps: int, every: int) -> Iterator[tuple[dict, dict]]:
     net, head = NETS[kind](1, HIDDEN), nn.Linear(HIDDEN, 10)
     parameters = [*net.parameters(), *head.parameters()]
     optimizer = torch.optim.Adam(parameters, 3e-3)
-    looking = False
-    probe = Probe(
-        net,
-        None,
-        wanted=lambda: Wanted(looking, looking),
-        samples=None,
-        guard=Health(print).guard("probe"),
-    )
+    probe = looking_at(net, NOTHING)
     for step, (x, y) in zip(range(steps), digits(), strict=False):
-        looking = step % every == 0
+        probe.expect(STATES if step % every == 0 else NOTHING)
         loss = nn.functional.cross_entropy(head(net(x)[0][-1]), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if looking:
+        if probe.wanted is not NOTHING:
             replayed = trajectory(recurrences(net), probe.take())
             assert isinstance(replayed, Trajectory)
             [[whole]] = replayed.layers

@@ -53,9 +53,8 @@ def series(records: list[StepRecord], key: str) -> list[Point]:
 
 def looks(records: list[StepRecord], key: str) -> list[Point]:
     """Return how many looks running found the same batch."""
-    facts = [(r.step, f) for r in records for f in r.facts.values()]
-    kept = [(step, f) for step, f in facts if isinstance(f, dict)]
-    return [(step, f["same_batch"]) for step, f in kept if "same_batch" in f]
+    facts = [(r.step, f) for r in records for f in r.facts.modules.values()]
+    return [(step, f.same_batch) for step, f in facts if f.same_batch is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

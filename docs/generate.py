@@ -1,11 +1,12 @@
-"""Write what comes from the catalogues: docs/metrics.md and the pages of the alerts.
+"""Write what comes from the catalogues: metrics, facts and the pages of the alerts.
 
 Of ``docs/alerts/<kind>.md`` all down to the second mark is generated, of
-``docs/alerts.md`` the tables; the rest is by hand and kept.
+``docs/alerts.md`` and ``docs/files.md`` the tables; the rest is by hand and kept.
 
 Run: make docs
 """
 
+import dataclasses
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from string import Formatter
 from typing import Final
 
 from gradwatch import remedies
+from gradwatch.facts import ModuleFacts, RunFacts, StepFacts, StreamFacts
 from gradwatch.metrics import CATALOGUE, Metric
 from gradwatch.record import Stream
 from gradwatch.rules.catalogue import CATALOGUE as KINDS
@@ -239,6 +241,24 @@ def overview() -> str:
     )
 
 
+def facts_table() -> str:
+    """Return the table of all facts."""
+    scopes = {
+        "step": StepFacts,
+        "run": RunFacts,
+        "modules": ModuleFacts,
+        "streams": StreamFacts,
+    }
+    rows = [
+        [scope, f"`{fact.name}`", str(fact.type).removesuffix(" | None"), told]
+        for scope, kind in scopes.items()
+        for fact in dataclasses.fields(kind)
+        for told in [fact.metadata["meaning"]]
+    ]
+    head = ["scope", "fact", "type", "meaning"]
+    return f"{BEGIN}\n\n{table(head, rows)}\n{END}\n"
+
+
 def due(docs: Path = DOCS) -> dict[Path, str]:
     """Return each page that is generated, or partly, as it should be.
 
@@ -246,10 +266,9 @@ def due(docs: Path = DOCS) -> dict[Path, str]:
     nothing by hand.
     """
     pages = {docs / "metrics.md": page()}
-    summary = docs / "alerts.md"
-    before, _, rest = summary.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
-    after = rest.partition(f"{END}\n")[2]
-    pages[summary] = before + overview() + after
+    for name, made in (("alerts.md", overview()), ("files.md", facts_table())):
+        before, _, rest = (docs / name).read_text("utf-8").partition(f"{BEGIN}\n")
+        pages[docs / name] = before + made + rest.partition(f"{END}\n")[2]
     for name, kind in KINDS.items():
         path = docs / "alerts" / f"{name}.md"
         pages[path] = alert_head(kind) + by_hand(path)

@@ -129,6 +129,23 @@ def calling_scaler(depth: int = 16) -> Any | None:
     return None
 
 
+_HOOKED_STEP = (torch.optim.Optimizer.profile_hook_step.__code__.co_filename, "wrapper")
+
+
+def running_steps() -> int:
+    """Return how many optimizer steps are in progress among the callers.
+
+    An optimizer's hooks are called by a wrapper around its step, one frame for each
+    that is in progress. Without frames, or the wrapper's name: 0.
+    """
+    frame, found = getattr(sys, "_getframe", lambda: None)(), 0
+    while frame is not None:
+        code = frame.f_code
+        found += (code.co_filename, code.co_name) == _HOOKED_STEP
+        frame = frame.f_back
+    return found
+
+
 @contextlib.contextmanager
 def without_cudnn(device: torch.device) -> Iterator[None]:
     """Have recurrent functions run without cuDNN, on the GPU.

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch.facts import ModuleFacts
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Incident, Stream
 
@@ -61,6 +62,33 @@ def say(text: str, level: int = logging.INFO) -> None:
     log.log(level, "gradwatch: %s", "\n".join(shown(x) for x in text.split("\n")))
 
 
+def report(line: str) -> None:
+    """Say what went wrong, as a warning."""
+    set_up()
+    say(line, logging.WARNING)
+
+
+def greet(streams: Sequence[Stream], folder: object, wandb: str | None) -> None:
+    """Say what is watched and where its records go, in one line.
+
+    Args:
+        streams: What is watched.
+        folder: Where the records go; None for memory alone.
+        wandb: What becomes of them in W&B, in words; None for nothing.
+    """
+    set_up()
+    modules = len({stream.module for stream in streams})
+    parts = [
+        f"watching {_count(len(streams), 'stream')} in {_count(modules, 'module')}",
+        f"records in {folder}" if folder else "records in memory only",
+    ]
+    say("; ".join(parts if wandb is None else [*parts, f"W&B: {wandb}"]))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def number(value: float | None) -> str:
     """Return a number in at most eight characters; a dash where there is none."""
     if value is None:
@@ -74,7 +102,7 @@ def table(
     streams: Sequence[Stream],
     latest: Mapping[str, float],
     notes: Mapping[str, str],
-    seen: Mapping[str, Any],
+    seen: Mapping[str, ModuleFacts],
 ) -> str:
     """Return the streams and their latest numbers, at most 100 columns wide.
 
@@ -82,7 +110,7 @@ def table(
         streams: A row each.
         latest: The last value of every key.
         notes: Stream -> what is not measured and why.
-        seen: Module -> its ``T``, ``B`` and ``dtype`` when last sampled.
+        seen: Path of a module -> its facts when last sampled.
     """
     head = ("stream", "kind", "size", "reach", *_COLUMNS)
     rows = [head] + [_row(stream, latest, seen) for stream in streams[:_ROWS]]
@@ -114,7 +142,7 @@ def table(
 
 
 def _row(
-    stream: Stream, latest: Mapping[str, float], seen: Mapping[str, Any]
+    stream: Stream, latest: Mapping[str, float], seen: Mapping[str, ModuleFacts]
 ) -> tuple[str, ...]:
     def of(metric: str) -> float | None:
         return latest.get(stream_key(stream, metric))
@@ -125,7 +153,7 @@ def _row(
     flat = number(of("saturated"))
     if stream.kind == "RNN_RELU":
         flat = f"dead {number(of('dead'))}"
-    length, reached = seen.get(stream.module, {}).get("T"), of("horizon")
+    length, reached = seen.get(stream.module, ModuleFacts()).T, of("horizon")
     reach = "-" if length is None else str(length)
     if length is not None and reached is not None:
         reach = f"{reached:.0f}/{length}"

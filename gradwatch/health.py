@@ -27,10 +27,10 @@ class Health:
         self.failed: dict[str, str] = {}
         self.dropped: dict[str, int] = {}
         self.overhead = 0.0
-        self.queued: Callable[[], int] = lambda: 0
-        self.spent = 0.0
+        """Share of the last step's time that was ours."""
+        self._spent = 0.0
         self._depth = 0
-        self._began = 0.0
+        self._began = self._stepped = time.perf_counter()
         self._report = report
         self._strict = os.environ.get("GRADWATCH_STRICT") == "1"
 
@@ -48,14 +48,19 @@ class Health:
             f"{part} failed and is off from now on; training is not affected.\n{trace}"
         )
 
-    def as_dict(self, state: str) -> dict[str, Any]:
-        """Return the state in plain values; ``state`` is ``on`` or ``off``."""
+    def as_dict(self, state: str, queued: int) -> dict[str, Any]:
+        """Return the state in plain values.
+
+        Args:
+            state: ``on`` or ``off``.
+            queued: How many records wait to be sent.
+        """
         lost = self.failed or any(self.dropped.values())
         return {
             "state": "degraded" if lost and state == "on" else state,
             "failed": dict(self.failed),
             "dropped": dict(self.dropped),
-            "queue": self.queued(),
+            "queue": queued,
             "overhead": self.overhead,
         }
 
@@ -69,7 +74,18 @@ class Health:
         """Stop counting our own time."""
         self._depth -= 1
         if self._depth == 0:
-            self.spent += time.perf_counter() - self._began
+            self._spent += time.perf_counter() - self._began
+
+    def step(self) -> float:
+        """Take note that a training step has closed.
+
+        Returns:
+            The seconds since the one before that were not ours.
+        """
+        now, spent = time.perf_counter(), self._spent
+        elapsed, self._stepped, self._spent = now - self._stepped, now, 0.0
+        self.overhead = min(max(spent / elapsed, 0.0), 1.0) if elapsed else 0.0
+        return elapsed - spent
 
     @property
     def strict(self) -> bool:

@@ -1,4 +1,4 @@
-"""From a reading on the host to records, alerts and incidents, and on to the sinks.
+"""From a block to records, alerts and incidents, and on to the sinks.
 
 The order of an alert: file, log, callback, then the other sinks.
 """
@@ -6,39 +6,38 @@ The order of an alert: file, log, callback, then the other sinks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradwatch import console
-from gradwatch.derive import Memory, Reading, derive
+from gradwatch.block import Block
 from gradwatch.health import Health
 from gradwatch.record import Alert, Incident, Records, StepRecord
 from gradwatch.rules import Judge, Rule
-from gradwatch.sinks import Sink
+from gradwatch.settings import Settings
+from gradwatch.sinks import Holding, Seldom, Sink
 from gradwatch.sinks.jsonl import Jsonl
 
 _ALERTS_KEPT = 1000
 
 
 class Pipeline:
-    """Turns readings into records, has them judged, and hands them on.
+    """Has the rows of blocks judged, and hands them on.
 
     Args:
         rules: The rules, in their order.
-        mute: Kinds, or ``(kind, stream)`` pairs, that are not wanted.
-        on_alert: Told about warnings and errors; or None.
+        settings: The arguments of the watch.
         folder: The run folder's sink, or None.
         sinks: The other sinks, by name.
         health: Where failures are noted.
-        quiet: Whether nothing is printed.
+        quiet: Whether nobody is told of alerts.
     """
 
     def __init__(
         self,
-        *,
         rules: Sequence[Rule],
-        mute: Iterable[str | tuple[str, str]],
-        on_alert: Callable[[Alert], object] | None,
+        settings: Settings,
+        *,
         folder: Jsonl | None,
         sinks: Mapping[str, Sink],
         health: Health,
@@ -47,23 +46,31 @@ class Pipeline:
         self.records = Records()
         self.latest: dict[str, float] = {}
         self.alerts: list[Alert] = []
-        self.judge = Judge(rules, mute)
-        self.memory = Memory()
+        self.judge = Judge(rules, settings.mute)
         self.steps = 0
         self.notices = 0
-        self._on_alert = on_alert
+        on_alert = None if quiet else settings.on_alert
+        self._on_alert = on_alert if callable(on_alert) else None
         self._folder = folder
         self._sinks = dict(sinks)
+        self._every = {
+            name: (sink.every or 1) if isinstance(sink, Seldom) else 1
+            for name, sink in sinks.items()
+        }
         self._quiet = quiet
-        self._told = False
         self._rules_guard = health.guard("rules")
         self._callback_guard = health.guard("on_alert")
         self._folder_guard = health.guard("the run folder")
         self._sink_guards = {name: health.guard(name) for name in sinks}
 
-    def take(self, reading: Reading) -> list[Alert]:
-        """Take in one step; return the alerts that were given out."""
-        self.memory, record = derive(self.memory, reading)
+    def take(self, block: Block) -> list[Alert]:
+        """Take a block; return the alerts that were given out."""
+        given: list[Alert] = []
+        for record in block.records():
+            given += self._take(record)
+        return given
+
+    def _take(self, record: StepRecord) -> list[Alert]:
         self.steps += 1
         self.records.append(record)
         self.latest.update(record.metrics)
@@ -74,15 +81,15 @@ class Pipeline:
         self._tell(given, alarms)
         for name, sink in self._sinks.items():
             guard = self._sink_guards[name]
-            every = getattr(sink, "every", None) or 1
-            if not guard.failed and (alarms or record.step % every == 0):
+            if not guard.failed and (alarms or record.step % self._every[name] == 0):
                 with guard:
                     sink.write(record, given)
         return given
 
-    def wanted(self, attribute: str) -> set[str]:
-        """Return the depths that rules ask for at the next step; see ``Judge``."""
-        return self.judge.wanted(attribute)
+    def still_open(self) -> list[Alert]:
+        """Return the last alert of the incident that opened last, if one is open."""
+        known = [i for i in self.judge.incidents.all() if i.until is None]
+        return [known[-1].alerts[-1]] if known else []
 
     def _judge(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
         found: tuple[list[Alert], list[Incident]] = [], []
@@ -111,7 +118,7 @@ class Pipeline:
                 with self._callback_guard:
                     self._on_alert(alert)
 
-    def handed_on(self) -> None:
+    def write_out(self) -> None:
         """Have the folder write the records that it was given."""
         if self._folder is not None and not self._folder_guard.failed:
             with self._folder_guard:
@@ -119,12 +126,11 @@ class Pipeline:
 
     def flush(self) -> None:
         """Have the folder, and every sink that can, hand on what it holds."""
-        self.handed_on()
+        self.write_out()
         for name, sink in self._sinks.items():
-            flush = getattr(sink, "flush", None)
-            if flush is not None and not self._sink_guards[name].failed:
+            if isinstance(sink, Holding) and not self._sink_guards[name].failed:
                 with self._sink_guards[name]:
-                    flush()
+                    sink.flush()
 
     def close(self) -> None:
         """Close the sinks; the folder's is closed by the watch, with the health."""
@@ -133,31 +139,9 @@ class Pipeline:
                 sink.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of derive, the rules and the incidents, in plain values."""
-        memory = self.memory
-        return {
-            "memory": {
-                "skipped": memory.skipped,
-                "norms": list(memory.norms),
-                "facts": dict(memory.facts),
-                "rho": dict(memory.rho),
-                "signals": dict(memory.signals),
-                "left_out": dict(memory.left_out),
-                "looks": dict(memory.looks),
-            },
-            **self.judge.state_dict(),
-        }
+        """Return the state of the rules and the incidents, in plain values."""
+        return self.judge.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        memory = state["memory"]
-        self.memory = Memory(
-            skipped=memory["skipped"],
-            norms=tuple(memory["norms"]),
-            facts=memory["facts"],
-            rho=memory.get("rho", {}),
-            signals=memory.get("signals", {}),
-            left_out=memory.get("left_out", {}),
-            looks=memory.get("looks", {}),
-        )
         self.judge.load_state_dict(state)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gradwatch.facts import from_format_1
 from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, parse
 
 
@@ -69,13 +70,25 @@ def load(dir: str | os.PathLike[str]) -> Run:
         meta=meta,
         streams=tuple(parse(Stream, raw) for raw in meta.get("streams", ())),
         records=Records(
-            (parse(StepRecord, raw) for raw in _lines(records, skipped)), limit=None
+            (parse(StepRecord, raw) for raw in _rows(records, meta, skipped)),
+            limit=None,
         ),
         alerts=[parse(Alert, raw) for raw in _lines(folder / "alerts.jsonl", skipped)],
         incidents=sorted(incidents, key=lambda i: i.since),
         closed="health" in meta,
         skipped=skipped,
     )
+
+
+def _rows(
+    path: Path, meta: dict[str, Any], skipped: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a run, those of an earlier format as they are now."""
+    old = meta.get("format", 1) < 2
+    for raw in _lines(path, skipped):
+        if old and "facts" in raw:
+            raw["facts"] = from_format_1(raw["facts"])
+        yield raw
 
 
 def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:

@@ -7,11 +7,15 @@ ones and two runs with the same times have the same cadences.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
 DEPTHS: Final = ("gradients", "state", "spectrum", "flow")
+
+NEVER: Final = sys.maxsize
+"""A step that never comes."""
 
 _CADENCE: Final = {"gradients": 1, "state": 50, "spectrum": 50, "flow": 100}
 _EARLY: Final = {
@@ -71,6 +75,19 @@ class Schedule:
         if step in self._early[depth] or self._asked.get(depth) == step:
             return depth not in self._left_out
         return False
+
+    def soonest(self, step: int) -> int:
+        """Return the first step, from ``step`` on, that is more than the gradients'."""
+        found = []
+        for depth in DEPTHS[1:]:
+            if depth in self._left_out:
+                continue
+            cadence = self._cadence[depth]
+            found.append(-(-step // cadence) * cadence)
+            found += [n for n in self._early[depth] if n >= step]
+            asked = self._asked.get(depth, -1)
+            found += [asked] if asked >= step else []
+        return min(found, default=NEVER)
 
     def cadence(self, depth: str) -> int:
         """Return every how many steps a depth runs now; 0 where it is left out."""

@@ -1,7 +1,8 @@
 """``watch()`` and ``Watch``: the one call, and the handle that it returns.
 
-A stranger's way in: ``sampler`` turns what the hooks saw into readings, ``pipeline``
-turns readings into records, alerts and files, and the watch holds the two together.
+A stranger's way in: the ``engine`` measures each step by what the hooks report, and its
+``intake`` hands the steps on, in blocks of rows; the ``pipeline`` makes records, alerts
+and files of them. The watch puts the three together, and passes on what is asked of it.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradwatch import _torch, console, opening, remedies
-from gradwatch.derive import Reading
+from gradwatch import _torch, console, facts, remedies
+from gradwatch.depths.finish import Memory
+from gradwatch.engine import Engine
+from gradwatch.folder import FORMAT, meta, open_folder
 from gradwatch.health import Health
-from gradwatch.numerics.streaming import median
-from gradwatch.observe.probe import ForwardHook
-from gradwatch.opening import DIR, OnAlert, Settings
+from gradwatch.hooks.probe import ForwardHook
 from gradwatch.pipeline import Pipeline
-from gradwatch.record import Alert, Incident, Records, Remedy, Stream, TrainingAlert
+from gradwatch.processes import processes, rank
+from gradwatch.record import Alert, Incident, Records, Remedy, Stream
 from gradwatch.recurrent import Recurrence, recurrences
 from gradwatch.rewrite import Optimizers, several
-from gradwatch.rules import Exploding, Rule, default_rules
-from gradwatch.rules.exploding import WARM_UP
-from gradwatch.sampler import Sampler
-from gradwatch.schedule import DEPTHS, Schedule
+from gradwatch.rules import Rule, default_rules
+from gradwatch.settings import DIR, OnAlert, Settings
 from gradwatch.sinks import Sink
+from gradwatch.sinks.wandb import destination
 
 
 def watch(
@@ -87,13 +88,15 @@ def watch(
         return Watch(None, Settings())
     found = recurrences(model)
     if (known := _watching(found)) is not None:
-        opening.report(
+        console.report(
             "this model is watched already; the same watch is returned and the "
             "arguments of this call are not used. Close it first to change them."
         )
         return known
     settings = Settings(
-        schedule=Schedule(every, budget),
+        every=every,
+        budget=budget,
+        flow_samples=flow_samples,
         rules=rules,
         mute=tuple(mute),
         on_alert=on_alert,
@@ -103,7 +106,6 @@ def watch(
         name=name,
         scaler=scaler,
         start_step=start_step,
-        said={"every": every, "budget": budget, "flow_samples": flow_samples},
     )
     return Watch(model, settings, found)
 
@@ -124,100 +126,58 @@ class Watch:
         self._settings = settings
         self._streams = tuple(r.stream for r in found)
         self._pid = os.getpid()
-        self._raise: Alert | None = None
-        self._health = Health(opening.report)
-        self._loud = model is not None and opening.rank() == 0
-        meta = opening.meta(settings, self._streams)
-        self._folder = opening.open_folder(settings, meta) if self._loud else None
-        self._pipeline = self._make_pipeline(meta)
-        self._sampler: Sampler | None = None
+        self._health = Health(console.report)
+        self._loud = model is not None and rank() == 0
+        content = meta(settings, self._streams)
+        self._folder = open_folder(settings, content) if self._loud else None
+        self._pipeline = self._make_pipeline(content)
+        self._engine: Engine | None = None
         # Every rank raises at the same step; else one process speaks for all.
         if model is not None and (self._loud or settings.raising):
-            self._sampler = self._attach(model, found)
-        self._closed = self._sampler is None
+            self._engine = self._attach(model, found)
+        self._closed = self._engine is None
         if self._loud:
-            opening.greet(settings, self._streams, self.dir)
+            wandb = None if settings.wandb is None else destination()
+            console.greet(self._streams, self.dir, wandb)
 
-    def _make_pipeline(self, meta: dict[str, Any]) -> Pipeline:
+    def _make_pipeline(self, content: dict[str, Any]) -> Pipeline:
         settings, rules = self._settings, self._settings.rules
         sinks: dict[str, Sink] = {}
         if self._loud and settings.wandb is not None:
             close = functools.partial(_close, weakref.ref(self))
-            settings.wandb.attach(self._streams, meta, console.say, close)
-            self._health.queued = lambda: settings.wandb.queued
+            settings.wandb.attach(self._streams, content, console.say, close)
             sinks["W&B"] = settings.wandb
         if self._loud:
             for i, sink in enumerate(settings.sinks):
                 sinks[f"sink {i} ({type(sink).__name__})"] = sink
-        on_alert = settings.on_alert if self._loud else None
         return Pipeline(
-            rules=default_rules(self._streams) if rules is None else rules,
-            mute=settings.mute,
-            on_alert=on_alert if callable(on_alert) else None,
+            default_rules(self._streams) if rules is None else rules,
+            settings,
             folder=self._folder,
             sinks=sinks,
             health=self._health,
             quiet=not self._loud,
         )
 
-    def _attach(self, model: nn.Module, found: Sequence[Recurrence]) -> Sampler:
-        sampler = Sampler(
+    def _attach(self, model: nn.Module, found: Sequence[Recurrence]) -> Engine:
+        engine = Engine(
             model,
             found,
             self,
-            schedule=self._settings.schedule,
+            settings=self._settings,
             health=self._health,
-            take=self._take,
-            taken=self._taken,
-            on_return=self._raise_if_due,
+            pipeline=self._pipeline,
             measuring=self._loud,
-            samples=self._settings.said.get("flow_samples"),
-            refuse=self._settings.raising,
-            scaler=self._settings.scaler,
-            start=self._settings.start_step,
         )
         self._finalizer = weakref.finalize(
-            model, _model_gone, weakref.ref(self), list(sampler.tap.global_hooks)
+            model, _model_gone, weakref.ref(self), engine.hooks
         )
-        return sampler
-
-    # ---- between the sampler and the pipeline
-
-    def _take(self, reading: Reading) -> None:
-        given = self._pipeline.take(reading)
-        if not self._settings.raising:
-            return
-        errors = [alert for alert in given if alert.severity == "error"]
-        if not errors and reading.step.skipped_by == "refused":
-            known = [i for i in self._pipeline.judge.incidents.all() if i.until is None]
-            errors = [known[-1].alerts[-1]] if known else []
-        if errors:
-            self._raise = errors[0]
-
-    def _taken(self) -> float:
-        """Hand on what was taken in; return the norm below which a step can wait."""
-        self._pipeline.handed_on()
-        if self._sampler is not None:
-            schedule, step = self._settings.schedule, self._sampler.tap.number
-            for depth in self._pipeline.wanted("wishes"):
-                schedule.ask_within_budget(depth, step)
-            for depth in self._pipeline.wanted("wants"):
-                schedule.ask(depth, step)
-        norms = self._pipeline.memory.norms
-        custom = self._settings.sinks or self._settings.rules is not None
-        if custom or len(norms) < WARM_UP:
-            return 0.0
-        return Exploding.clear * median(norms)
-
-    def _raise_if_due(self) -> None:
-        alert, self._raise = self._raise, None
-        if alert is not None:
-            raise TrainingAlert(alert)
+        return engine
 
     def _bring_up_to_date(self) -> None:
-        if self._sampler is not None and not self._closed:
+        if self._engine is not None and not self._closed:
             with self._health.guard("gradients"):
-                self._sampler.bring_up_to_date()
+                self._engine.bring_up_to_date()
 
     # ---- the handle
 
@@ -258,24 +218,23 @@ class Watch:
     @property
     def health(self) -> dict[str, Any]:
         """What works, what failed, what was lost, and what it costs."""
-        if self._settings.wandb is not None and self._settings.wandb.dropped:
-            self._health.dropped["W&B"] = self._settings.wandb.dropped
-        return self._health.as_dict("off" if self._closed else "on")
+        wandb = self._settings.wandb
+        if wandb is not None and wandb.dropped:
+            self._health.dropped["W&B"] = wandb.dropped
+        queued = 0 if wandb is None else wandb.queued
+        return self._health.as_dict("off" if self._closed else "on", queued)
 
     def flush(self) -> None:
         """Bring everything measured so far into records, alerts, files and sinks."""
-        if self._closed or self._sampler is None:
+        if self._closed or self._engine is None:
             return
-        with self._health.guard("gradients"):
-            self._sampler.settle()
+        self._engine.settle()
         self._pipeline.flush()
 
     def step(self) -> None:
         """Count a step by hand, where neither backward nor an optimizer can be seen."""
-        if not self._closed and self._sampler is not None:
-            with self._health.guard("gradients"):
-                self._sampler.tap.finish_step()
-            self._raise_if_due()
+        if not self._closed and self._engine is not None:
+            self._engine.count()
 
     def log(self, *, loss: float | Tensor) -> None:
         """Tell the loss of the step; a tensor is not waited for.
@@ -297,18 +256,18 @@ class Watch:
             value = float(loss) if loss.device.type == "cpu" else loss
         else:
             value = float(loss)
-        if self._sampler is not None:
-            self._sampler.loss = value
+        if self._engine is not None:
+            self._engine.log(value)
 
     def pause(self) -> None:
         """Stop measuring; steps are still counted."""
-        if self._sampler is not None:
-            self._sampler.paused = True
+        if self._engine is not None:
+            self._engine.pause()
 
     def resume(self) -> None:
         """Measure again after :meth:`pause`."""
-        if self._sampler is not None:
-            self._sampler.paused = False
+        if self._engine is not None:
+            self._engine.resume()
 
     def apply(self, remedy: Remedy, *, optimizer: Optimizers = None) -> Any:
         """Carry out a remedy, such as ``watch.alerts[-1].remedy``, on the model.
@@ -330,44 +289,42 @@ class Watch:
             RuntimeError: If the watch is closed or off, gradients wait for an
                 optimizer, or there are several processes.
         """
-        sampler = self._sampler
-        model = sampler.model if sampler is not None else None
-        if sampler is None or model is None or self._closed:
+        engine = self._engine
+        model = engine.model if engine is not None else None
+        if engine is None or model is None or self._closed:
             raise RuntimeError("this watch is closed or off; nothing was applied.")
-        if opening.processes() > 1:
+        if processes() > 1:
             raise RuntimeError(
                 "one process of several knows of this alert; call the remedy on every "
                 f"rank alike instead: {remedies.line(remedy)}"
             )
-        given = several(optimizer) or sampler.tap.optimizers()
+        given = several(optimizer) or engine.optimizers()
         if not given:
             raise ValueError(
                 "no optimizer was seen to step yet; name it: "
                 "watch.apply(remedy, optimizer=optimizer)."
             )
-        sampler.settle()
-        if sampler.tap.open:
+        engine.settle()
+        if engine.open:
             raise RuntimeError(
                 "gradients of the old weights wait for an optimizer; apply a remedy "
                 "between optimizer.step() and the next backward()."
             )
         done = remedies.apply(remedy, model, given)
-        sampler.events += [f"reinit:{name}" for name in done.streams]
-        sampler.tap.rescan()
+        engine.was_remade(done.streams)
         return done.answer
 
     def probe_now(self) -> None:
         """Have every depth measured at the next step."""
-        if self._sampler is not None:
-            for depth in DEPTHS:
-                self._settings.schedule.ask(depth, self._sampler.tap.upcoming[-1])
+        if self._engine is not None:
+            self._engine.probe_now()
 
     def close(self) -> None:
         """Settle the open step, take every hook off, and close. Safe to call twice."""
-        if self._closed or os.getpid() != self._pid or self._sampler is None:
+        if self._closed or os.getpid() != self._pid or self._engine is None:
             return
         with self._health.guard("gradients"):
-            self._sampler.close()
+            self._engine.close()
         self._closed = True
         self._finalizer.detach()
         self._pipeline.close()
@@ -394,10 +351,14 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values for a checkpoint."""
         self.flush()
+        number, memory = 0, Memory()
+        if self._engine is not None:
+            number, memory = self._engine.number, self._engine.intake.memory
         return {
-            "step": self._sampler.tap.number if self._sampler is not None else 0,
+            "format": FORMAT,
+            "step": number,
             "schedule": self._settings.schedule.state_dict(),
-            "pipeline": self._pipeline.state_dict(),
+            "pipeline": {"memory": memory.state_dict(), **self._pipeline.state_dict()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -412,11 +373,14 @@ class Watch:
                 f"the state lacks {', '.join(sorted(missing))}; expected what "
                 "watch.state_dict() returned."
             )
+        pipeline = state["pipeline"]
+        if state.get("format", 1) < 2:
+            pipeline = facts.state_from_format_1(pipeline)
         self._settings.schedule.load_state_dict(state["schedule"])
-        self._pipeline.load_state_dict(state["pipeline"])
-        if self._sampler is not None:
-            self._sampler.tap.number = int(state["step"])
-            self._sampler.events.append("resume")
+        self._pipeline.load_state_dict(pipeline)
+        if self._engine is not None:
+            memory = Memory.from_state(pipeline["memory"])
+            self._engine.go_on_from(int(state["step"]), memory)
 
     def __enter__(self) -> Watch:
         """Return the watch itself."""
@@ -433,19 +397,14 @@ class Watch:
 
     def __repr__(self) -> str:
         """Return the table of the streams with their latest numbers."""
-        if self._sampler is None:
+        if self._engine is None:
             return "gradwatch is off here (disabled, or not the first process)"
         self._bring_up_to_date()
-        seen = {**self._sampler.depths.facts, **self._pipeline.memory.facts}
-        lost = self._pipeline.memory.left_out
-        notes = self._sampler.notes(seen, lost, begun=self._pipeline.steps > 0)
-        known = {r.stream.name for r in self._sampler.recurrences()}
-        gone = [s.name for s in self._streams if s.name not in known]
-        notes |= dict.fromkeys(gone, "its module is gone")
+        seen, notes = self._engine.notes(begun=self._pipeline.steps > 0)
         return console.table(self._streams, self._pipeline.latest, notes, seen)
 
     def _watches(self, modules: int) -> bool:
-        return self._sampler is not None and len(self._sampler.depths.probes) == modules
+        return self._engine is not None and self._engine.watches(modules)
 
 
 def _close(watch_ref: weakref.ref[Watch]) -> None:

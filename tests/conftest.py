@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from gradwatch.observe.probe import Probe
+from gradwatch.hooks.probe import Probe
 
 os.environ.setdefault("GRADWATCH_STRICT", "1")
 torch.set_num_threads(1)

@@ -26,9 +26,10 @@ def generate():
 def docs(generate, tmp_path):
     """Pages as they should be, in a folder of their own."""
     (tmp_path / "alerts").mkdir()
-    (tmp_path / "alerts.md").write_text(
-        f"# Above\n\n{generate.BEGIN}\n{generate.END}\n\nbelow\n", encoding="utf-8"
-    )
+    for name in ("alerts.md", "files.md"):
+        (tmp_path / name).write_text(
+            f"# Above\n\n{generate.BEGIN}\n{generate.END}\n\nbelow\n", encoding="utf-8"
+        )
     for name in CATALOGUE:
         text = f"{generate.BEGIN}\n{generate.END}\n{BY_HAND}"
         (tmp_path / "alerts" / f"{name}.md").write_text(text, encoding="utf-8")

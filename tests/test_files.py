@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradwatch
+from gradwatch.facts import Facts, ModuleFacts, RunFacts, StepFacts, StreamFacts
+from gradwatch.folder import make_folder
 from gradwatch.metrics import headline_keys
 from gradwatch.record import (
     Alert,
@@ -21,7 +23,7 @@ from gradwatch.record import (
     parse,
 )
 from gradwatch.sinks.fold import Fold
-from gradwatch.sinks.jsonl import Jsonl, make_folder
+from gradwatch.sinks.jsonl import Jsonl
 
 floats = st.floats(allow_nan=True, allow_infinity=True)
 text = st.text(max_size=20)
@@ -31,7 +33,13 @@ records = st.builds(
     time=st.floats(0, 1e10),
     metrics=st.dictionaries(text, floats, max_size=4),
     profiles=st.dictionaries(text, st.lists(floats, max_size=4), max_size=2),
-    facts=st.dictionaries(text, st.one_of(text, st.integers(), st.booleans())),
+    facts=st.builds(
+        Facts,
+        step=st.builds(StepFacts, skipped_by=st.none() | text),
+        run=st.builds(RunFacts, cleared=st.none() | st.booleans()),
+        modules=st.dictionaries(text, st.builds(ModuleFacts, T=st.integers())),
+        streams=st.dictionaries(text, st.builds(StreamFacts, drive=text)),
+    ),
     events=st.lists(text, max_size=3).map(tuple),
 )
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch.facts import NO_FACTS, Facts, ModuleFacts
 from gradwatch.record import StepRecord
 from gradwatch.rules import Growth, Vanishing
 from tests.test_kinds import stream
@@ -207,7 +208,7 @@ def probes(values, *, every=10, ratio=0.0, signal=1.0, demand=0.02, length=60):
             f"{key}update_ratio": ratio * every,
             f"{key}horizon": 12.0,
         }
-        facts = {} if n else {"rnn": {"T": length}}
+        facts = NO_FACTS if n else Facts(modules={"rnn": ModuleFacts(T=length)})
         yield StepRecord(step=n * every, metrics=metrics, facts=facts)
 
 

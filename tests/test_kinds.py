@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch.facts import NO_FACTS, Facts, ModuleFacts
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules import (
     DeadUnits,
@@ -301,12 +302,18 @@ def stream(kind="RNN_RELU", gates=(), name="rnn.l0"):
     )
 
 
+def of_rnn(**facts):
+    facts = {"T": 9, "B": 9, "reach": "reached"} | facts
+    return Facts(modules={"rnn": ModuleFacts(**facts)})
+
+
 def records(metric, values, **facts):
     for step, value in enumerate(values):
         metrics = {"gradwatch/grad_norm": 1.0, "gradwatch/rnn/l0/grad_norm_hh": 0.5}
         metrics |= {} if value is None else {f"gradwatch/rnn/l0/{metric}": value}
-        facts = {"rnn": {"T": 9, "B": 9, "reach": "reached"}} | facts
-        yield StepRecord(step=step, metrics=metrics, facts=facts if not step else {})
+        yield StepRecord(
+            step=step, metrics=metrics, facts=NO_FACTS if step else of_rnn(**facts)
+        )
 
 
 def test_a_level_is_confirmed_held_and_cleared():
@@ -361,12 +368,11 @@ def test_drift_waits_for_the_first_steps_and_starts_anew_after_a_remedy():
 
 def test_a_weight_that_loses_its_gradient_late_is_given_time():
     rule = NoGradient([stream()])
-    reached = {"rnn": {"reach": "reached", "T": 5}}
-    for record in records("grad_norm_ih", [1.0] * 10, **reached):
+    for record in records("grad_norm_ih", [1.0] * 10, T=5):
         assert rule.update(record) == []
     found = []
     for step in range(10, 100):
-        facts = {"rnn": {"reach": "detached", "T": 5}} if step == 20 else {}
+        facts = of_rnn(reach="detached", T=5) if step == 20 else NO_FACTS
         metrics = {"gradwatch/grad_norm": 1.0}
         found += rule.update(StepRecord(step=step, metrics=metrics, facts=facts))
     assert [(a.since, a.step, a.cause) for a in found] == [(10, 59, "detached")]
@@ -404,7 +410,7 @@ def test_what_a_broken_net_shows_is_evidence_of_what_broke_it():
 
 def test_every_rule_replays_alike_from_a_saved_state():
     """Half the records, a state through JSON, the other half: the same alerts."""
-    made = list(records("dead", [0.1] * 30 + [0.8] * 30, rnn={"T": 5, "B": 9}))
+    made = list(records("dead", [0.1] * 30 + [0.8] * 30, T=5))
     straight, first, second = (default_rules([stream()]) for _ in range(3))
     expected = [a for r in made for rule in straight for a in rule.update(r)]
     got = [a for r in made[:31] for rule in first for a in rule.update(r)]

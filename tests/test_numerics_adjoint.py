@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from benchmarks.flow import errors, reads
+from benchmarks.looking import looking_at
 from benchmarks.replay import cases
-from gradwatch.health import Health
+from gradwatch.depths.flow import NAMES, Flow, backward
+from gradwatch.depths.trajectory import trajectory
 from gradwatch.numerics.adjoint import linearised, pulled_back
 from gradwatch.numerics.through_time import Weights, replay_layer
-from gradwatch.observe.flow import NAMES, Flow, backward
-from gradwatch.observe.probe import Probe, Wanted
-from gradwatch.observe.sequence import trajectory
 from gradwatch.recurrent import recurrences
 from tests import reference
 
@@ -95,14 +94,12 @@ def test_vectors_start_where_they_are_told_to():
 # ---- the numbers of the flow depth
 
 
+def of(flow, name):
+    return flow.numbers[flow.streams[0].name, name]
+
+
 def measured(module, x, read=lambda out: out[-1].sum(), samples=None):
-    probe = Probe(
-        module,
-        None,
-        wanted=lambda: Wanted(True, True, True),
-        samples=samples,
-        guard=Health(print).guard("probe"),
-    )
+    probe = looking_at(module, samples=samples)
     out = module(x)
     read(out[0]).backward()
     members = recurrences(module)
@@ -112,7 +109,8 @@ def measured(module, x, read=lambda out: out[-1].sum(), samples=None):
         flow.add("rnn", members, replayed)
         back = backward(members, replayed)
     probe.close()
-    return dict(zip(NAMES, flow.numbers["0"].tolist(), strict=True)), flow, back
+    values = flow.numbers[members[0].stream.name, "values"].tolist()
+    return dict(zip(NAMES, values, strict=True)), flow, back
 
 
 def orthogonal(hidden=16, gain=1.0):
@@ -226,7 +224,7 @@ def test_sequences_of_different_lengths_are_aligned_at_their_ends():
         return padded[ends, torch.arange(3)].sum()
 
     found, flow, _ = measured(module, packed, read)
-    profile = flow.numbers["0.adjoint"]
+    profile = of(flow, "adjoint")
     per_step = (profile[-1] / profile[-2]).item()
     assert per_step == pytest.approx(1.25)  # three sequences end here
     assert found["horizon"] == int(3 / -math.log10(0.8)) or found["horizon"] <= 20
@@ -240,5 +238,5 @@ def test_profiles_of_a_sample_stand_for_the_batch():
     whole = measured(module, x)[1]
     few = measured(module, x, samples=4)[1]
     assert few.shares == [(4, 32)] and whole.shares == [(32, 32)]
-    ratio = few.numbers["0.adjoint"] * math.sqrt(8) / whole.numbers["0.adjoint"]
+    ratio = of(few, "adjoint") * math.sqrt(8) / of(whole, "adjoint")
     assert ratio.log().abs().max() < 0.3

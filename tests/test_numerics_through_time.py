@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from benchmarks.looking import STATES, looking_at
 from benchmarks.replay import KINDS, Case, cases, errors
-from gradwatch.health import Health
+from gradwatch.depths.trajectory import Trajectory, trajectory
 from gradwatch.numerics import activation, through_time
 from gradwatch.numerics.through_time import Weights, replay_layer, turned
-from gradwatch.observe.probe import Probe, Wanted
-from gradwatch.observe.sequence import Trajectory, trajectory
 from gradwatch.recurrent import recurrences
 from tests import reference
 
@@ -112,14 +111,7 @@ class Watched:
 
     def __init__(self, module, samples=None):
         self.module = module
-        self.health = Health(print)
-        self.probe = Probe(
-            module,
-            None,
-            wanted=lambda: Wanted(True, True),
-            samples=samples,
-            guard=self.health.guard("probe"),
-        )
+        self.probe = looking_at(module, STATES, samples)
 
     def __enter__(self):
         return self

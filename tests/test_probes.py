@@ -26,7 +26,7 @@ def watched(model, **options):
 def alive(watch):
     """Captures that still hold copies."""
     gc.collect()
-    found = [c for p in watch._sampler.depths.probes for c in p._captures]
+    found = [c for p in watch._engine._modules.probes for c in p._captures]
     return [c for c in found if c.weights or c.rows is not None]
 
 
@@ -255,7 +255,7 @@ def test_a_detached_state_that_asks_for_a_gradient_begins_a_new_chain():
         torch.stack(losses).sum().backward()
         torch.optim.SGD(model.parameters(), 0.1).step()
         watch.flush()
-        assert watch.records[0].facts["gru"]["T"] == 5
+        assert watch.records[0].facts.modules["gru"].T == 5
 
 
 def test_a_state_carried_from_step_to_step_is_a_truncation_notice():

@@ -9,6 +9,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch import remedies
+from gradwatch.facts import NO_FACTS, Facts, ModuleFacts
 from gradwatch.record import Remedy, StepRecord, Stream, dump_line, parse
 from gradwatch.rules import DeadUnits, Exploding, GateStuck, Growth, Spike, Vanishing
 from tests.models import Tagger
@@ -204,11 +205,11 @@ def test_held_weights_are_watched_on():
 # ---- the rules begin anew
 
 
-def record(step, events=(), facts=None, **metrics):
+def record(step, events=(), facts=NO_FACTS, **metrics):
     return StepRecord(
         step=step,
         metrics={f"gradwatch/{k.replace('__', '/')}": v for k, v in metrics.items()},
-        facts=facts or {},
+        facts=facts,
         events=events,
     )
 
@@ -231,7 +232,8 @@ ANEW = ("reinit:rnn.l0",)
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_a_rule_ends_its_incident_and_judges_anew(rule, stream, sick):
-    judge, facts = rule([stream]), {"rnn": {"T": 40, "B": 8}}
+    judge = rule([stream])
+    facts = Facts(modules={"rnn": ModuleFacts(T=40, B=8)})
     alerts = [a for n in range(3) for a in judge.update(record(n, facts=facts, **sick))]
     assert len(alerts) == 1 and judge.active
     assert not judge.update(record(3, events=ANEW)) and not judge.active

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from gradwatch.facts import NO_FACTS, Facts, StepFacts
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules import (
@@ -29,10 +30,10 @@ STREAM = Stream(
 UPDATE = "gradwatch/rnn/l0/update_ratio"
 
 
-def record(step, norm, events=(), facts=None, **more):
+def record(step, norm, events=(), facts=NO_FACTS, **more):
     broken = float(not math.isfinite(norm))
     metrics = {run_key("grad_norm"): norm, run_key("nonfinite"): broken, **more}
-    return StepRecord(step=step, metrics=metrics, events=events, facts=facts or {})
+    return StepRecord(step=step, metrics=metrics, events=events, facts=facts)
 
 
 def given(rule, norms, **more):
@@ -143,7 +144,7 @@ def test_a_noisy_norm_needs_more_for_a_spike():
 @pytest.mark.parametrize("by", ["scaler", "clipper", "unknown"])
 def test_skipped_overflows_are_excused_ten_times_in_a_row(by):
     def skip(rule, step):
-        facts = {"skipped_by": by}
+        facts = Facts(step=StepFacts(skipped_by=by))
         return rule.update(record(step, math.inf, ("skipped_step",), facts))
 
     rule = Nonfinite([STREAM])

@@ -17,6 +17,7 @@ import wandb
 from torch import nn
 
 import gradwatch
+from gradwatch.facts import Facts, ModuleFacts
 from gradwatch.metrics import STEP_KEY, headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.rules.catalogue import CATALOGUE
@@ -776,7 +777,7 @@ def test_folding_in_two_parts_is_folding_in_one():
             step=i,
             time=float(i),
             metrics={NORM: a, RATIO: b, **({"gradwatch/l0/rho": c} if i % 4 else {})},
-            facts={"T": i},
+            facts=Facts(modules={"rnn": ModuleFacts(T=i)}),
             events=("skipped_step",) if i in {2, 9} else (),
         )
         for i, (a, b, c) in enumerate(draws)

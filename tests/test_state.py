@@ -161,7 +161,7 @@ def test_a_replay_that_fails_its_check_is_dropped_counted_and_explained():
     assert "gradwatch/rnn/l0/act_deriv" not in keys
     assert of(watch, "replay_mismatch") == pytest.approx(0.5, rel=1e-3)
     assert "rnn.l0: states left out (3 times): the replay differs" in text
-    assert "left out" in watch.records[0].facts["rnn"]["replay"]
+    assert "left out" in watch.records[0].facts.modules["rnn"].replay
     assert len(of(watch, "rho")) == 3 and watch.health["failed"] == {}
 
 
@@ -189,7 +189,7 @@ def test_unknown_dropout_is_approximate_and_says_so():
 @pytest.mark.parametrize("cell", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
 def test_a_cell_in_a_loop_has_the_length_of_its_chain(cell):
     watch, text = train(Loop(cell(4, 8), 8), 2)
-    assert watch.records[0].facts["cell"]["T"] == 6
+    assert watch.records[0].facts.modules["cell"].T == 6
     assert len(of(watch, "act_deriv", "cell")) == 2
     assert of(watch, "replay_mismatch", "cell").max() <= 1e-5
     assert "6/6" in text
@@ -229,7 +229,7 @@ def test_the_first_micro_batch_is_measured():
             model(x).square().mean().backward()
         optimizer.step()
         watch.flush()
-        assert watch.records[0].facts["rnn"]["T"] == 3
+        assert watch.records[0].facts.modules["rnn"].T == 3
 
 
 def test_evaluation_between_steps_is_not_measured():
@@ -245,11 +245,8 @@ def test_evaluation_between_steps_is_not_measured():
             model(x).square().mean().backward()
             optimizer.step()
         watch.flush()
-        assert [r.facts.get("rnn", {}).get("T") for r in watch.records] == [
-            6,
-            None,
-            None,
-        ]
+        told = [r.facts.modules for r in watch.records]
+        assert told[0]["rnn"].T == 6 and not any(told[1:])
 
 
 def test_captured_sequences_are_released_with_the_step():
@@ -263,7 +260,7 @@ def test_captured_sequences_are_released_with_the_step():
             loss.backward(retain_graph=True)
             optimizer.step()
             kept.append(loss)
-        [probe] = watch._sampler.depths.probes
+        [probe] = watch._engine._modules.probes
         assert all(c.rows is None for c in probe._captures)
         assert all(not c.weights and not c.used for c in probe._captures)
 
@@ -274,7 +271,7 @@ def test_a_failure_of_the_replay_switches_off_the_states_alone(
     def broken(*args):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("gradwatch.observe.depths.trajectory", broken)
+    monkeypatch.setattr("gradwatch.depths.launch.trajectory", broken)
     watch, _ = train(lstm(), 3)
     assert "out of luck" in watch.health["failed"]["state"]
     assert len(of(watch, "rho")) == 3 and len(of(watch, "grad_norm_hh")) == 3

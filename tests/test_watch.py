@@ -329,7 +329,7 @@ def test_a_callback_that_raises_is_said_once(lenient, lines):
 
 @pytest.mark.parametrize("part", ["norms", "weakref"])
 def test_a_failure_inside_never_reaches_the_training(part, lenient, lines, monkeypatch):
-    from gradwatch.observe import gradient_tap
+    from gradwatch.depths import measured, reader
 
     bare, model = lstm(), lstm()
     train(bare, 8)
@@ -342,9 +342,9 @@ def test_a_failure_inside_never_reaches_the_training(part, lenient, lines, monke
         return [1.0] * len(args[0])
 
     if part == "norms":
-        monkeypatch.setattr(gradient_tap, "norms", fail)
+        monkeypatch.setattr(reader, "norms", fail)
     else:
-        monkeypatch.setattr(gradwatch.sampler, "Drain", fail)
+        monkeypatch.setattr(measured, "Drain", fail)
     watch = gradwatch.watch(model, dir=None)
     train(model, 8)
     for a, b in zip(bare.parameters(), model.parameters(), strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.observe.measure import norms
+from gradwatch.numerics.norms import norms
 
 Name = str | int
 """Name of a parameter, or its position where it has none."""

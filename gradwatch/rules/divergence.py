@@ -135,7 +135,7 @@ class LossDivergence:
 
     def _rate(self) -> float:
         """Return the largest learning rate of a recurrent weight, as far as known."""
-        rates = [self._seen.fact(s, "lr", 0.0) for s in self._streams]
+        rates = [self._seen.stream(s).lr or 0.0 for s in self._streams]
         return max(rates, default=0.0)
 
     def _rate_raised(self) -> bool:

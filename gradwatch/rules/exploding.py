@@ -81,7 +81,8 @@ class Exploding:
             self._take_usual(record, norm, usual)
             return []
         self._calm = 0
-        self._carriers = dict(record.facts.get("carriers", self._carriers))
+        if record.facts.step.carriers is not None:
+            self._carriers = dict(record.facts.step.carriers)
         if not self._high:
             self._since, self._lasts = record.step, 0
         self._lasts += 1

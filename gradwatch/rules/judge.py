@@ -14,14 +14,57 @@ from gradwatch.rules.incidents import Incidents
 class Rule(Protocol):
     """Judges one record after the other.
 
-    A rule may also have: ``wants``, the name of a depth that it asks for at the next
-    step, or several; ``wishes``, the same where the budget allows it; ``kind`` and
-    ``active``, by which an incident of that kind stays open; and
-    ``state_dict`` / ``load_state_dict`` of plain values.
+    What a rule may also have is in the protocols below.
     """
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Return the alerts that a record raises; mostly none."""
+
+
+@runtime_checkable
+class OfKind(Protocol):
+    """A rule by which an incident stays open.
+
+    Attributes:
+        kind: The kind of the incident.
+        active: Whether it still holds.
+    """
+
+    kind: str
+    active: bool
+
+
+@runtime_checkable
+class Wanting(Protocol):
+    """A rule that asks for measurements.
+
+    Attributes:
+        wants: A depth to be measured at the next step, or several.
+    """
+
+    wants: str | Sequence[str] | None
+
+
+@runtime_checkable
+class Wishing(Protocol):
+    """A rule that asks for measurements where the budget allows them.
+
+    Attributes:
+        wishes: A depth to be measured at the next step, or several.
+    """
+
+    wishes: str | Sequence[str] | None
+
+
+@runtime_checkable
+class Saved(Protocol):
+    """A rule whose state is saved with the run's."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
 
 
 class Judge:
@@ -36,6 +79,9 @@ class Judge:
         self, rules: Sequence[Rule], mute: Iterable[str | tuple[str, str]] = ()
     ) -> None:
         self.rules = list(rules)
+        self._kinds = [rule if isinstance(rule, OfKind) else None for rule in rules]
+        self._wanting = [rule for rule in rules if isinstance(rule, Wanting)]
+        self._wishing = [rule for rule in rules if isinstance(rule, Wishing)]
         self.incidents = Incidents(mute)
 
     def take(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
@@ -47,7 +93,7 @@ class Judge:
         given: list[Alert] = []
         changed: dict[str, Incident] = {}
         active: dict[str, bool] = {}
-        for rule in self.rules:
+        for rule, of_kind in zip(self.rules, self._kinds, strict=True):
             for alert in rule.update(record):
                 active[alert.kind] = True
                 out, incident = self.incidents.take(alert)
@@ -55,8 +101,8 @@ class Judge:
                     given.append(out)
                 if incident is not None:
                     changed[incident.kind] = incident
-            if (kind := getattr(rule, "kind", None)) is not None:
-                there = bool(getattr(rule, "active", False))
+            if of_kind is not None:
+                kind, there = of_kind.kind, bool(of_kind.active)
                 active[kind] = active.get(kind, False) or there
         for incident in self.incidents.end(record.step, active):
             changed[incident.kind] = incident
@@ -67,14 +113,13 @@ class Judge:
                 changed[incident.kind] = incident
         return given, list(changed.values())
 
-    def wanted(self, attribute: str) -> set[str]:
-        """Return the depths that rules ask for at the next step.
+    def wanted(self) -> set[str]:
+        """Return the depths that rules ask for at the next step."""
+        return _depths(rule.wants for rule in self._wanting)
 
-        Args:
-            attribute: ``wants``, or ``wishes`` for what the budget has to allow.
-        """
-        asked = [getattr(rule, attribute, None) or () for rule in self.rules]
-        return {w for own in asked for w in ((own,) if isinstance(own, str) else own)}
+    def wished(self) -> set[str]:
+        """Return the depths that they ask for where the budget allows them."""
+        return _depths(rule.wishes for rule in self._wishing)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the rules and the incidents, in plain values."""
@@ -82,7 +127,7 @@ class Judge:
             "rules": {
                 type(rule).__name__: rule.state_dict()
                 for rule in self.rules
-                if hasattr(rule, "state_dict")
+                if isinstance(rule, Saved)
             },
             "incidents": self.incidents.state_dict(),
         }
@@ -93,6 +138,13 @@ class Judge:
         state = copy.deepcopy(dict(state))
         for rule in self.rules:
             saved = state["rules"].get(type(rule).__name__)
-            if saved is not None and hasattr(rule, "load_state_dict"):
+            if saved is not None and isinstance(rule, Saved):
                 rule.load_state_dict(saved)
         self.incidents.load_state_dict(state["incidents"])
+
+
+def _depths(asked: Iterable[str | Sequence[str] | None]) -> set[str]:
+    given = [
+        () if own is None else (own,) if isinstance(own, str) else own for own in asked
+    ]
+    return {depth for own in given for depth in own}

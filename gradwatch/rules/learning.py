@@ -97,8 +97,8 @@ class _Missing:
     def _half(self, stream: Stream) -> bool:
         """Tell whether the net computes in float16."""
         return "float16" in (
-            self._seen.fact(stream, "dtype"),
-            self._seen.fact(stream, "autocast"),
+            self._seen.module(stream).dtype,
+            self._seen.module(stream).autocast,
         )
 
     def _all_dead(self, stream: Stream) -> bool:
@@ -149,11 +149,11 @@ class NoGradient(_Missing):
         norm = record.metrics.get(keys.hh)
         if norm:
             return None
-        if self._seen.fact(stream, "requires_grad") is not False:  # that is a notice
-            held = self._seen.fact(stream, "in_optimizer")
+        if self._seen.stream(stream).requires_grad is not False:  # that is a notice
+            held = self._seen.stream(stream).in_optimizer
             if held is False or (held and keys.ratio not in record.metrics):
                 return None  # nobody trains it, or its optimizer has not stepped
-            if norm == 0 and self._seen.fact(stream, "T") == 1:
+            if norm == 0 and self._seen.module(stream).T == 1:
                 return None  # nothing has recurred
             if norm == 0 and self._half(stream):
                 return None  # an alarm of its own
@@ -162,9 +162,9 @@ class NoGradient(_Missing):
 
     def _judged(self, record: StepRecord, stream: Stream, keys: _Keys) -> list[Alert]:
         """Return the alert, if a cause can be seen or a gradient of zeros is there."""
-        reach, norm = self._seen.fact(stream, "reach"), record.metrics.get(keys.hh)
+        reach, norm = self._seen.module(stream).reach, record.metrics.get(keys.hh)
         cause: str | None = None
-        if self._seen.fact(stream, "requires_grad") is False:
+        if self._seen.stream(stream).requires_grad is False:
             cause = "frozen"
         elif norm is None:
             if reach not in ("unused", "detached"):
@@ -201,11 +201,11 @@ class NotUpdating(_Missing):
     def _cause(self, record: StepRecord, stream: Stream, keys: _Keys) -> str | None:
         if record.metrics.get(keys.ratio) is None:
             return "not_in_optimizer"
-        return "frozen" if self._seen.fact(stream, "lr") == 0 else None
+        return "frozen" if self._seen.stream(stream).lr == 0 else None
 
     def _hold(self, record: StepRecord, stream: Stream, keys: _Keys) -> int | None:
         ratio = record.metrics.get(keys.ratio)
-        unheld = ratio is None and self._seen.fact(stream, "in_optimizer") is False
+        unheld = ratio is None and self._seen.stream(stream).in_optimizer is False
         if not record.metrics.get(keys.hh) or (ratio != 0 and not unheld):
             return None
         cause = self._cause(record, stream, keys)
@@ -240,7 +240,7 @@ class Underflow(_Missing):
     def _hold(self, record: StepRecord, stream: Stream, keys: _Keys) -> int | None:
         if not self._half(stream) or record.metrics.get(keys.hh) != 0:
             return None
-        if self._seen.fact(stream, "T") == 1:
+        if self._seen.module(stream).T == 1:
             return None
         return int(UNDERFLOW.at("steps"))
 

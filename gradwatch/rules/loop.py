@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch.facts import RUN_SCOPE, Facts, RunFacts
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import median
 from gradwatch.record import Alert, StepRecord, Stream
@@ -28,7 +29,7 @@ class _OfSteps:
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._streams = tuple(streams)
         self._ratios = [stream_key(s, "update_ratio") for s in streams]
-        self._facts: dict[str, Any] = {}
+        self._run = RunFacts()
         self._running = Running()
 
     @property
@@ -37,9 +38,12 @@ class _OfSteps:
         return self._running.raised
 
     def _note(self, record: StepRecord) -> None:
-        for name in ("scaled", "cleared"):
-            if name in record.facts:
-                self._facts[name] = record.facts[name]
+        known, now = self._run, record.facts.run
+        if now is not RUN_SCOPE:
+            self._run = RunFacts(
+                cleared=known.cleared if now.cleared is None else now.cleared,
+                scaled=known.scaled if now.scaled is None else now.scaled,
+            )
 
     def _moved(self, record: StepRecord) -> float | None:
         """Return the largest update ratio of the step; None where none was measured."""
@@ -48,11 +52,12 @@ class _OfSteps:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        return {"facts": dict(self._facts), "running": self._running.state_dict()}
+        facts = Facts(run=self._run).to_plain()
+        return {"facts": facts, "running": self._running.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self._facts = dict(state["facts"])
+        self._run = Facts.from_plain(state["facts"]).run
         self._running.load_state_dict(state["running"])
 
 
@@ -88,7 +93,7 @@ class OverClipping(_OfSteps):
         self._norms = [*self._norms[1 - self._hold :], norm] if there else []
         if not self._running.take(record.step, there, self._hold):
             return []
-        cause = "scaled_gradients" if self._facts.get("scaled") else "clip"
+        cause = "scaled_gradients" if self._run.scaled else "clip"
         usual, since = median(tuple(self._norms)), self._running.since
         line = OVER_CLIPPING.causes[cause].do
         return [
@@ -120,7 +125,7 @@ class NotCleared(_OfSteps):
         self._note(record)
         if _NORM not in record.metrics:
             return []
-        there, hold = self._facts.get("cleared") is False, NOT_CLEARED.at("steps")
+        there, hold = self._run.cleared is False, NOT_CLEARED.at("steps")
         if not self._running.take(record.step, there, hold):
             return []
         norm = record.metrics[_NORM]
@@ -187,12 +192,12 @@ class RepeatedBatch:
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
-        for module in self._modules if record.facts else ():
-            facts = record.facts.get(module)
-            if not isinstance(facts, dict) or "same_batch" not in facts:
+        modules = record.facts.modules
+        for module in self._modules if modules else ():
+            looks = modules[module].same_batch if module in modules else None
+            if looks is None:
                 continue
-            before = self._same.get(module, 0)
-            looks = self._same[module] = facts["same_batch"]
+            before, self._same[module] = self._same.get(module, 0), looks
             if before < REPEATED_BATCH.at("looks") <= looks:
                 return [self._alert(record, module, looks)]
         return []

@@ -14,8 +14,6 @@ from gradwatch.rules.catalogue.loop import NONFINITE
 _SKIPS_ALLOWED: Final = int(NONFINITE.at("skips"))
 _QUIET_STEPS: Final = 25
 
-_TYPES: Final = ("dtype", "autocast")
-
 _NORM = run_key("grad_norm")
 _NONFINITE = run_key("nonfinite")
 _LOSS = run_key("loss")
@@ -42,11 +40,11 @@ class Nonfinite:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants = None
-        found = [f for f in record.facts.values() if isinstance(f, dict)]
-        if modules := [facts for facts in found if "dtype" in facts]:
-            used = {facts.get(name) for facts in modules for name in _TYPES}
+        sampled = record.facts.modules.values()
+        if modules := [facts for facts in sampled if facts.dtype is not None]:
+            used = {kind for facts in modules for kind in (facts.dtype, facts.autocast)}
             self._half = "float16" in used
-            self._input = all(facts.get("input_finite", True) for facts in modules)
+            self._input = all(facts.input_finite is not False for facts in modules)
         norm = record.metrics.get(_NORM)
         loss = record.metrics.get(_LOSS)
         count = record.metrics.get(_NONFINITE, 0.0)
@@ -62,7 +60,7 @@ class Nonfinite:
         self._quiet = 0
         if "skipped_step" in record.events:
             self._skips += 1
-            by = record.facts.get("skipped_by", "user")
+            by = record.facts.step.skipped_by or "user"
             excused = by in ("scaler", "clipper", "unknown")
             if excused and self._skips <= _SKIPS_ALLOWED:
                 self.wants = "state"  # it tells whether the input is finite
@@ -72,7 +70,7 @@ class Nonfinite:
 
     def _alert(self, record: StepRecord, count: float, loss: float | None) -> Alert:
         cause = self._cause(record, count, loss)
-        names = record.facts.get("nonfinite", [])
+        names = record.facts.step.nonfinite or ()
         if count:
             what = f"{count:.0f} gradient tensors hold NaN or Inf"
             shown = f"first on the way back: {', '.join(names) or 'unknown'}"
@@ -104,7 +102,7 @@ class Nonfinite:
     ) -> str | None:
         if not self._input:
             return "nan_data"
-        scaler = record.facts.get("skipped_by") == "scaler"
+        scaler = record.facts.step.skipped_by == "scaler"
         finite = loss is None or math.isfinite(loss)
         if scaler and self._skips > _SKIPS_ALLOWED and (finite or self._half):
             return "fp16_overflow"

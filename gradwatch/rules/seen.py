@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch.facts import Facts, ModuleFacts, StreamFacts
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import median
 from gradwatch.record import StepRecord, Stream, reinitialised
@@ -13,6 +14,8 @@ from gradwatch.record import StepRecord, Stream, reinitialised
 _SPAN: Final = 20
 """Losses that a median is taken over."""
 _LOSS: Final = run_key("loss")
+_NO_MODULE: Final = ModuleFacts()
+_NO_STREAM: Final = StreamFacts()
 
 
 class Losses:
@@ -81,7 +84,8 @@ class Seen:
     def __init__(self, streams: Sequence[Stream], metrics: Sequence[str]) -> None:
         self._keys = [(s.name, m, stream_key(s, m)) for s in streams for m in metrics]
         self._values: dict[str, dict[str, float]] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._modules: dict[str, ModuleFacts] = {}
+        self._streams: dict[str, StreamFacts] = {}
 
     def take(self, record: StepRecord) -> None:
         """Take in a record; forget the streams whose weights were set anew."""
@@ -92,26 +96,29 @@ class Seen:
         for name, metric, key in self._keys:
             if key in metrics:
                 self._values.setdefault(name, {})[metric] = metrics[key]
-        for name, facts in record.facts.items():
-            if isinstance(facts, dict):
-                self._facts[name] = facts
+        self._modules.update(record.facts.modules)
+        self._streams.update(record.facts.streams)
 
     def of(self, stream: Stream) -> Mapping[str, float]:
         """Return the values of a stream, by metric."""
         return self._values.get(stream.name, {})
 
-    def fact(self, stream: Stream, name: str, default: Any = None) -> Any:
-        """Return a fact of a stream, else of its module, else the default."""
-        own = self._facts.get(stream.name, {})
-        found = own.get(name, self._facts.get(stream.module, {}).get(name))
-        return default if found is None else found
+    def module(self, stream: Stream) -> ModuleFacts:
+        """Return the facts of a stream's module."""
+        return self._modules.get(stream.module, _NO_MODULE)
+
+    def stream(self, stream: Stream) -> StreamFacts:
+        """Return the facts of a stream."""
+        return self._streams.get(stream.name, _NO_STREAM)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
         values = {name: dict(found) for name, found in self._values.items()}
-        return {"values": values, "facts": dict(self._facts)}
+        facts = Facts(modules=self._modules, streams=self._streams)
+        return {"values": values, "facts": facts.to_plain()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._values = {name: dict(found) for name, found in state["values"].items()}
-        self._facts = dict(state["facts"])
+        facts = Facts.from_plain(state["facts"])
+        self._modules, self._streams = dict(facts.modules), dict(facts.streams)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch import remedies
+from gradwatch.facts import Facts, ModuleFacts
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 from gradwatch.rules import text
@@ -46,7 +47,7 @@ class DeadUnits:
             if stream.kind == "RNN_RELU"
         ]
         self._top = {s.module: s.layer for s in sorted(streams, key=lambda s: s.layer)}
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, ModuleFacts] = {}
         self._levels = Hysteresis(DEAD_UNITS.at("dead"), DEAD_UNITS.clear("dead"))
 
     @property
@@ -57,7 +58,7 @@ class DeadUnits:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
-        self._facts.update(record.facts)
+        self._facts.update(record.facts.modules)
         for name in reinitialised(record.events):
             self._levels.forget(name)
         for stream, key in self._watched:
@@ -73,8 +74,8 @@ class DeadUnits:
 
     def _enough(self, stream: Stream) -> bool:
         """Tell whether enough states were seen: of few, half are 0 by chance."""
-        facts = self._facts.get(stream.module, {})
-        length, batch = facts.get("T", 0), facts.get("B", 0)
+        facts = self._facts.get(stream.module, ModuleFacts())
+        length, batch = facts.T or 0, facts.B or 0
         if stream.layer < self._top[stream.module]:
             batch = min(batch, _REPLAYED)
         return bool(length * batch >= _STATES)
@@ -101,12 +102,13 @@ class DeadUnits:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        return {"levels": self._levels.state_dict(), "facts": dict(self._facts)}
+        facts = Facts(modules=self._facts).to_plain()
+        return {"levels": self._levels.state_dict(), "facts": facts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._levels.load_state_dict(state["levels"])
-        self._facts = dict(state["facts"])
+        self._facts = dict(Facts.from_plain(state["facts"]).modules)
 
 
 class GateStuck:
@@ -139,9 +141,9 @@ class GateStuck:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
-        for name, facts in record.facts.items():
-            if isinstance(facts, dict) and "T" in facts:
-                self._lengths[name] = facts["T"]
+        for name, facts in record.facts.modules.items():
+            if facts.T is not None:
+                self._lengths[name] = facts.T
         anew = reinitialised(record.events)
         for stream, gate, key, cause in self._watched:
             if stream.name in anew:

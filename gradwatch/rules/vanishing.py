@@ -145,20 +145,21 @@ class Vanishing:
 
     def _cut(self, stream: Stream) -> bool:
         """Tell whether earlier calls of the same step were cut off, and get nothing."""
-        return bool(self._seen.fact(stream, "cut", 0))
+        return bool(self._seen.module(stream).cut)
 
     def _can_matter(
         self, record: StepRecord, stream: Stream, keys: Mapping[str, str]
     ) -> bool:
         """Tell whether the loss can want the far past at all."""
-        length, seen = self._length(stream), self._seen.fact(stream, "T", 0)
+        length, seen = self._length(stream), self._seen.module(stream).T or 0
         demand = record.metrics.get(keys["demand"])
         if demand is None or length <= _SHORTEST:
             return False
         return bool(demand * seen < VANISHING.at("demand") * length)
 
     def _length(self, stream: Stream) -> int:
-        return int(self._seen.fact(stream, "T", 0) + self._seen.fact(stream, "cut", 0))
+        facts = self._seen.module(stream)
+        return (facts.T or 0) + (facts.cut or 0)
 
     def _rise(
         self,
@@ -227,7 +228,7 @@ class Vanishing:
         known = self._open[stream.name]
         reach = record.metrics[keys["adjoint_log10"]]
         horizon = record.metrics.get(keys["horizon"])
-        length, cut = self._length(stream), self._seen.fact(stream, "cut", 0)
+        length, cut = self._length(stream), self._seen.module(stream).cut or 0
         cause = self._cause(stream)
         shown = (
             f"the first step gets 10^{reach:.1f} of the largest adjoint (from "
@@ -260,12 +261,12 @@ class Vanishing:
     def _cause(self, stream: Stream) -> str:
         """Return the first cause that the evidence names."""
         seen, length = self._seen.of(stream), self._length(stream)
-        if self._cut(stream) or self._seen.fact(stream, "state_detached"):
+        if self._cut(stream) or self._seen.module(stream).state_detached:
             return "truncation"
-        if self._seen.fact(stream, "padding", 0.0) >= _PADDED:
+        if (self._seen.module(stream).padding or 0.0) >= _PADDED:
             return "padding"
         if stream.kind != "RNN_RELU" and seen.get("act_deriv", 1.0) < _SATURATED:
-            drive = self._seen.fact(stream, "drive")
+            drive = self._seen.stream(stream).drive or ""
             by = {"input": "input_scale", "state": "large_weights"}
             return by.get(drive, "saturation")
         if seen.get("shut/f", 0.0) > _SHUT:
@@ -310,13 +311,14 @@ class Truncated:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         found = []
-        for stream in self._streams if record.facts else ():
-            facts = record.facts.get(stream.module)
-            if not isinstance(facts, dict) or not facts.get("state_detached"):
+        modules = record.facts.modules
+        for stream in self._streams if modules else ():
+            facts = modules.get(stream.module)
+            if facts is None or not facts.state_detached:
                 continue
             if stream.name not in self._said:
                 self._said.append(stream.name)
-                found.append(self._alert(record, stream, facts.get("T", 0)))
+                found.append(self._alert(record, stream, facts.T or 0))
         return found
 
     def _alert(self, record: StepRecord, stream: Stream, length: int) -> Alert:

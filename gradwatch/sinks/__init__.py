@@ -1,8 +1,7 @@
 """Where records go. A sink neither computes nor decides.
 
 ``write`` gets every record and the alerts that are given out with it; ``close`` may be
-called twice. An optional attribute ``every`` asks for every so many steps only (alerts
-always come).
+called twice. What a sink may also have is in :class:`Seldom` and :class:`Holding`.
 """
 
 from __future__ import annotations
@@ -26,3 +25,22 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Flush and release. Safe to call twice."""
+
+
+@runtime_checkable
+class Seldom(Protocol):
+    """A sink that asks for every so many steps only; alarms always come.
+
+    Attributes:
+        every: The steps between two records.
+    """
+
+    every: int | None
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """A sink that holds records back for a while."""
+
+    def flush(self) -> None:
+        """Hand on what is held."""

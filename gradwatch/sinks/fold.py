@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from gradwatch import metrics
+from gradwatch.facts import NO_FACTS, Facts
 from gradwatch.record import StepRecord
 
 
@@ -30,7 +31,8 @@ class Fold:
         self._last: dict[str, float] = {}
         self._low: dict[str, float] = {}
         self._high: dict[str, float] = {}
-        self._rest: dict[str, dict[str, Any]] = {"profiles": {}, "facts": {}}
+        self._profiles: dict[str, Any] = {}
+        self._facts = NO_FACTS
         self._events: list[str] = []
 
     def add(self, record: StepRecord) -> None:
@@ -63,11 +65,12 @@ class Fold:
     def _add_rest(
         self,
         profiles: Mapping[str, Any],
-        facts: Mapping[str, Any],
+        facts: Facts,
         events: Iterable[str],
     ) -> None:
-        self._rest["profiles"].update(profiles)
-        self._rest["facts"].update(facts)
+        self._profiles.update(profiles)
+        if facts is not NO_FACTS:
+            self._facts = self._facts.with_later(facts)
         self._events += [e for e in events if e not in self._events]
 
     def absorb(self, later: Fold) -> None:
@@ -79,7 +82,7 @@ class Fold:
         self._last.update(later._last)
         for key, least in later._low.items():
             self._widen(self._low, self._high, key, least, later._high[key])
-        self._add_rest(later._rest["profiles"], later._rest["facts"], later._events)
+        self._add_rest(later._profiles, later._facts, later._events)
 
     def row(self) -> StepRecord:
         """Return what was folded, with ``_min`` and ``_max`` beside the last values."""
@@ -90,8 +93,9 @@ class Fold:
             step=self._record.step,
             time=self._record.time,
             metrics=values,
+            profiles=self._profiles,
+            facts=self._facts,
             events=tuple(self._events),
-            **self._rest,
         )
 
     def envelope(self) -> Mapping[str, float]:

@@ -1,9 +1,9 @@
 """The run folder: meta.json, records.jsonl, alerts.jsonl and incidents.
 
 An alert is on disk, with every record up to its step, before it is sent anywhere; other
-records when the watch says so, after at most 16 steps or a second. ``records.jsonl``
-never outgrows the disk: one row a step for the first 64 MB, then rows folded by 10 for
-the next, and so on.
+records when the watch says so, after at most 16 steps. ``records.jsonl`` never outgrows
+the disk: one row a step for the first 64 MB, then rows folded by 10 for the next, by
+100, and so on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,59 +23,13 @@ _SECTION: Final = 64 * 2**20
 _AROUND_INCIDENT: Final = 64
 
 
-class FolderError(OSError):
-    """No folder could be made; the message names the places that were tried."""
-
-
-def make_folder(parent: Path, name: str) -> tuple[Path, str | None]:
-    """Make a new run folder, never one that exists.
-
-    Args:
-        parent: Where it goes; falls back to the system's folder for temporary files.
-        name: Name wished for; a number is added where it is taken, and what could
-            lead out of ``parent`` is replaced.
-
-    Returns:
-        The folder, and why it is not under ``parent`` (None where it is).
-
-    Raises:
-        FolderError: If neither place can be written.
-    """
-    tried = []
-    for place in (parent, Path(tempfile.gettempdir()) / "gradwatch-runs"):
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            ignore = place / ".gitignore"
-            if not ignore.exists():
-                ignore.write_text("*\n", encoding="ascii")
-            folder = _fresh(place, _safe(name))
-        except OSError as error:
-            tried.append(f"{place} ({error.strerror or error})")
-            continue
-        return folder, f"cannot write in {tried[0]}" if tried else None
-    raise FolderError(f"no run folder could be made; tried {' and '.join(tried)}")
-
-
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
+    """Return a name for a file or folder: what could lead elsewhere is replaced."""
     kept = "".join(
         c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name
     )
     kept = kept.strip(".")[:100] or "run"
     return f"{kept}_" if kept.upper() in {"CON", "PRN", "AUX", "NUL"} else kept
-
-
-def _fresh(place: Path, name: str) -> Path:
-    number = 1
-    while True:
-        folder = place / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            if not folder.is_dir() and number > 1000:
-                raise
-            number += 1
-            continue
-        return folder
 
 
 @final
@@ -175,7 +128,7 @@ class Jsonl:
             return
         folder = self.folder / "incidents"
         folder.mkdir(exist_ok=True)
-        path = folder / f"{incident.since}-{_safe(incident.kind)}.json"
+        path = folder / f"{incident.since}-{safe_name(incident.kind)}.json"
         content = {
             f.name: getattr(incident, f.name) for f in dataclasses.fields(incident)
         }
@@ -204,14 +157,15 @@ class Jsonl:
             },
             "records": [json.loads(dump_line(r)) for r in self._recent],
         }
-        broken = [r for r in self._recent if "nonfinite" in r.facts]
-        if broken:
-            tensors = broken[0].facts["nonfinite"]
-            found["first_nonfinite"] = {
-                "step": broken[0].step,
-                "module": tensors[0].rpartition(".")[0] if tensors else None,
-                "tensors": tensors,
-            }
+        for record in self._recent:
+            tensors = record.facts.step.nonfinite
+            if tensors is not None:
+                found["first_nonfinite"] = {
+                    "step": record.step,
+                    "module": tensors[0].rpartition(".")[0] if tensors else None,
+                    "tensors": tensors,
+                }
+                break
         return found
 
     def _write_meta(self) -> None:

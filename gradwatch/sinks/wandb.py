@@ -42,6 +42,16 @@ def active_run() -> Any | None:
     return getattr(module, "run", None) if module is not None else None
 
 
+def destination() -> str:
+    """Return what becomes of the records, in words."""
+    run = active_run()
+    if run is None:
+        return "on when a run starts"
+    if getattr(run, "disabled", False):
+        return "the active run is disabled, nothing is sent to it"
+    return f"run {getattr(run, 'id', '?')}"
+
+
 def _call_at_exit(sink_ref: weakref.ref[Wandb]) -> None:
     sink = sink_ref()
     if sink is not None:

@@ -1,4 +1,4 @@
-"""The flow depth: how far back gradients reach, as numbers that stay on the device.
+"""The flow: how far back in time gradients reach, and how they grow on the way.
 
 Axes: T time, K sequences looked at, V vectors. A profile is aligned at the end of each
 sequence, in the stream's own direction of time.
@@ -7,13 +7,17 @@ sequence, in the stream's own direction of time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gradwatch.depths.drain import Host, Numbers
+from gradwatch.depths.trajectory import Trajectory
+from gradwatch.metrics import stream_key
 from gradwatch.numerics.adjoint import (
     Adjoint,
     Linear,
@@ -21,9 +25,8 @@ from gradwatch.numerics.adjoint import (
     linearised,
     pulled_back,
 )
+from gradwatch.numerics.streaming import median
 from gradwatch.numerics.through_time import turned
-from gradwatch.observe.measure import Numbers
-from gradwatch.observe.sequence import Trajectory
 from gradwatch.record import Stream
 from gradwatch.recurrent import Recurrence
 
@@ -49,21 +52,19 @@ class Flow:
     """A run of the flow depth whose numbers may still be on the device.
 
     Attributes:
-        streams: The streams; of the i-th, ``flow.<i>`` holds the values of
-            :data:`NAMES`, and ``flow.<i>.adjoint``, ``.adjoint_cell`` and ``.direct``
-            the profiles.
+        streams: The streams. Of each, ``(name, "values")`` holds the values of
+            :data:`NAMES`, and ``(name, "adjoint")``, ``"adjoint_cell"`` and
+            ``"direct"`` the profiles.
         shares: Of each stream, how many sequences were replayed, of how many.
         carried: Paths of modules whose first states an earlier call may have returned;
-            the norm of the n-th one's is ``flow.carried.<n>``.
+            the norm of these is ``(path, "carried")``.
         numbers: The numbers.
-        seconds: What the launch cost on the host's clock.
     """
 
     streams: list[Stream] = field(default_factory=list)
     shares: list[tuple[int, int]] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     numbers: Numbers = field(default_factory=dict)
-    seconds: float = 0.0
 
     def add(
         self, path: str, members: Sequence[Recurrence], replayed: Trajectory
@@ -71,14 +72,12 @@ class Flow:
         """Measure the gradient's way back through one module's trajectory."""
         first = replayed.calls[0]
         if first.carried and first.h0 is not None:
-            number = len(self.carried)
-            self.numbers[f"carried.{number}"] = torch.linalg.vector_norm(first.h0)
+            self.numbers[path, "carried"] = torch.linalg.vector_norm(first.h0)
             self.carried.append(path)
         found = backward(members, replayed)
         for member, (layer, back) in zip(members, found, strict=True):
-            at = str(len(self.streams))
             self.numbers |= {
-                f"{at}{name}": value
+                (member.stream.name, name): value
                 for name, value in _measured(layer, back, replayed.lengths).items()
             }
             self.streams.append(member.stream)
@@ -193,7 +192,7 @@ def _at_end(grad: Tensor | None, last: int, lengths: Tensor | None) -> Tensor | 
 def _measured(
     layer: Linear, back: Adjoint, lengths: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return the values of NAMES under an empty name, and the profiles."""
+    """Return the values of NAMES, by ``values``, and the profiles."""
     steps, count = back.h.shape[:2]
     device = back.h.device
     ends = torch.full((count,), steps, device=device) if lengths is None else lengths
@@ -210,12 +209,12 @@ def _measured(
     logs = _reaches(layer, back, ends, last)
     values.append(_horizon(logs[:, VECTORS], last))
     values += _gains(logs[:, :VECTORS], ends)
-    found = {"": torch.stack([value.to(values[0]) for value in values])}
-    found[".adjoint"] = _aligned(total_h, ends).sum(1).sqrt()
+    found = {"values": torch.stack([value.to(values[0]) for value in values])}
+    found["adjoint"] = _aligned(total_h, ends).sum(1).sqrt()
     if back.c is not None:
         cells = back.c.square().sum(-1)
-        found[".adjoint_cell"] = _aligned(cells, ends).sum(1).sqrt()
-    found[".direct"] = _aligned(direct_h, ends).sum(1).sqrt()
+        found["adjoint_cell"] = _aligned(cells, ends).sum(1).sqrt()
+    found["direct"] = _aligned(direct_h, ends).sum(1).sqrt()
     return found
 
 
@@ -282,3 +281,93 @@ def _middle(values: Tensor) -> Tensor:
     flat = values.flatten()
     low, high = flat.nanmedian(), -(-flat).nanmedian()
     return torch.where(low == high, low, (low + high) / 2)
+
+
+# ---- on the host
+
+_POINTS: Final = 128
+_PROBES: Final = 5
+"""How many probes the progress of a signal is taken over, at the start and now."""
+
+Signal = Mapping[str, Sequence[float]]
+"""``first`` and ``last``: what the loss put into a stream; plain values."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Memory:
+    """What is remembered of the flow between steps; plain values.
+
+    Attributes:
+        signals: What the loss put into every stream, at the start and lately.
+    """
+
+    signals: dict[str, Signal] = field(default_factory=dict)
+
+
+class Flows(NamedTuple):
+    """What a run of the flow depth came to.
+
+    Attributes:
+        metrics: By key.
+        profiles: By key.
+        carried: Modules that go on from the detached states of an earlier call.
+    """
+
+    metrics: dict[str, float]
+    profiles: dict[str, list[float]]
+    carried: set[str]
+
+
+def finish(
+    run: Flow, host: Host, scale: float, left_out: Container[str], memory: Memory
+) -> Flows:
+    """Return what a run came to.
+
+    Args:
+        run: What was launched.
+        host: Its numbers.
+        scale: By how much a loss scaler has multiplied the gradients.
+        left_out: Modules whose replay is not believed.
+        memory: Taken along.
+    """
+    metrics: dict[str, float] = {}
+    profiles: dict[str, list[float]] = {}
+    for stream, (few, batch) in zip(run.streams, run.shares, strict=True):
+        if stream.module in left_out:
+            continue
+        read = host[stream.name, "values"].tolist()
+        values = dict(zip(NAMES, read, strict=True))
+        raw = values.pop("signal") / scale
+        for name, value in values.items():
+            if not math.isnan(value):
+                metrics[stream_key(stream, name)] = value
+        if (signal := _progress(memory, stream, raw)) is not None:
+            metrics[stream_key(stream, "signal")] = signal
+        factor = math.sqrt(batch / few) / scale
+        for profile in ("adjoint", "adjoint_cell", "direct"):
+            block = host.get((stream.name, profile))
+            if block is not None:
+                key = stream_key(stream, profile)
+                profiles[key] = _cut(np.asarray(block, np.float64) * factor)
+    carried = {path for path in run.carried if float(host[path, "carried"]) > 0}
+    return Flows(metrics, profiles, carried & {s.module for s in run.streams})
+
+
+def _progress(memory: Memory, stream: Stream, value: float) -> float | None:
+    """Return what the loss puts in now, over what it put in at first."""
+    if not math.isfinite(value):
+        return None
+    known = memory.signals.get(stream.name, {"first": [], "last": []})
+    first, last = known["first"], [*known["last"], value][-_PROBES:]
+    first = [*first, value] if len(first) < _PROBES else first
+    memory.signals[stream.name] = {"first": first, "last": last}
+    start = median(tuple(first))
+    return median(tuple(last)) / start if start > 0 else None
+
+
+def _cut(profile: np.ndarray) -> list[float]:
+    """Return at most 128 values: the largest of each bin."""
+    if len(profile) <= _POINTS:
+        return [float(v) for v in profile]
+    edges = np.linspace(0, len(profile), _POINTS, endpoint=False).astype(int)
+    return [float(v) for v in np.maximum.reduceat(profile, edges)]

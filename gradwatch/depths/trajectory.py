@@ -12,9 +12,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from gradwatch.hooks.capture import Capture
+from gradwatch.hooks.rows import Rows
 from gradwatch.numerics.through_time import Layer, Weights, replay
-from gradwatch.observe.capture import Capture
-from gradwatch.observe.rows import Rows
 from gradwatch.recurrent import Recurrence
 
 _TOLERANCE: Final = 1e-4
@@ -40,7 +40,7 @@ class Trajectory:
             element, on the device. None where a mask of dropout had to be drawn anew:
             the numbers are then approximate.
         tolerance: The largest mismatch of a replay that can be believed.
-        largest: As in :class:`gradwatch.observe.rows.Rows`, over all the calls.
+        largest: As in :class:`gradwatch.hooks.rows.Rows`, over all the calls.
     """
 
     calls: list[Rows]

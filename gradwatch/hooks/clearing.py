@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _SUSPICIONS = 3
-"""Steps running that look so before it is looked up once."""
+"""Consecutive steps that look so before it is looked up once."""
 
 
 class Clearing:
@@ -23,6 +23,8 @@ class Clearing:
     """
 
     def __init__(self) -> None:
+        self.known = False
+        """Whether the gradient that is followed is one that the optimizers use."""
         self._first = -1
         self._used: tuple[int, weakref.ref[Tensor], int] | None = None
         self._suspicions = 0
@@ -40,7 +42,7 @@ class Clearing:
             Whether it had been cleared; None where that cannot be told.
         """
         self.close()
-        self._first = index
+        self._first, self.known = index, False
         if self._used is None or self._used[0] != index or grad is None:
             return None
         _, used, version = self._used
@@ -50,27 +52,26 @@ class Clearing:
         self._suspicions += 1
         return self._confirmed is False
 
-    def ends(self, params: Sequence[nn.Parameter], idle: Collection[int]) -> bool:
-        """Take note of the same gradient as the optimizers leave it.
+    def used(self, params: Sequence[nn.Parameter], idle: Collection[int]) -> None:
+        """Take note of the same gradient as an optimizer leaves it.
 
         Args:
-            params: All parameters; none where no optimizer has stepped.
-            idle: Indices of those that an optimizer holds which has not stepped: theirs
+            params: All parameters.
+            idle: Places of those that an optimizer holds which has not stepped: theirs
                 are cleared when it does.
-
-        Returns:
-            Whether the gradient is one that these optimizers use.
         """
         first = self._first
-        self._used = None
-        if not 0 <= first < len(params) or first in idle:
-            return False
-        grad = params[first].grad
+        self._used, self.known = None, 0 <= first < len(params) and first not in idle
+        grad = params[first].grad if self.known else None
         if grad is not None:
             self._used = (first, weakref.ref(grad), grad._version)
-            if self._suspicions >= _SUSPICIONS and self._confirmed is None:
+            unsure = self._suspicions >= _SUSPICIONS and self._confirmed is None
+            if unsure and self._hook is None:
                 self._look_up(params[first])
-        return True
+
+    def unused(self) -> None:
+        """Take note that no optimizer has used the gradients of a step."""
+        self._used = None
 
     def _look_up(self, param: nn.Parameter) -> None:
         """Look at a gradient once, as the next backward is about to add to it."""
@@ -78,12 +79,16 @@ class Clearing:
 
         def hook(_: Tensor) -> None:
             clearing, held = own(), ref()
-            grad = None if held is None else held.grad
-            if clearing is not None and clearing._confirmed is None:
-                there = grad is not None and bool(torch.count_nonzero(grad.detach()))
-                clearing._confirmed = there
+            if clearing is not None and held is not None:
+                clearing.confirm(held.grad)
 
         self._hook = param.register_hook(hook)
+
+    def confirm(self, grad: Tensor | None) -> None:
+        """Take note, once, of whether there is anything in a gradient."""
+        if self._confirmed is None:
+            there = grad is not None and bool(torch.count_nonzero(grad.detach()))
+            self._confirmed = there
 
     def close(self) -> None:
         """Take the hook off, if there is one. Safe to call twice."""

@@ -111,6 +111,7 @@ def take_rows(
     *,
     count: int | None,
     rng: Tensor | None,
+    carried: bool,
 ) -> Rows | str:
     """Copy a few sequences of one call.
 
@@ -121,6 +122,7 @@ def take_rows(
         output: What it returned.
         count: How many sequences to take; None for all.
         rng: The CPU generator's state just before the call, where dropout drew from it.
+        carried: Whether the first states lie where an earlier call returned its own.
 
     Returns:
         The rows; or, in words, why they cannot be had.
@@ -159,6 +161,7 @@ def take_rows(
             masks=_masks(module, pick, y, rng) if dropout and known else None,
             rounded=y.dtype in _HALF or torch.is_autocast_enabled(y.device.type),
             batch=pick.batch,
+            carried=carried,
             composite=isinstance(module, nn.LSTMCell)
             and y.dim() == 2
             and not y.is_cuda,

@@ -1,4 +1,4 @@
-"""The hooks of one recurrent module. They look, and only on sampled steps.
+"""The hooks of one recurrent module, and what they see of its calls.
 
 No full backward hook: it forbids in-place operations on the module's output and warns
 where an input needs no gradient. The forward hook puts tensor hooks on what the module
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch import _torch
 from gradwatch.health import Guard
-from gradwatch.observe.capture import Capture, Past
-from gradwatch.observe.rows import Rows, given_states, take_rows, tensors
+from gradwatch.hooks.capture import Capture, Past
+from gradwatch.hooks.rows import Rows, given_states, take_rows, tensors
 from gradwatch.recurrent import shape_of, used_weights
 
 
@@ -37,19 +36,21 @@ class _Inert:
 
 
 class ForwardHook(_Inert):
-    """Calls the probe after the module's forward; the model owns the watch by it."""
+    """Shows the module's calls to the probe; the model owns the watch by it."""
 
     __slots__ = ()
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
-        """Show the call to the probe."""
-        self.probe.on_forward(module, args, kwargs, output)
+        """Show a call, where one is wanted; nearly always none is."""
+        probe = self.probe
+        if probe.wanted is not NOTHING and torch.is_grad_enabled():
+            probe.on_forward(module, args, kwargs, output)
 
 
 class WeightHook(_Inert):
-    """Notes what a parametrization returned, as computing it again may change it."""
+    """Keeps what a parametrization returned, as computing it again may change it."""
 
     __slots__ = ("name",)
 
@@ -59,7 +60,8 @@ class WeightHook(_Inert):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Show the computed weight to the probe."""
-        self.probe.on_weight(self.name, output)
+        if self.probe.wanted is not NOTHING and torch.is_grad_enabled():
+            self.probe.on_weight(self.name, output)
 
 
 class RngHook(_Inert):
@@ -69,7 +71,8 @@ class RngHook(_Inert):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Tell the probe that the module is about to run."""
-        self.probe.before_forward(module)
+        if self.probe.wanted is not NOTHING and torch.is_grad_enabled():
+            self.probe.before_forward(module)
 
 
 class Wanted(NamedTuple):
@@ -82,10 +85,13 @@ class Wanted(NamedTuple):
         address: Where it returns its states: the next step asks whose states it has.
     """
 
-    weights: bool
-    rows: bool
+    weights: bool = False
+    rows: bool = False
     grads: bool = False
     address: bool = False
+
+
+NOTHING: Final = Wanted()
 
 
 class Probe:
@@ -94,7 +100,6 @@ class Probe:
     Args:
         module: The module to look at.
         owner: Whoever is to live as long as the module's hooks: the watch.
-        wanted: Tells what a forward now is to show.
         samples: How many sequences are looked at; None for all.
         guard: Absorbs and reports what fails in the probe's own work.
     """
@@ -104,15 +109,17 @@ class Probe:
         module: nn.Module,
         owner: object,
         *,
-        wanted: Callable[[], Wanted],
         samples: int | None,
         guard: Guard,
     ) -> None:
         self.owner: object = owner
         self.module = weakref.ref(module)
         self.closed = False
-        self.calls = 0
-        self._wanted, self._samples, self._guard = wanted, samples, guard
+        self.wanted = NOTHING
+        """What a forward now has to show."""
+        self.called = False
+        """Whether one was looked at since the last step of an optimizer."""
+        self._samples, self._guard = samples, guard
         self._reached: list[Capture] = []
         self._captures: weakref.WeakSet[Capture] = weakref.WeakSet()
         self._by_state: dict[_States, Past] = {}
@@ -133,30 +140,49 @@ class Probe:
 
     def close(self) -> None:
         """Take the hooks off and let go of everything. Safe to call twice."""
-        self.closed = True
+        self.closed, self.wanted = True, NOTHING
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.owner = None
-        self.forget(everything=True)
+        for capture in list(self._captures):
+            capture.release()
+        self._captures.clear()
+        self.forget()
 
-    def forget(self, *, everything: bool = False) -> None:
-        """Let go of what the open step captured.
+    def expect(self, wanted: Wanted) -> None:
+        """Have a forward from now on show what is wanted."""
+        if not self.closed:
+            self.wanted = wanted
+
+    def used(self) -> None:
+        """Take note that an optimizer has stepped: calls from now on are others."""
+        self.called = False
+
+    def forget(self, task: int = -1, *, states: bool = False) -> None:
+        """Let go of what was seen of a step that is over.
+
+        Calls that no gradient has reached wait for a backward pass of their own, and
+        die with the graph that holds them.
 
         Args:
-            everything: Also of calls that no gradient has reached: else they wait for
-                a backward of their own, and die with the graph that holds them.
+            task: A backward pass of the next step, whose calls are kept.
+            states: Whether the states that were returned last are held on to.
         """
         for capture in list(self._captures):
-            if everything or capture.reached:
+            if capture.reached and (capture.task != task or task == -1):
                 capture.release()
-        self._reached.clear()
-        self._by_state.clear()
-        self._copied = (None, {}, {})
+        self._reached = [c for c in self._reached if c.weights]
+        waiting = {id(c) for c in self._captures if c.weights}
+        kept = {s: p for s, p in self._by_state.items() if id(p.call) in waiting}
+        for past in kept.values():
+            past.forget_before()
+        self._by_state = kept
+        if not waiting:
+            self._copied = (None, {}, {})
         self._computed.clear()
         self._rng = None
-        self.calls = 0
-        if everything:
+        if not states:
             self._returned = (None, None)
 
     def take(self) -> list[Capture]:
@@ -165,8 +191,7 @@ class Probe:
         Returns:
             The calls in their order; empty where no gradient has reached any.
         """
-        reached = list(self._reached)
-        self._reached.clear()
+        reached, self._reached = self._reached, []
         followed = {id(capture.previous) for capture in reached}
         longest: list[Capture] = []
         steps = -1
@@ -180,118 +205,142 @@ class Probe:
             if length > steps:
                 longest, steps = chain, length
         for capture in reached:
-            capture.wants_grads = False
+            capture.stop_looking()
         return longest[::-1]
+
+    # ---- a call
 
     def on_weight(self, name: str, output: object) -> None:
         """Note a parametrized weight of a cell."""
-        if not self.closed and isinstance(output, Tensor) and self._wanted().weights:
+        if self.wanted.weights and isinstance(output, Tensor):
             self._computed[name] = output.detach()
 
     def before_forward(self, module: nn.Module) -> None:
         """Keep the generator's state where dropout is about to draw from it."""
-        self._rng = None
-        if self.closed or not module.training or not torch.is_grad_enabled():
-            return
         with self._guard:
-            if self._wanted().rows:
-                self._rng = torch.get_rng_state()
+            drawn = self.wanted.rows and module.training
+            self._rng = torch.get_rng_state() if drawn else None
 
     def on_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
-        """Look at one call; the only thing done on an unsampled step is to ask."""
-        if self.closed or not torch.is_grad_enabled():
-            return
-        wanted = self._wanted()
-        if not wanted.weights and not wanted.address:
-            self._returned = (None, None)
-            return
+        """Look at one call, as far as that is wanted."""
         with self._guard:
-            before = self._returned
-            heads = [t for t in tensors(output) if _torch.holds_values(t)]
-            self._returned = (before[1], heads[-1].detach() if heads else None)
-            if not wanted.weights:
-                return
-            self.calls += 1
-            if self._reached and _torch.graph_task_id() == -1:
-                self._drop_reached()  # nobody took them after their backward
-            heads = [t for t in tensors(output) if t.requires_grad and not t.is_leaf]
-            if not heads or not all(map(_torch.holds_values, heads)):
-                return
-            given = args[0] if args else kwargs.get("input")
-            capture = Capture(
-                shape=shape_of(module, given),
-                dtype=_name(heads[0].dtype),
-                autocast=_autocast(heads[0].device.type),
-            )
-            self._copy_weights(capture, module, recurrent_only=not wanted.rows)
-            if wanted.rows:
-                states = given_states(args, kwargs)
-                self._look(capture, module, given, states, output)
-                carried = bool(states) and _lies_at(states[-1], before)
-                if carried and isinstance(capture.rows, Rows):
-                    capture.rows.carried = not any(map(_passes_gradient, states))
-            self._captures.add(capture)
-            capture.wants_grads = wanted.grads and isinstance(capture.rows, Rows)
-            names = "hc" if isinstance(module, nn.RNNCellBase) else "yhc"
-            for name, head in zip(names, tensors(output), strict=False):
-                if head.requires_grad and not head.is_leaf:
-                    head.register_hook(_OnGrad(self, capture, name))
+            self._look(module, args, kwargs, tuple(tensors(output)))
 
     def _look(
         self,
-        capture: Capture,
         module: nn.Module,
-        given: object,
-        states: tuple[Tensor, ...],
-        output: object,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        returned: tuple[Tensor, ...],
     ) -> None:
-        """Copy a few sequences of a call, and find the call that it goes on from."""
-        rng, self._rng = self._rng, None
-        capture.rows = take_rows(
-            module, given, states, output, count=self._samples, rng=rng
-        )
-        if isinstance(given, PackedSequence) or getattr(module, "bidirectional", False):
-            return  # a reverse direction begins anew in each call
-        before = self._by_state.get(_identity(states)) if states else None
-        if before is not None and all(map(_passes_gradient, states)):
-            capture.previous = before.call()
-        elif before is not None and not any(map(_passes_gradient, states)):
-            capture.cut_from = before
-        steps = capture.shape[0] if capture.shape is not None else 0
-        if isinstance(module, nn.RNNCellBase):
-            returned = tuple(tensors(output))
-        else:
-            returned = tuple(tensors(output))[1:]
-        held = tuple(s.detach() for s in returned)
-        past = Past(weakref.ref(capture), steps, before, held)
-        self._by_state[_identity(returned)] = past
+        before, wanted = self._returned, self.wanted
+        heads = [t for t in returned if _torch.holds_values(t)]
+        self._returned = (before[1], heads[-1].detach() if heads else None)
+        if not wanted.weights:
+            return
+        self.called = True
+        if self._reached and _torch.graph_task_id() == -1:
+            for capture in self._reached:  # nobody took them after their backward
+                capture.release()
+            self._reached.clear()
+        heads = [t for t in returned if t.requires_grad and not t.is_leaf]
+        if not heads or not all(map(_torch.holds_values, heads)):
+            return
+        capture = self._captured(module, args, kwargs, returned, before)
+        self._captures.add(capture)
+        names = "hc" if isinstance(module, nn.RNNCellBase) else "yhc"
+        for name, head in zip(names, returned, strict=False):
+            if head.requires_grad and not head.is_leaf:
+                head.register_hook(_OnGrad(self, capture, name))
 
-    def _copy_weights(
-        self, capture: Capture, module: nn.Module, *, recurrent_only: bool
-    ) -> None:
-        """Copy the weights, once for all the calls that use the same ones."""
+    def _captured(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        returned: tuple[Tensor, ...],
+        before: tuple[Tensor | None, Tensor | None],
+    ) -> Capture:
+        """Return a call as it is kept, joined to the one that it goes on from."""
+        wanted, given = self.wanted, args[0] if args else kwargs.get("input")
+        weights, used = self._weights(module, recurrent_only=not wanted.rows)
+        shape, rows, past = shape_of(module, given), None, None
+        states = given_states(args, kwargs) if wanted.rows else ()
+        passes = all(map(_passes_gradient, states))
+        cut = not any(map(_passes_gradient, states))
+        # A reverse direction begins anew in each call.
+        goes_on = not isinstance(given, PackedSequence) and not getattr(
+            module, "bidirectional", False
+        )
+        if wanted.rows:
+            rng, self._rng = self._rng, None
+            rows = take_rows(
+                module,
+                given,
+                states,
+                returned,
+                count=self._samples,
+                rng=rng,
+                carried=bool(states) and cut and _lies_at(states[-1], before),
+            )
+            if goes_on and states:
+                past = self._by_state.get(_identity(states))
+        own = None
+        if wanted.rows and goes_on:
+            own = self._kept(module, shape, returned, past)
+        head = next(t for t in returned if t.requires_grad and not t.is_leaf)
+        capture = Capture(
+            weights=weights,
+            used=used,
+            shape=shape,
+            dtype=_name(head.dtype),
+            autocast=_autocast(head.device.type),
+            rows=rows,
+            wants_grads=wanted.grads and isinstance(rows, Rows),
+            previous=past.call if past is not None and passes else None,
+            cut_from=past if past is not None and cut else None,
+            own=own,
+        )
+        if own is not None:
+            own.belongs_to(capture)
+        return capture
+
+    def _kept(
+        self,
+        module: nn.Module,
+        shape: tuple[int, int] | None,
+        returned: tuple[Tensor, ...],
+        before: Past | None,
+    ) -> Past:
+        """Keep what the next call is known by that goes on from this one."""
+        states = returned if isinstance(module, nn.RNNCellBase) else returned[1:]
+        held = tuple(state.detach() for state in states)
+        kept = Past(shape[0] if shape is not None else 0, before, held)
+        self._by_state[_identity(states)] = kept
+        return kept
+
+    def _weights(
+        self, module: nn.Module, *, recurrent_only: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return copies of the weights, once for all calls that use the same ones."""
         weights = self._computed | used_weights(module, recurrent_only=recurrent_only)
         used = tuple((n, w.data_ptr(), w._version) for n, w in weights.items())
         if self._copied[0] != used:
             self._copied = (used, {n: w.clone() for n, w in weights.items()}, weights)
-        capture.weights, capture.used = self._copied[1:]
-
-    def _drop_reached(self) -> None:
-        for capture in self._reached:
-            capture.release()
-        self._reached.clear()
+        return self._copied[1:]
 
     def reached(self, capture: Capture, name: str, grad: Tensor) -> None:
         """Take note that a gradient reached one of a call's outputs."""
-        if capture.wants_grads and not self.closed:
-            with self._guard:
-                if isinstance(capture.rows, Rows):
-                    capture.rows.take_grad(name, grad)
-        if not self.closed and not capture.reached:
-            capture.reached = True
-            if capture.weights:  # else the graph has outlived the step
+        if self.closed:
+            return
+        with self._guard:
+            if capture.look(name, grad, _torch.graph_task_id()):
                 self._reached.append(capture)
 
 

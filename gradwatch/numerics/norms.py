@@ -1,26 +1,15 @@
-"""From gradients and weights to numbers that stay on the device, and their drain.
-
-Nothing here waits for the device; :class:`Drain` moves a step's numbers to the host in
-one transfer.
-"""
+"""Norms of many tensors at once, on whatever device they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 Norms = Tensor | list[float]
 """Norms on the device; where everything is on the CPU, floats at once."""
-
-Numbers = dict[str, Norms]
-"""Names -> numbers of any shape, on any device, or on the host already."""
-
-HostNumbers = Mapping[str, Any]
-"""Names -> numpy arrays or lists of floats."""
 
 
 def norms(tensors: Sequence[Tensor]) -> Norms:
@@ -38,10 +27,15 @@ def norms(tensors: Sequence[Tensor]) -> Norms:
         One norm a tensor: floats where all tensors are on the CPU, else a tensor of
         shape ``(len(tensors),)`` on the first tensor's device.
     """
-    local = [_local(t) for t in tensors]
-    first = local[0]
+    local, alike = [], True
+    first = _local(tensors[0])
     device, dtype = first.device, first.dtype
-    if all(t.device == device and t.dtype == dtype for t in local):
+    for tensor in tensors:  # no call for what is nearly always plain
+        if type(tensor) is not Tensor or tensor.is_sparse or tensor.requires_grad:
+            tensor = _local(tensor)
+        local.append(tensor)
+        alike = alike and tensor.device == device and tensor.dtype == dtype
+    if alike:
         return _on_cpu(local) if device.type == "cpu" else _alike(local)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(local):
@@ -62,8 +56,6 @@ def norms(tensors: Sequence[Tensor]) -> Norms:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    if type(tensor) is Tensor and not tensor.is_sparse and not tensor.requires_grad:
-        return tensor  # nearly always, at every step
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):  # a DTensor's own norm would be a collective
         tensor = tensor.to_local()
@@ -101,7 +93,7 @@ def all_finite(read: Norms) -> bool:
     return all(map(math.isfinite, values))
 
 
-def over(read: Norms, factor: Tensor) -> Norms:
+def scaled_down(read: Norms, factor: Tensor) -> Norms:
     """Return norms over a factor of one element."""
     if isinstance(read, list):
         return [value / float(factor) for value in read]
@@ -117,56 +109,3 @@ def joined(reads: list[Norms]) -> Norms:
         return [value for read in reads if isinstance(read, list) for value in read]
     like = tensors[0]
     return torch.cat([torch.as_tensor(r).to(like) for r in reads])
-
-
-class Drain:
-    """The numbers of one step on their way to the host.
-
-    On the CPU they are there at once. On an accelerator one packed copy into pinned
-    memory is started, and :meth:`wait` is called a sampled step later.
-    """
-
-    def __init__(self, numbers: Numbers) -> None:
-        self._host: dict[str, Any] = {}
-        self._shapes: dict[str, torch.Size] = {}
-        self._event: Any = None
-        moving: list[Tensor] = []
-        for name, value in numbers.items():
-            if isinstance(value, list):
-                self._host[name] = value
-            elif value.device.type == "cpu":
-                self._host[name] = value.detach().numpy()
-            else:
-                self._shapes[name] = value.shape
-                moving.append(value.detach().reshape(-1))
-        if moving:
-            self._start(moving)
-
-    def _start(self, moving: list[Tensor]) -> None:
-        target = moving[0].device
-        wide = torch.float32 if target.type == "mps" else torch.float64
-        packed = torch.cat([t.to(target, wide, non_blocking=True) for t in moving])
-        pinned = target.type == "cuda"
-        self._flat = torch.empty(packed.shape, dtype=wide, pin_memory=pinned)
-        self._flat.copy_(packed, non_blocking=pinned)
-        if pinned:
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(target))
-
-    @property
-    def immediate(self) -> bool:
-        """Whether the numbers are on the host already."""
-        return not self._shapes
-
-    def wait(self) -> HostNumbers:
-        """Return the numbers, waiting for the transfer where it is not over."""
-        if self._shapes:
-            if self._event is not None:
-                self._event.synchronize()
-            flat, start = self._flat.numpy(), 0
-            for name, shape in self._shapes.items():
-                size = math.prod(shape)
-                self._host[name] = flat[start : start + size].reshape(tuple(shape))
-                start += size
-            self._shapes = {}
-        return self._host

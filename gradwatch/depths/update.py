@@ -1,4 +1,4 @@
-"""How far the recurrent weights move in one step of the optimizer that holds them."""
+"""How far the recurrent weights move in one step of the optimizers that hold them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,44 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradwatch.observe.measure import Norms, joined, norms
+from gradwatch.numerics.norms import Norms, joined, norms
 
 _SMALL: Final = 1 << 16
 """Up to this many entries numpy costs a third of torch on the CPU, in one thread."""
 
 
 class _View(NamedTuple):
-    """A small weight as numpy sees it, and a buffer of its size.
+    """A small weight as numpy sees it, and two buffers of its size.
 
     The view keeps the memory alive, so that the same address is the same memory.
     """
 
     address: int
     values: np.ndarray
-    buffer: np.ndarray
+    before: np.ndarray
+    gap: np.ndarray
 
 
 Moving = Sequence[tuple[str, nn.Parameter]]
 """Names of streams with the weight that an optimizer is about to change."""
 
 
+class Moved(NamedTuple):
+    """How far recurrent weights have moved in one step.
+
+    Attributes:
+        names: Names of the streams.
+        change: Norm of the change of each.
+        weight: Norm of each before it.
+    """
+
+    names: list[str]
+    change: Norms
+    weight: Norms
+
+
 class Changes:
-    """Compares weights before and after an optimizer's step, in buffers that it keeps.
+    """Compares weights with what they were before the first optimizer of a step.
 
     Args:
         weights: Name of a stream -> its W_hh, where that is a parameter itself.
@@ -42,8 +57,8 @@ class Changes:
         self._tracked = {id(w): (name, w) for name, w in weights.items()}
         self._copies: dict[str, Tensor] = {}
         self._views: dict[str, _View] = {}
-        self._moving: Moving = ()
-        self._norms: list[Norms] = []
+        self._sizes: dict[str, Norms] = {}
+        self._changes: dict[str, Norms] = {}
 
     def among(self, params: Iterable[nn.Parameter]) -> Moving:
         """Return which of some parameters are recurrent weights, with their names."""
@@ -51,10 +66,11 @@ class Changes:
         return [pair for pair in known if pair is not None]
 
     def remember(self, moving: Moving) -> None:
-        """Copy and measure weights that an optimizer is about to change."""
-        self._moving = moving
+        """Copy and measure weights that no optimizer of the step has changed yet."""
         with np.errstate(all="ignore"):  # what overflows is measured again, wider
-            self._norms = [self._one(name, weight) for name, weight in moving]
+            for name, weight in moving:
+                if name not in self._sizes:
+                    self._sizes[name] = self._one(name, weight)
 
     def _one(self, name: str, weight: nn.Parameter) -> Norms:
         view = self._views.get(name)
@@ -63,8 +79,8 @@ class Changes:
             if view is not None:
                 self._views[name] = view
         if view is not None:
-            np.copyto(view.buffer, view.values)
-            return [_norm(view.buffer)]
+            np.copyto(view.before, view.values)
+            return [_norm(view.before)]
         self._views.pop(name, None)
         copy = self._copies.get(name)
         if copy is None or copy.shape != weight.shape or copy.dtype != weight.dtype:
@@ -73,29 +89,33 @@ class Changes:
         copy.copy_(weight.detach())
         return norms([weight])
 
-    def compare(self) -> tuple[list[str], Norms, Norms] | None:
-        """Measure how far they have moved.
-
-        Returns:
-            The streams' names, the norm of each change, and that of each weight before
-            it; None where no weight was remembered.
-        """
-        if not self._moving:
-            return None
+    def compare(self, moving: Moving) -> None:
+        """Measure how far weights have come by now from what was remembered."""
         with np.errstate(all="ignore"):
-            changes = [self._change(name, weight) for name, weight in self._moving]
-        names = [name for name, _ in self._moving]
-        self._moving = ()
-        return names, joined(changes), joined(self._norms)
+            for name, weight in moving:
+                if name in self._sizes:
+                    self._changes[name] = self._change(name, weight)
 
     def _change(self, name: str, weight: nn.Parameter) -> Norms:
         view = self._views.get(name)
         if view is None:
-            return norms([self._copies[name].sub_(weight.detach())])
+            return norms([self._copies[name] - weight.detach()])
         values = view.values
         if view.address != weight.data_ptr():  # an optimizer that replaces the data
             values = weight.detach().numpy().reshape(-1)
-        return [_norm(np.subtract(view.buffer, values, out=view.buffer))]
+        return [_norm(np.subtract(view.before, values, out=view.gap))]
+
+    def take(self) -> Moved | None:
+        """Return what was compared in the step; None where nothing was."""
+        changes, sizes = self._changes, self._sizes
+        if not sizes:
+            return None
+        self._changes, self._sizes = {}, {}
+        if not changes:
+            return None
+        names = list(changes)
+        before = [sizes[name] for name in names]
+        return Moved(names, joined(list(changes.values())), joined(before))
 
 
 def _view(weight: Tensor) -> _View | None:
@@ -105,7 +125,7 @@ def _view(weight: Tensor) -> _View | None:
     if not small or not plain or not weight.is_contiguous():
         return None
     values = weight.detach().numpy().reshape(-1)
-    return _View(weight.data_ptr(), values, values.copy())
+    return _View(weight.data_ptr(), values, values.copy(), values.copy())
 
 
 def _norm(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""What the hooks saw: of one forward call, and of one optimizer step; detached."""
+"""What the hooks saw of one forward call; detached."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gradwatch.observe.measure import Numbers
-from gradwatch.observe.rows import Rows
+from gradwatch.hooks.rows import Rows
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -24,12 +23,13 @@ class Capture:
         dtype: Type of the output, such as ``float32``.
         autocast: Type that autocast computes in, where it is on.
         reached: Whether a gradient reached its output: evaluation has none.
-        wants_grads: Whether the gradients that reach it are to be copied; not once it
-            has been taken: a second pass over the graph would add to them.
+        task: The number of the backward pass that brought the first one.
+        wants_grads: Whether the gradients that reach it are to be copied.
         rows: What it was given and returned, for a few sequences; or why that could
             not be had; None where it was not wanted.
         previous: The call whose states it was given, where a gradient can pass.
         cut_from: What is kept of the call whose states it was given, detached.
+        own: What is kept of this call for the next one.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -38,15 +38,41 @@ class Capture:
     dtype: str = ""
     autocast: str = ""
     reached: bool = False
+    task: int = -1
     wants_grads: bool = False
     rows: Rows | str | None = None
     previous: Capture | None = None
     cut_from: Past | None = None
+    own: Past | None = None
+
+    def look(self, name: str, grad: Tensor, task: int) -> bool:
+        """Look at a gradient that has reached one of the call's outputs.
+
+        Args:
+            name: Of the output.
+            grad: The gradient; copied where that is wanted.
+            task: The number of the backward pass.
+
+        Returns:
+            Whether it is the first, and the step of the call is not over.
+        """
+        if self.wants_grads and isinstance(self.rows, Rows):
+            self.rows.take_grad(name, grad)
+        if self.reached:
+            return False
+        self.reached, self.task = True, task
+        if self.own is not None:
+            self.own.note_reached()
+        return bool(self.weights)  # else the graph has outlived the step
+
+    def stop_looking(self) -> None:
+        """Copy no more gradients: a second pass over the graph would add to them."""
+        self.wants_grads = False
 
     def release(self) -> None:
         """Let go of all tensors: a graph that the user keeps would keep them."""
         self.weights, self.used, self.rows = {}, {}, None
-        self.previous = self.cut_from = None
+        self.previous = self.cut_from = self.own = None
 
 
 @dataclass(slots=True)
@@ -54,50 +80,32 @@ class Past:
     """A call that another one may go on from; it may be gone, with its graph.
 
     Attributes:
-        call: The call; a gradient can reach it only while it lives.
         steps: How many it took.
         before: The call that it went on from in its turn, detached or not.
         states: The states that it returned; held so that their memory is not given to
             another tensor, by which a later call could be taken for its successor.
+        reached: Whether a gradient has reached it.
     """
 
-    call: weakref.ref[Capture]
     steps: int
     before: Past | None
     states: tuple[Tensor, ...]
+    reached: bool = False
+    _call: weakref.ref[Capture] | None = None
 
+    @property
+    def call(self) -> Capture | None:
+        """The call, while it lives: only then can a gradient reach it."""
+        return None if self._call is None else self._call()
 
-@dataclass(slots=True)
-class Step:
-    """One optimiser step as the tap saw it; its numbers may still be on the device.
+    def belongs_to(self, call: Capture) -> None:
+        """Take note of the call."""
+        self._call = weakref.ref(call)
 
-    Attributes:
-        number: The step, from 0.
-        names: Names of all watched parameters, wrappers left out.
-        live: Indices of the parameters that had a gradient.
-        order: The same in the order in which backward reached them; may be left out
-            where every norm is finite.
-        numbers: ``pre`` and ``post``: norms of ``live``; ``scale`` of a loss scaler;
-            ``change`` and ``weight``: norms in the order of ``changed``.
-        post_live: Indices that ``post`` belongs to.
-        changed: Names of the streams whose weight was compared before and after.
-        events: Such as ``skipped_step``.
-        idle: Indices of the parameters whose optimizers have not stepped, while others
-            have.
-        cleared: Whether the gradients of the last step were cleared before this one's;
-            None where that cannot be told.
-        skipped_by: Who skipped a skipped step: ``scaler``, ``clipper``, ``user``,
-            ``refused`` (ourselves), or ``unknown`` while no step has been taken.
-    """
+    def note_reached(self) -> None:
+        """Take note that a gradient has reached the call."""
+        self.reached = True
 
-    number: int
-    names: list[str] = field(default_factory=list)
-    live: list[int] = field(default_factory=list)
-    order: list[int] = field(default_factory=list)
-    numbers: Numbers = field(default_factory=dict)
-    post_live: list[int] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    events: tuple[str, ...] = ()
-    idle: frozenset[int] = frozenset()
-    cleared: bool | None = None
-    skipped_by: str = ""
+    def forget_before(self) -> None:
+        """Forget what the call went on from: the step of that is over."""
+        self.before = None

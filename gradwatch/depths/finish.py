@@ -1,0 +1,231 @@
+"""From a step's numbers on the host to its row, and to what it has beside.
+
+What needs small dense algebra or a memory of earlier steps is done here, in float64, on
+numbers that the drain has brought. numpy only for blocks of a few columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradwatch.block import Rest
+from gradwatch.depths import flow, gradients, spectrum, state
+from gradwatch.depths.drain import Host
+from gradwatch.depths.gradients import Row
+from gradwatch.depths.measured import Measured, Sampled
+from gradwatch.facts import (
+    NO_FACTS,
+    RUN_SCOPE,
+    STEP_SCOPE,
+    Facts,
+    ModuleFacts,
+    RunFacts,
+    StreamFacts,
+)
+from gradwatch.metrics import stream_key
+from gradwatch.record import Stream, reinitialised
+
+
+@dataclass(slots=True, kw_only=True)
+class Memory:
+    """What is remembered between steps; each depth has its own, in plain values.
+
+    Attributes:
+        facts: All facts as they are now.
+    """
+
+    gradients: gradients.Memory = field(default_factory=gradients.Memory)
+    spectrum: spectrum.Memory = field(default_factory=spectrum.Memory)
+    state: state.Memory = field(default_factory=state.Memory)
+    flow: flow.Memory = field(default_factory=flow.Memory)
+    facts: Facts = NO_FACTS
+
+    def forget(self, streams: list[str]) -> None:
+        """Forget what is of the old weights of streams that were made anew."""
+        self.gradients = dataclasses.replace(self.gradients, norms=())
+        for name in streams:
+            self.spectrum.rho.pop(name, None)
+            self.flow.signals.pop(name, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as plain values."""
+        return {
+            "skipped": self.gradients.skipped,
+            "norms": list(self.gradients.norms),
+            "rho": dict(self.spectrum.rho),
+            "left_out": dict(self.state.left_out),
+            "looks": dict(self.state.looks),
+            "signals": dict(self.flow.signals),
+            "facts": self.facts.to_plain(),
+        }
+
+    @classmethod
+    def from_state(cls, state_dict: Mapping[str, Any]) -> Memory:
+        """Return the memory of :meth:`state_dict`."""
+        old = state_dict
+        return cls(
+            gradients=gradients.Memory(
+                skipped=old["skipped"], norms=tuple(old["norms"])
+            ),
+            spectrum=spectrum.Memory(rho=dict(old.get("rho", {}))),
+            state=state.Memory(
+                left_out=dict(old.get("left_out", {})), looks=dict(old.get("looks", {}))
+            ),
+            flow=flow.Memory(signals=dict(old.get("signals", {}))),
+            facts=Facts.from_plain(old["facts"]),
+        )
+
+
+def finish(step: Measured, memory: Memory) -> tuple[Row, Rest | None]:
+    """Return the row of a step, and what it has beside; None for nothing.
+
+    Args:
+        step: The step; its numbers are waited for.
+        memory: Taken along.
+    """
+    host = step.drain.wait()
+    if anew := reinitialised(step.events):
+        memory.forget(anew)
+    told = host["told"]
+    row, named = gradients.finish(
+        step.gradients,
+        host["gradients"],
+        step.layout,
+        memory.gradients,
+        loss=float(told["loss"]) if "loss" in told else step.loss,
+        overhead=step.overhead,
+        skipped=bool(step.skipped_by),
+    )
+    if step.skipped_by:
+        named = dataclasses.replace(named, skipped_by=step.skipped_by)
+    scale = gradients.scale_of(host["gradients"])
+    run = _of_run(step, scale, memory.facts.run)
+    plain = named is STEP_SCOPE and run is RUN_SCOPE and not step.events
+    if plain and step.sampled is None:
+        return row, None
+    now, rest = Facts(step=named, run=run), Rest(events=step.events)
+    if step.sampled is not None:
+        now, rest = _sampled(step, step.sampled, host, scale, memory, now)
+    facts = now.since(memory.facts)
+    memory.facts = memory.facts.with_later(dataclasses.replace(facts, step=STEP_SCOPE))
+    return row, dataclasses.replace(rest, facts=facts if facts else NO_FACTS)
+
+
+def _of_run(step: Measured, scale: float, known: RunFacts) -> RunFacts:
+    """Return what is known of the loop, where it is not what it is nearly always."""
+    cleared: bool | None = step.gradients.cleared
+    if cleared and known.cleared is not False:
+        cleared = None
+    scaled = scale != 1.0 if known.scaled is not None or scale != 1.0 else None
+    if cleared is None and scaled is None:
+        return RUN_SCOPE
+    return RunFacts(cleared=cleared, scaled=scaled)
+
+
+def _sampled(
+    step: Measured,
+    sampled: Sampled,
+    host: Mapping[str, Host],
+    scale: float,
+    memory: Memory,
+    now: Facts,
+) -> tuple[Facts, Rest]:
+    """Return the facts of a sampled step, and all that its depths have measured."""
+    metrics: dict[str, float] = {}
+    profiles: dict[str, list[float]] = {}
+    modules, streams = sampled.modules, sampled.streams
+    if sampled.spectrum is not None:
+        metrics = spectrum.finish(
+            sampled.spectrum, host["spectrum"], step.number, memory.spectrum
+        )
+    if sampled.state is not None:
+        replays = state.finish(sampled.state, host["state"], scale, memory.state)
+        metrics |= replays.metrics
+        modules = _with_replays(modules, replays, memory.facts.modules)
+        streams = _with_drives(streams, replays.drives, memory.facts.streams)
+        carried: Collection[str] = ()
+        if sampled.flow is not None:
+            found = flow.finish(
+                sampled.flow, host["flow"], scale, replays.left_out, memory.flow
+            )
+            metrics |= found.metrics
+            profiles, carried = found.profiles, found.carried
+        modules = {p: _as_carried(own, p in carried) for p, own in modules.items()}
+        for stream, _ in sampled.state.streams:
+            metrics |= _over_time(stream, metrics, modules[stream.module].T)
+    facts = dataclasses.replace(now, modules=modules, streams=streams)
+    return facts, Rest(metrics=metrics, profiles=profiles, events=step.events)
+
+
+def _with_replays(
+    modules: Mapping[str, ModuleFacts],
+    replays: state.Replays,
+    known: Mapping[str, ModuleFacts],
+) -> dict[str, ModuleFacts]:
+    """Add what the replays have told; padding holds until it is measured again."""
+    found = dict(modules)
+    for path in [*modules, *(p for p in replays.modules if p not in modules)]:
+        told = replays.modules.get(path, ModuleFacts())
+        padding = told.padding
+        if padding is None and path in known:
+            padding = known[path].padding
+        found[path] = dataclasses.replace(
+            modules.get(path, ModuleFacts()),
+            replay=told.replay,
+            padding=padding,
+            same_batch=told.same_batch,
+            input_finite=told.input_finite,
+        )
+    return found
+
+
+def _with_drives(
+    streams: Mapping[str, StreamFacts],
+    drives: Mapping[str, str],
+    known: Mapping[str, StreamFacts],
+) -> dict[str, StreamFacts]:
+    """Add what drives the units; it holds until it is measured again."""
+    found = dict(streams)
+    for name in [*streams, *(n for n in drives if n not in streams)]:
+        drive = drives.get(name, known[name].drive if name in known else None)
+        own = streams.get(name, StreamFacts())
+        found[name] = dataclasses.replace(own, drive=drive)
+    return found
+
+
+def _as_carried(facts: ModuleFacts, carried: bool) -> ModuleFacts:
+    """Note whether a module goes on from the detached states of an earlier call.
+
+    Where it is not known to, no steps are cut off: where the states lie decides, and
+    new zeros may lie where old states were.
+    """
+    if carried:
+        return dataclasses.replace(facts, state_detached=True)
+    return dataclasses.replace(facts, cut=None) if facts.cut else facts
+
+
+def _over_time(
+    stream: Stream, metrics: Mapping[str, float], length: int | None
+) -> dict[str, float]:
+    """Return what the gain of one step comes to over the sequence, in a vanilla net."""
+    found: dict[str, float] = {}
+    if stream.gates or length is None:
+        return found
+    chi = metrics.get(stream_key(stream, "chi"))
+    if chi is not None:
+        found[stream_key(stream, "gain_log10")] = _log10_times(length, chi)
+    rho = metrics.get(stream_key(stream, "rho"))
+    slope = metrics.get(stream_key(stream, "act_deriv"))
+    if rho is not None and slope is not None and math.isfinite(rho):
+        found[stream_key(stream, "rho_eff")] = rho * slope
+        found[stream_key(stream, "rho_gain_log10")] = _log10_times(length, rho * slope)
+    return found
+
+
+def _log10_times(length: int, factor: float) -> float:
+    """Return T log10 of a factor per step, in decades; -Inf for 0."""
+    return length * math.log10(factor) if factor > 0 else -math.inf

@@ -1,0 +1,213 @@
+"""What is launched of a sampled step: the depths that are due, in their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final
+
+import torch
+
+from gradwatch.depths import spectrum
+from gradwatch.depths.flow import Flow
+from gradwatch.depths.measured import Sampled
+from gradwatch.depths.reach import Rates, of_calls, of_stream, reach_of
+from gradwatch.depths.spectrum import Recurrent, too_large
+from gradwatch.depths.state import State
+from gradwatch.depths.trajectory import Trajectory, trajectory
+from gradwatch.facts import ModuleFacts, StreamFacts
+from gradwatch.health import Health
+from gradwatch.hooks.modules import Modules
+from gradwatch.hooks.probe import NOTHING, Wanted
+from gradwatch.record import Stream
+from gradwatch.recurrent import plain_weight
+from gradwatch.schedule import Schedule
+
+SAMPLED: Final = ("spectrum", "state", "flow")
+"""The depths that are not measured at every step."""
+
+
+class Launcher:
+    """Launches what is due; the numbers stay on the device.
+
+    Args:
+        modules: What shows the calls.
+        schedule: When each depth is due.
+        health: Where failures are noted.
+    """
+
+    def __init__(self, modules: Modules, schedule: Schedule, health: Health) -> None:
+        self.modules: dict[str, ModuleFacts] = {}
+        """Facts of each module, by its path, when it was last sampled."""
+        self._streams: dict[str, StreamFacts] = {}
+        self._modules, self._schedule = modules, schedule
+        self._guards = {depth: health.guard(depth) for depth in SAMPLED}
+        self._spectra = 0
+
+    # ---- what is due
+
+    def due(self, depth: str, step: int) -> bool:
+        """Tell whether a depth is due at a step, and has not failed."""
+        needed = ("state", "flow") if depth == "flow" else (depth,)  # the same replay
+        failed = any(self._guards[part].failed for part in needed)
+        return not failed and self._schedule.due(depth, step)
+
+    def wanted(self, steps: Sequence[int]) -> Wanted:
+        """Return what a forward has to show that may belong to some steps."""
+        grads = any(self.due("flow", n) for n in steps)
+        rows = grads or any(self.due("state", n) for n in steps)
+        weights = rows or any(self.due("spectrum", n) for n in steps)
+        soon = grads or self.due("flow", steps[-1] + 1)
+        return Wanted(weights, rows, grads, soon) if weights or soon else NOTHING
+
+    # ---- the end of backward
+
+    def launch(
+        self, step: int, sampled: Sampled | None, called: Collection[int]
+    ) -> Sampled | None:
+        """Launch what is due; the weights are those that the forward used.
+
+        Args:
+            step: The step that a backward pass belongs to.
+            sampled: What an earlier pass of the same step has launched; it stands.
+            called: Ids of the modules that were called in this step.
+
+        Returns:
+            What was launched; None where nothing is due.
+        """
+        due = {depth for depth in SAMPLED if self.due(depth, step)}
+        if not due:
+            return sampled
+        sampled = sampled or Sampled()
+        if len(sampled.runs) < len(SAMPLED):
+            self._modules.take(sampled.chains)
+        self._note_calls(sampled, called)
+        if not sampled.chains:
+            return sampled
+        if "spectrum" in due and sampled.spectrum is None:
+            with self._guards["spectrum"]:
+                self._launch_spectrum(sampled)
+        replays: dict[int, Trajectory] = {}
+        with torch.no_grad():
+            if sampled.state is None and due & {"state", "flow"}:
+                with self._guards["state"]:
+                    replays = self._launch_replays(sampled, measured="state" in due)
+            if "flow" in due and sampled.flow is None and replays:
+                with self._guards["flow"]:
+                    self._launch_flow(sampled, replays)
+            if "state" in due and sampled.state is not None:
+                with self._guards["state"]:
+                    sampled.state.add_gates(self._modules.alive())
+        return sampled
+
+    def _note_calls(self, sampled: Sampled, called: Collection[int]) -> None:
+        """Note what is known of the calls, and whether gradients have reached them."""
+        alive = self._modules.members()
+        paths = {own[0].stream.module: key for key, own in alive.items()}
+        for stream in self._modules.streams:
+            key, known = paths.get(stream.module), self.modules.get(stream.module)
+            chain = [] if key is None else sampled.chains.get(key, [])
+            self.modules[stream.module] = reach_of(
+                of_calls(chain) or known,
+                reached=bool(chain),
+                called=key in called,
+                alive=key is not None,
+            )
+
+    def _launch_spectrum(self, sampled: Sampled) -> None:
+        began = time.perf_counter()
+        weights: list[Recurrent] = []
+        for stream, module, suffix in self._found():
+            for capture in sampled.chains.get(module, [])[:1]:
+                weight = capture.weights.get(f"weight_hh{suffix}")
+                if weight is not None and weight.numel():
+                    projection = capture.weights.get(f"weight_hr{suffix}")
+                    weights.append((stream, weight, projection))
+        if not weights:
+            return
+        sizes = [(s.hidden_size, max(len(s.gates), 1)) for s, *_ in weights]
+        if too_large(sizes, weights[0][1].device):
+            sampled.events.append(f"cadence: {self._schedule.leave_out('spectrum')}")
+            return
+        run = spectrum.launch(weights, gram=self._spectra % 2 == 0)
+        sampled.add("spectrum", run, began)
+        self._spectra += 1
+
+    def _found(self) -> list[tuple[Stream, int, str]]:
+        return [(r.stream, id(r.module), r.suffix) for r in self._modules.alive()]
+
+    def _launch_replays(
+        self, sampled: Sampled, *, measured: bool
+    ) -> dict[int, Trajectory]:
+        """Replay the forward of every module, and measure its states where due."""
+        began = time.perf_counter()
+        run, replays = State(), dict[int, Trajectory]()
+        for module, own in self._modules.members().items():
+            if chain := sampled.chains.get(module):
+                replayed = trajectory(own, chain)
+                if measured:
+                    run.add(own[0].stream.module, own, replayed)
+                else:
+                    run.check(own[0].stream.module, replayed)
+                if isinstance(replayed, Trajectory):
+                    replays[module] = replayed
+        sampled.add("state", run, began)
+        return replays
+
+    def _launch_flow(self, sampled: Sampled, replays: Mapping[int, Trajectory]) -> None:
+        """Run backpropagation through time over what was replayed."""
+        began = time.perf_counter()
+        run = Flow()
+        for module, own in self._modules.members().items():
+            if (replayed := replays.get(module)) is not None:
+                run.add(own[0].stream.module, own, replayed)
+        sampled.add("flow", run, began)
+
+    # ---- a step has closed
+
+    def complete(self, sampled: Sampled, rates: Rates | None) -> None:
+        """Add the update of the weights, and what is known of modules and streams.
+
+        Args:
+            sampled: What was launched of the step.
+            rates: The learning rate of every parameter that an optimizer holds, by its
+                id; None while no optimizer was seen.
+        """
+        if sampled.spectrum is not None:
+            began = time.perf_counter()
+            with self._guards["spectrum"]:
+                spectrum.add_update(sampled.spectrum, self._after(sampled))
+            sampled.add("spectrum", None, began)
+        for recurrence in self._modules.alive():
+            name = recurrence.stream.name
+            known = of_stream(self._streams.get(name), recurrence, rates)
+            if known is not None:
+                self._streams[name] = known
+        sampled.modules.update(self.modules)
+        sampled.streams.update(self._streams)
+
+    def _after(self, sampled: Sampled) -> Callable[[Stream], Recurrent | None]:
+        """Return what looks up a stream's weights as they are now."""
+        now = {r.stream.name: r for r in self._modules.alive()}
+        used = {
+            (module, name): weight.data_ptr()
+            for module, chain in sampled.chains.items()
+            for name, weight in chain[0].used.items()
+        }
+
+        def weights(stream: Stream) -> Recurrent | None:
+            recurrence = now.get(stream.name)
+            weight = None if recurrence is None else plain_weight(recurrence)
+            if recurrence is None or weight is None:
+                return None
+            name = (id(recurrence.module), f"weight_hh{recurrence.suffix}")
+            if used.get(name) != weight.data_ptr():
+                return None  # the forward was called with other weights
+            if not stream.proj_size:
+                return stream, weight, None
+            projection = recurrence.module._parameters.get(
+                f"weight_hr{recurrence.suffix}"
+            )
+            return None if projection is None else (stream, weight, projection)
+
+        return weights

@@ -1,0 +1,161 @@
+"""One step as it was measured: first on the device, then on the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+from torch import Tensor
+
+from gradwatch.depths.drain import Drain, Numbers
+from gradwatch.depths.flow import Flow
+from gradwatch.depths.gradients import Gradients, Layout
+from gradwatch.depths.spectrum import Spectrum
+from gradwatch.depths.state import State
+from gradwatch.facts import ModuleFacts, StreamFacts
+from gradwatch.hooks.modules import Chains
+
+Run = Spectrum | State | Flow
+
+
+@dataclass(slots=True, kw_only=True)
+class Sampled:
+    """What was launched of a step at which more than the gradients is due.
+
+    Attributes:
+        chains: The calls that gradients have reached, by module.
+        runs: What was launched, by depth, its numbers still on the device.
+        seconds: What that cost on the host's clock, by depth.
+        modules: Facts of the modules, by path.
+        streams: Facts of the streams, by name.
+        events: What has happened to the cadence of a depth.
+    """
+
+    chains: Chains = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, ModuleFacts] = field(default_factory=dict)
+    streams: dict[str, StreamFacts] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def spectrum(self) -> Spectrum | None:
+        """The run of the spectrum, if there is one."""
+        run = self.runs.get("spectrum")
+        return run if isinstance(run, Spectrum) else None
+
+    @property
+    def state(self) -> State | None:
+        """The run of the states, if there is one."""
+        run = self.runs.get("state")
+        return run if isinstance(run, State) else None
+
+    @property
+    def flow(self) -> Flow | None:
+        """The run of the flow, if there is one."""
+        run = self.runs.get("flow")
+        return run if isinstance(run, Flow) else None
+
+    def add(self, depth: str, run: Run | None, since: float) -> None:
+        """Add a run of a depth, or more work of it.
+
+        Args:
+            depth: The depth.
+            run: What was launched; None: nothing new.
+            since: When that began, by ``time.perf_counter``.
+        """
+        if run is not None:
+            self.runs[depth] = run
+        spent = self.seconds.get(depth, 0.0) + time.perf_counter() - since
+        self.seconds[depth] = spent
+
+
+Loss = float | Tensor | None
+
+
+class Parts(NamedTuple):
+    """What was measured of a step.
+
+    Attributes:
+        gradients: What was read of its gradients.
+        layout: Which numbers are behind which key.
+        sampled: What else was launched; None where nothing was due.
+        loss: The loss that was told for it.
+    """
+
+    gradients: Gradients
+    layout: Layout
+    sampled: Sampled | None
+    loss: Loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A closed step.
+
+    Attributes:
+        number: Its number.
+        time: When it closed, in seconds since the epoch.
+        gradients: What was read of its gradients.
+        layout: Which numbers are behind which key.
+        sampled: What else was launched; None where nothing was due.
+        loss: The loss that was told for it, if on the host; it may be in the drain.
+        overhead: Share of the time since the last step that gradwatch used.
+        skipped_by: Who left its gradients unused; empty where an optimizer used them.
+        events: What has happened in it.
+        drain: All of its numbers, on their way to the host.
+    """
+
+    number: int
+    time: float
+    gradients: Gradients
+    layout: Layout
+    sampled: Sampled | None
+    loss: float | None
+    overhead: float
+    skipped_by: str
+    events: tuple[str, ...]
+    drain: Drain
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        parts: Parts,
+        *,
+        skipped_by: str,
+        events: Sequence[str],
+        overhead: float,
+    ) -> Self | None:
+        """Start the numbers of a step on their way to the host.
+
+        Returns:
+            The step; None where there is nothing to tell of it.
+        """
+        numbers: dict[str, Numbers] = {"gradients": parts.gradients.numbers()}
+        told: Numbers = {}
+        loss, sampled = parts.loss, parts.sampled
+        if isinstance(loss, Tensor):
+            told["loss"], loss = loss, None
+        numbers["told"] = told
+        if sampled is not None:
+            numbers |= {depth: run.numbers for depth, run in sampled.runs.items()}
+            events = [*events, *sampled.events]
+        if skipped_by:
+            events = ["skipped_step", *events]
+        if not events and not any(numbers.values()):
+            return None
+        return cls(
+            number=number,
+            time=time.time(),
+            gradients=parts.gradients,
+            layout=parts.layout,
+            sampled=sampled,
+            loss=loss,
+            overhead=overhead,
+            skipped_by=skipped_by,
+            events=tuple(events),
+            drain=Drain(numbers),
+        )

@@ -1,0 +1,240 @@
+"""Reads the gradients of the open step: as backward leaves them, as they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch import _torch
+from gradwatch.depths.gradients import Gradients, Layout
+from gradwatch.depths.update import Changes, Moving
+from gradwatch.hooks.clearing import Clearing
+from gradwatch.hooks.modules import Modules
+from gradwatch.hooks.optimizers import Held, Optimizers
+from gradwatch.hooks.parameters import Parameters
+from gradwatch.numerics.norms import Norms, all_finite, norms, scaled_down
+from gradwatch.recurrent import clean_path, parameter_names, plain_weight
+
+
+class Reader:
+    """Reads gradients and weights at the moments that the engine tells it.
+
+    Args:
+        parameters: The watched parameters.
+        optimizers: Those that hold them.
+        modules: The recurrent modules.
+        scaler: The GradScaler, where the user passed it.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        optimizers: Optimizers,
+        modules: Modules,
+        scaler: Any,
+    ) -> None:
+        self.gradients = Gradients()
+        """What was read in the open step."""
+        self.scaler = scaler
+        self._parameters, self._optimizers = parameters, optimizers
+        self._modules, self._clearing = modules, Clearing()
+        self._changes, self._moving = Changes({}), dict[int, Moving]()
+        self._layout = (list[str](), Layout((), (), ()))
+        self._begin_with_parameters()
+
+    def _begin_with_parameters(self) -> None:
+        """Begin anew with the parameters as they are now."""
+        weights = {}
+        for recurrence in self._modules.alive():
+            weight = plain_weight(recurrence)
+            if weight is not None and weight.requires_grad:
+                weights[recurrence.stream.name] = weight
+        self._changes = Changes(weights)
+        self._moving.clear()
+
+    def rescan(self) -> None:
+        """Look for the model's parameters anew; they may have been replaced."""
+        if self._parameters.rescan():
+            self._begin_with_parameters()
+            self._optimizers.look_up_again()
+            self.gradients.forget()
+
+    def held(self, optimizer: Optimizer) -> Held:
+        """Return what an optimizer holds; look it up where that is not known."""
+        held = self._optimizers.known(optimizer)
+        if held is not None:
+            return held
+        held, more = self._optimizers.look_up(optimizer)
+        if more:
+            self.rescan()  # its parameters may be new to us
+            held, _ = self._optimizers.look_up(optimizer)
+        self._moving.pop(held.number, None)
+        if held.params and self.scaler is None:
+            self._find_scaler()
+        return held
+
+    def _find_scaler(self) -> None:
+        """Find the loss scaler whose call led to an optimizer's first step."""
+        self.scaler = _torch.calling_scaler()
+        if self.scaler is not None:
+            self.gradients.found_scale(_torch.loss_scale(self.scaler))
+
+    # ---- backward
+
+    def opened(self, param: Tensor) -> None:
+        """Look at the first gradient of a step: had it been cleared?"""
+        place = self._parameters.index(param)
+        self.gradients.opened(self._clearing.begins(place, param.grad))
+
+    def ended(self, *, due: bool) -> bool:
+        """Read what a backward pass leaves; tell whether there is any gradient."""
+        parameters = self._parameters
+        live, grads = parameters.gradients()
+        if not grads:
+            return False
+        parameters.note(live, grads)
+        before = norms(grads) if due else None
+        scale = _torch.loss_scale(self.scaler) if due else None
+        order = [] if before is None else parameters.arrivals(before)
+        self.gradients.ended(parameters.names, live, before, scale, order)
+        return True
+
+    # ---- optimizers
+
+    def about_to_use(self, held: Held) -> None:
+        """Remember the weights that an optimizer is about to change."""
+        self._changes.remember(self._moves(held))
+
+    def _moves(self, held: Held) -> Moving:
+        if held.number not in self._moving:
+            params = self._parameters.params
+            self._moving[held.number] = self._changes.among(
+                params[i] for i in held.params
+            )
+        return self._moving[held.number]
+
+    def read_used(
+        self, optimizer: Optimizer, held: Held, *, alone: bool, verify: bool
+    ) -> None:
+        """Read the gradients that an optimizer is about to use, unless one has before.
+
+        Args:
+            optimizer: The optimizer.
+            held: What it holds.
+            alone: Whether no other optimizer is known: what none holds counts too.
+            verify: Whether they are read even where they seem to be untouched.
+        """
+        gradients, parameters = self.gradients, self._parameters
+        index: Iterable[int] = held.params
+        untouched = False
+        if alone and not gradients.used:
+            before = gradients.before
+            if before is not None and self.scaler is None:
+                untouched = parameters.untouched()
+                if untouched and not verify and _believable(before):
+                    gradients.about_to_be_used(gradients.live, before)
+                    return
+            index = range(len(parameters.params))
+        live, grads = parameters.of(gradients.not_used(index))
+        if not live:
+            return
+        read = norms(grads)
+        if (factor := getattr(optimizer, "grad_scale", None)) is not None:
+            read = scaled_down(read, factor)  # a fused optimizer unscales by itself
+        gradients.about_to_be_used(live, read, untouched=untouched)
+
+    def compare(self, held: Held) -> None:
+        """Compare the weights with what they were before the step's optimizers."""
+        self._changes.compare(self._moves(held))
+
+    def has_used(self, held: Held, stepped: tuple[int, ...]) -> None:
+        """Look at the gradients as an optimizer leaves them."""
+        self._parameters.note_used(held.number, held.params)
+        idle = self._optimizers.idle({*stepped, held.number})
+        self._clearing.used(self._parameters.params, idle)
+
+    @property
+    def refused(self) -> bool:
+        """Whether gradients that were not finite are gone before any was used."""
+        gradients = self.gradients
+        if gradients.before is None or gradients.used:
+            return False
+        return self._parameters.all_gone(gradients.live) and not gradients.finite
+
+    # ---- the end of a step
+
+    def read_now(self) -> None:
+        """Read the gradients as they are, where no backward was seen."""
+        if self.gradients.before is None:
+            live, grads = self._parameters.gradients()
+            if grads:
+                self.gradients.ended(
+                    self._parameters.names, live, norms(grads), None, []
+                )
+
+    def take(self, stepped: tuple[int, ...]) -> Gradients:
+        """Return what was read in a step that is over."""
+        gradients, self.gradients = self.gradients, Gradients()
+        if not stepped:
+            self._clearing.unused()
+        return self.complete(gradients, stepped)
+
+    def complete(self, gradients: Gradients, stepped: tuple[int, ...]) -> Gradients:
+        """Add what is known once a step is over."""
+        gradients.closed(
+            self._parameters.names,
+            moved=self._changes.take(),
+            idle=self._optimizers.idle(stepped),
+            clearing_known=bool(stepped) and self._clearing.known,
+        )
+        return gradients
+
+    def set_aside(self) -> Gradients:
+        """Return what was read in a step that may turn out to be one."""
+        gradients, self.gradients = self.gradients, Gradients()
+        return gradients
+
+    def drop(self) -> None:
+        """Forget what was read in a step that was none."""
+        self.gradients = Gradients()
+        self._changes.take()
+
+    def close(self) -> None:
+        """Let go of everything. Safe to call twice."""
+        self._clearing.close()
+        self._changes = Changes({})
+        self._moving.clear()
+
+    @property
+    def layout(self) -> Layout:
+        """Which parameters are behind which key, for the present parameters."""
+        names = self._parameters.names
+        if self._layout[0] is not names:
+            model = self._parameters.model
+            self._layout = (names, _layout(model, self._modules, names))
+        return self._layout[1]
+
+
+def _believable(before: Norms) -> bool:
+    """Tell whether gradients may have been left as they are: NaN are often mended."""
+    return isinstance(before, Tensor) or all_finite(before)
+
+
+def _layout(model: nn.Module | None, modules: Modules, names: list[str]) -> Layout:
+    index = {name: i for i, name in enumerate(names)}
+    paths: dict[int, str] = {}
+    for path, module in model.named_modules() if model is not None else ():
+        paths.setdefault(id(module), clean_path(path))
+    groups = []
+    for recurrence in modules.alive():
+        path = paths.get(id(recurrence.module), "")
+        start = f"{path}." if path else ""
+        parts = {
+            group: [index[start + n] for n in own if start + n in index]
+            for group, own in parameter_names(recurrence).items()
+        }
+        groups.append((recurrence.stream, parts))
+    return Layout.of(groups)

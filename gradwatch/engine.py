@@ -1,0 +1,415 @@
+"""The life of a step: what the hooks report, what is measured of it, what passes on.
+
+The hooks report what the user's objects do. The clock tells what that means: a step
+has opened, is over, or was none. At the end of a backward pass what is due is launched;
+once the step has closed, its numbers start for the host, and the intake takes it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from threading import get_ident
+from typing import Any, Final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch import _torch, clock
+from gradwatch.clock import (
+    Begins,
+    Closed,
+    Counts,
+    Done,
+    Ends,
+    Event,
+    Gone,
+    Refuses,
+    Settles,
+    State,
+    Used,
+    Uses,
+)
+from gradwatch.depths.finish import Memory
+from gradwatch.depths.launch import Launcher
+from gradwatch.depths.measured import Measured
+from gradwatch.depths.openstep import OpenStep
+from gradwatch.depths.reach import Rates, notes_of
+from gradwatch.depths.reader import Reader
+from gradwatch.facts import ModuleFacts
+from gradwatch.health import Health
+from gradwatch.hooks.modules import Modules
+from gradwatch.hooks.optimizers import Held, Optimizers
+from gradwatch.hooks.parameters import Parameters
+from gradwatch.hooks.probe import NOTHING
+from gradwatch.intake import Intake
+from gradwatch.pipeline import Pipeline
+from gradwatch.record import TrainingAlert
+from gradwatch.recurrent import Recurrence
+from gradwatch.schedule import DEPTHS
+from gradwatch.settings import Settings
+
+_RESCAN_STEPS: Final = 50
+"""Steps between two looks for parameters that were replaced."""
+
+
+class Engine:
+    """Owns the hooks of one watch, and what is known of the open step.
+
+    Args:
+        model: The watched model; not kept alive.
+        found: Its recurrences.
+        owner: Whoever is to live as long as the model's hooks: the watch.
+        settings: The arguments of the watch.
+        health: Where failures and our own time are noted.
+        pipeline: Where the records go.
+        measuring: Whether anything but the gradients is measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Sequence[Recurrence],
+        owner: object,
+        *,
+        settings: Settings,
+        health: Health,
+        pipeline: Pipeline,
+        measuring: bool,
+    ) -> None:
+        self.closed = False
+        self._paused, self._measuring = False, measuring
+        self._raising, self._schedule = settings.raising, settings.schedule
+        self._health = health
+        self._guard = health.guard("gradients", self._look_no_more)
+        self._clock = State(number=settings.start_step)
+        self._overdue, self._met = False, set[int]()
+        self._thread = get_ident()
+        self._ended = _weakly(self)  # autograd keeps the last callback of a pass
+        self.intake = Intake(pipeline, settings)
+        with ExitStack() as undo:  # a failure half-way undoes what came before
+            self._modules = Modules(
+                found, owner, samples=settings.flow_samples, health=health
+            )
+            undo.callback(self._modules.close)
+            self._parameters = Parameters(model, self)
+            undo.callback(self._parameters.close)
+            self._optimizers = Optimizers(self._parameters, self, self._guard)
+            undo.callback(self._optimizers.close)
+            self._launcher = Launcher(self._modules, self._schedule, health)
+            self._reader = Reader(
+                self._parameters, self._optimizers, self._modules, settings.scaler
+            )
+            self._step = OpenStep(self._reader, self._launcher)
+            self._stack = undo.pop_all()
+            self._stack.callback(self._reader.close)
+        self._changes = self._soonest = -1
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Ask the schedule what is due now, and when anything is due next."""
+        number, schedule = self._clock.number, self._schedule
+        self._due = not self._paused and schedule.due("gradients", number)
+        if schedule.changes != self._changes or self._soonest < number:
+            self._changes = schedule.changes
+            self._soonest = schedule.soonest(number)
+        if self._soonest <= number + 2 or self._modules.wanted is not NOTHING:
+            self._expect()
+
+    def _look_no_more(self) -> None:
+        self._modules.expect(NOTHING)
+
+    @property
+    def _off(self) -> bool:
+        return self.closed or "gradients" in self._health.failed
+
+    # ---- forward: told to the modules ahead
+
+    def _expect(self) -> None:
+        """Have the forwards that come show what the steps want they may belong to.
+
+        A cell is called at every time step: nothing is asked then.
+        """
+        steps, wanted = self._clock.upcoming, NOTHING
+        if self._soonest <= steps[-1] + 1 and self._measuring and not self._paused:
+            wanted = self._launcher.wanted(steps)
+        self._modules.expect(wanted)
+
+    # ---- backward, reported by the hooks
+
+    def on_gradient(self, task: int, param: Tensor) -> None:
+        """The first gradient of a backward pass has been accumulated."""
+        if self._off:
+            return
+        with self._guard:
+            running = None
+            if self._clock.inside and get_ident() == self._thread:
+                running = _torch.running_steps()  # of another thread they are not seen
+            kept, finite = None, True
+            if self._clock.doubts or running == 0:
+                kept = self._parameters.kept(param)
+                finite = kept is not False or self._reader.gradients.finite
+            if self._advance(Begins(task, kept, finite, running)).opened:
+                self._reader.opened(param)
+            _torch.after_backward(self._ended)
+
+    def on_backward_end(self) -> None:
+        """A backward pass has ended."""
+        if self._off or not self._clock.open:
+            return
+        with self._guard:
+            waiting = self._reader.ended(due=self._due)
+            if waiting:
+                self._launch()
+            self._advance(Ends(waiting))
+
+    def _launch(self) -> None:
+        """Launch what is due; the weights are those that the forward used."""
+        number = self._clock.number
+        if self._soonest > number or not self._measuring or self._paused:
+            return
+        self._step.launch(number, self._modules.called())
+
+    # ---- optimizers, reported by the hooks
+
+    def before_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
+        """An optimizer is about to use its gradients, its own hooks behind it."""
+        if self._off:
+            return
+        with self._guard:
+            held = self._reader.held(optimizer)
+            if held.params:
+                self._before(optimizer, held, closure)
+        self._raise_if_due()
+
+    def _before(self, optimizer: Optimizer, held: Held, closure: bool) -> None:
+        state, task = self._clock, _torch.graph_task_id()
+        begins = task not in (-1, state.task)
+        if begins:  # it steps inside backward, before our hook
+            self._parameters.begin(task)
+            _torch.after_backward(self._ended)
+        waits = state.open and not state.stepped
+        new = not waits and self._parameters.new(held.number, held.params)
+        running = max(_torch.running_steps(), 1) if state.inside else 1
+        self._thread = get_ident()
+        if held.number not in self._met:
+            self._met.add(held.number)
+            for number in self._optimizers.gone():  # it may take another's place
+                self._advance(Gone(number))
+        done = self._advance(Uses(held.number, closure, task, running, new))
+        if done.opened and not begins:  # no backward was seen to bring them
+            self._parameters.note(*self._parameters.gradients())
+        state = self._clock
+        if not done.counts or not self._due:
+            return
+        self._reader.about_to_use(held)
+        if closure:  # backward runs inside step()
+            return
+        if not state.backwards and task == -1:
+            self._launch()  # its end was not called back
+        self._read_used(optimizer, held, task)
+        if self._raising and not self._reader.gradients.used_finite:
+            self._advance(Refuses())
+
+    def _read_used(self, optimizer: Optimizer, held: Held, task: int) -> None:
+        self._reader.read_used(
+            optimizer,
+            held,
+            alone=task == -1 and self._clock.knows_no_other(held.number),
+            verify=self._step.sampled is not None or self.intake.unseen_writes,
+        )
+
+    def after_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
+        """An optimizer has stepped."""
+        if self._off:
+            return
+        with self._guard:
+            held = self._reader.held(optimizer)
+            if held.params:
+                self._after(optimizer, held, closure)
+        self._raise_if_due()
+
+    def _after(self, optimizer: Optimizer, held: Held, closure: bool) -> None:
+        state, task = self._clock, _torch.graph_task_id()
+        if state.open and state.inside == (held.number,):
+            self._modules.used()
+            if self._due:
+                if closure:
+                    self._read_used(optimizer, held, task)
+                self._reader.compare(held)
+            self._reader.has_used(held, state.stepped)
+        self._advance(Used(held.number, task, self._reader.refused))
+
+    def _raise_if_due(self) -> None:
+        """Stop the training where that was asked for; only an optimizer's hook may."""
+        if self.intake.alert is not None:
+            raise TrainingAlert(self.intake.take_alert())
+
+    # ---- what the clock makes of it
+
+    def _advance(self, event: Event) -> Done:
+        self._clock, done = clock.advance(self._clock, event)
+        task = event.task if isinstance(event, Begins | Uses) else -1
+        if done is clock.NOTHING and not self._overdue:
+            return done
+        if done.set_aside:
+            self._step.set_aside(self._rates())
+        for closed in done.closed:
+            self._close(closed)
+        if done.dropped:
+            self._step.drop()
+        if done.closed or done.dropped:
+            number = self._clock.number
+            states = self._soonest <= number and self._launcher.due("flow", number)
+            self._modules.forget(task, states=states)
+        if self._step.aside is not None and not self._clock.candidate:
+            self._step.forget_aside()
+        if done.opened and self._soonest <= self._clock.number + 2:
+            self._expect()
+        if self._overdue and task == -1:  # not while gradients are computed
+            self._overdue = False
+            self.intake.go_on(self._clock.upcoming[-1])
+            self._refresh()
+        return done
+
+    def _rates(self) -> Rates | None:
+        """Return the learning rates, if the open step wants them and they are known."""
+        if self._step.sampled is None or not self._clock.optimizers:
+            return None
+        return self._optimizers.rates()
+
+    def _close(self, closed: Closed) -> None:
+        """Start the numbers of a step that is over on their way."""
+        self._schedule.stepped(self._health.step())
+        parts = self._step.close(closed, self._rates())
+        if not self._paused:  # else what has happened is told once measuring goes on
+            step = Measured.of(
+                closed.number,
+                parts,
+                skipped_by=self._step.who_skipped(closed),
+                events=self.intake.take_events(),
+                overhead=self._health.overhead,
+            )
+            if step is not None:
+                self._overdue = self.intake.take(step) or self._overdue
+        if closed.number % _RESCAN_STEPS == 0:
+            self._reader.rescan()
+        self._refresh()
+
+    # ---- asked for by the watch
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The watched model, while it lives."""
+        return self._parameters.model
+
+    @property
+    def number(self) -> int:
+        """Number of the open step, else of the next one."""
+        return self._clock.number
+
+    @property
+    def open(self) -> bool:
+        """Whether gradients wait for an optimizer."""
+        return self._clock.open
+
+    @property
+    def hooks(self) -> list[Any]:
+        """The hooks that are not the model's own: torch keeps them for all."""
+        return self._optimizers.hooks
+
+    def optimizers(self) -> list[Optimizer]:
+        """Return the optimizers that have stepped and hold a watched parameter."""
+        return self._optimizers.alive() if self._clock.optimizers else []
+
+    def notes(self, *, begun: bool) -> tuple[Mapping[str, ModuleFacts], dict[str, str]]:
+        """Return what is known of the modules, and what is not measured, and why.
+
+        Args:
+            begun: Whether a step has been measured.
+        """
+        memory = self.intake.memory
+        seen = {**self._launcher.modules, **memory.facts.modules}
+        return seen, notes_of(self._modules, seen, memory.state.left_out, begun=begun)
+
+    def watches(self, modules: int) -> bool:
+        """Tell whether so many modules have a probe."""
+        return len(self._modules.probes) == modules
+
+    def log(self, loss: float | Tensor) -> None:
+        """Take the loss of the step; of the next one, where optimizers have stepped."""
+        self._step.log(loss, used=self._clock.open and bool(self._clock.stepped))
+
+    def pause(self) -> None:
+        """Stop measuring; steps are still counted."""
+        self._paused = True
+        self._refresh()
+
+    def resume(self) -> None:
+        """Measure again."""
+        self._paused = False
+        self._refresh()
+
+    def probe_now(self) -> None:
+        """Have every depth measured at the next step."""
+        for depth in DEPTHS:
+            self._schedule.ask(depth, self._clock.upcoming[-1])
+        self._refresh()
+
+    def bring_up_to_date(self) -> None:
+        """Hand on what is known already; an accelerator is not waited for."""
+        if self._clock.open and self._clock.stepped:
+            self._advance(Settles())
+        self.intake.bring_up_to_date()
+
+    def count(self) -> None:
+        """Count a step by hand."""
+        with self._guard:
+            self._reader.read_now()
+            self._advance(Counts())
+        self._raise_if_due()
+
+    def was_remade(self, streams: Sequence[str]) -> None:
+        """Take note of streams whose weights were made anew."""
+        self.intake.note(*(f"reinit:{name}" for name in streams))
+        self._reader.rescan()
+
+    def go_on_from(self, number: int, memory: Memory) -> None:
+        """Go on with the steps of an earlier run."""
+        self._clock = self._clock._replace(number=number)
+        self.intake.go_on_from(memory)
+        self.intake.note("resume")
+        self._refresh()
+
+    def settle(self, *, final: bool = False) -> None:
+        """Close the open step where that can be, and hand on all that waits."""
+        with self._guard:
+            kept, finite = True, True
+            if self._clock.doubts:
+                kept = self._parameters.all_kept()
+                finite = self._reader.gradients.finite
+            self._advance(Settles(kept, finite, final))
+            self.intake.hand_on()
+
+    def close(self) -> None:
+        """Take every hook off and hand on all that waits. Safe to call twice."""
+        if self.closed:
+            return
+        try:
+            self.settle(final=True)
+        finally:
+            self.closed = True
+            self._stack.close()
+
+
+def _weakly(engine: Engine) -> Callable[[], None]:
+    """Return what reports the end of a backward pass, and keeps nothing alive."""
+    ref = weakref.ref(engine)
+
+    def ended() -> None:
+        told = ref()
+        if told is not None:
+            told.on_backward_end()
+
+    return ended

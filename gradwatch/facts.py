@@ -1,0 +1,223 @@
+"""Facts: what is known of a run and is no number. The third catalogue.
+
+A field below is a fact; its class is its scope, and its type and meaning stand beside
+it. ``docs/files.md`` has the same as a table. A fact is None where it is not known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final, Self, TypeVar
+
+
+def _fact(meaning: str) -> Any:
+    return field(default=None, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFacts:
+    """What is true of one step alone."""
+
+    skipped_by: str | None = _fact(
+        "who left a skipped step out: `scaler`, `clipper`, `user`, `refused` "
+        "(gradwatch itself), or `unknown` while no step has been taken"
+    )
+    nonfinite: tuple[str, ...] | None = _fact(
+        "the first parameters, on the way back, whose gradient was not finite"
+    )
+    carriers: Mapping[str, float] | None = _fact(
+        "the parameters that carry an unusual total norm, each with its share of the "
+        "square"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What is true of the loop until it changes."""
+
+    cleared: bool | None = _fact(
+        "whether the gradients of a step are cleared before the next one's; told once "
+        "they were not"
+    )
+    scaled: bool | None = _fact("whether a loss scaler multiplies the gradients")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleFacts:
+    """What was true of a recurrent module when it was last sampled."""
+
+    T: int | None = _fact("time steps of its calls, joined")
+    B: int | None = _fact("sequences in a call")
+    dtype: str | None = _fact("type of its output")
+    autocast: str | None = _fact("type that autocast computes in, where it is on")
+    reach: str | None = _fact(
+        "whether a gradient reached it: `reached`, `detached`, `unused`, or `gone`"
+    )
+    cut: int | None = _fact(
+        "time steps of earlier calls whose state was detached, and that get nothing"
+    )
+    state_detached: bool | None = _fact(
+        "whether it goes on from the detached state of an earlier call"
+    )
+    replay: str | None = _fact("why a replay was left out or is approximate")
+    padding: float | None = _fact(
+        "share of its input, at the end of the sequences, that is all zeros"
+    )
+    same_batch: int | None = _fact(
+        "how many looks in a row found the same input, 8 at most"
+    )
+    input_finite: bool | None = _fact("False where its input held NaN or Inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamFacts:
+    """What was true of a stream when it was last sampled."""
+
+    requires_grad: bool | None = _fact("whether W_hh can learn")
+    in_optimizer: bool | None = _fact(
+        "whether an optimizer that has stepped holds W_hh"
+    )
+    lr: float | None = _fact("its learning rate, as the nearest power of 2")
+    drive: str | None = _fact("what drives its units: `input`, `state`, or `both`")
+
+
+_Scope = TypeVar("_Scope", StepFacts, RunFacts, ModuleFacts, StreamFacts)
+
+STEP_SCOPE: Final = StepFacts()
+RUN_SCOPE: Final = RunFacts()
+_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """The facts of one record: those of the step, and those that have changed.
+
+    Attributes:
+        step: Of this step alone.
+        run: Of the loop.
+        modules: Of each recurrent module, by its path.
+        streams: Of each stream, by its name.
+    """
+
+    step: StepFacts = STEP_SCOPE
+    run: RunFacts = RUN_SCOPE
+    modules: Mapping[str, ModuleFacts] = field(default_factory=lambda: _NONE)
+    streams: Mapping[str, StreamFacts] = field(default_factory=lambda: _NONE)
+
+    def __bool__(self) -> bool:
+        """Tell whether there is any."""
+        return bool(
+            self.modules
+            or self.streams
+            or self.step != STEP_SCOPE
+            or self.run != RUN_SCOPE
+        )
+
+    def since(self, known: Facts) -> Facts:
+        """Return what is new beside what was known: whole modules and streams."""
+        return Facts(
+            step=self.step,
+            run=RunFacts(**_differing(_plain(known.run), _plain(self.run))),
+            modules=_differing(known.modules, self.modules),
+            streams=_differing(known.streams, self.streams),
+        )
+
+    def with_later(self, later: Facts) -> Facts:
+        """Return these facts, with later ones in place of what they speak of."""
+        return Facts(
+            step=_joined(self.step, later.step),
+            run=_joined(self.run, later.run),
+            modules={**self.modules, **later.modules},
+            streams={**self.streams, **later.streams},
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return plain values for a file; what is not known is left out."""
+        found: dict[str, Any] = {
+            "step": _plain(self.step),
+            "run": _plain(self.run),
+            "modules": {path: _plain(own) for path, own in self.modules.items()},
+            "streams": {name: _plain(own) for name, own in self.streams.items()},
+        }
+        return {scope: facts for scope, facts in found.items() if facts}
+
+    @classmethod
+    def from_plain(cls, raw: Mapping[str, Any]) -> Self:
+        """Return the facts of :meth:`to_plain`; names that are unknown are ignored."""
+        modules, streams = raw.get("modules", {}), raw.get("streams", {})
+        return cls(
+            step=_scope(StepFacts, raw.get("step", {})),
+            run=_scope(RunFacts, raw.get("run", {})),
+            modules={path: _scope(ModuleFacts, own) for path, own in modules.items()},
+            streams={name: _scope(StreamFacts, own) for name, own in streams.items()},
+        )
+
+
+NO_FACTS: Final = Facts()
+
+_Value = TypeVar("_Value")
+
+
+def _differing(
+    known: Mapping[str, _Value], now: Mapping[str, _Value]
+) -> Mapping[str, _Value]:
+    return {name: value for name, value in now.items() if known.get(name) != value}
+
+
+def _joined(early: _Scope, later: _Scope) -> _Scope:
+    return dataclasses.replace(early, **_plain(later))
+
+
+def _plain(facts: StepFacts | RunFacts | ModuleFacts | StreamFacts) -> dict[str, Any]:
+    own = {f.name: getattr(facts, f.name) for f in dataclasses.fields(facts)}
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def _names(scope: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(scope)}
+
+
+def _scope(kind: type[_Scope], raw: Mapping[str, Any]) -> _Scope:
+    known = {name: raw[name] for name in _names(kind) & set(raw)}
+    if "nonfinite" in known:
+        known["nonfinite"] = tuple(known["nonfinite"])
+    return kind(**known)
+
+
+def state_from_format_1(state: Any) -> Any:
+    """Return a saved state of format 1 with all facts in it by scope."""
+    if isinstance(state, Mapping):
+        return {
+            name: from_format_1(value)
+            if name == "facts"
+            else state_from_format_1(value)
+            for name, value in state.items()
+        }
+    return state
+
+
+def from_format_1(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain facts as format 1 had them, in one dict of all scopes, by scope.
+
+    Args:
+        raw: Facts of the step and the run by name, those of modules and streams as a
+            dict each under the module's path or the stream's name.
+
+    Returns:
+        What :meth:`Facts.from_plain` takes.
+    """
+    found: dict[str, Any] = {"step": {}, "run": {}, "modules": {}, "streams": {}}
+    for name, value in raw.items():
+        inner = set(value) if isinstance(value, Mapping) else set()
+        if inner & (_names(ModuleFacts) | _names(StreamFacts)):
+            for scope, kind in (("modules", ModuleFacts), ("streams", StreamFacts)):
+                if own := {k: value[k] for k in value if k in _names(kind)}:
+                    found[scope][name] = own
+        elif name in _names(StepFacts):
+            found["step"][name] = value
+        elif name in _names(RunFacts):
+            found["run"][name] = value
+    return {scope: facts for scope, facts in found.items() if facts}

@@ -1,0 +1,1 @@
+"""The only wing that touches the user's objects. It reports, and decides nothing."""

@@ -1,0 +1,21 @@
+"""Whom the hooks report to. They look and tell; what follows is not theirs to say."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Listener(Protocol):
+    """What a training loop is seen to do, in the order in which it does it."""
+
+    def on_gradient(self, task: int, param: Tensor) -> None:
+        """The first gradient of a backward pass has been accumulated."""
+
+    def before_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
+        """An optimizer is about to use its gradients, its own hooks behind it."""
+
+    def after_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
+        """An optimizer has stepped."""

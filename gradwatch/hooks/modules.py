@@ -1,0 +1,102 @@
+"""The recurrent modules of one model, with a probe each."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from gradwatch.health import Health
+from gradwatch.hooks.capture import Capture
+from gradwatch.hooks.probe import NOTHING, Probe, Wanted
+from gradwatch.record import Stream
+from gradwatch.recurrent import Recurrence
+
+Chains = dict[int, list[Capture]]
+"""Id of a module -> the longest chain of its calls that gradients have reached."""
+
+
+class Modules:
+    """Owns the probes of one watch; the modules themselves are not kept alive.
+
+    Args:
+        found: The recurrences of the model.
+        owner: Whoever is to live as long as the modules' hooks: the watch.
+        samples: How many sequences are looked at; None for all.
+        health: Where failures are noted.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[Recurrence],
+        owner: object,
+        *,
+        samples: int | None,
+        health: Health,
+    ) -> None:
+        self.probes: list[Probe] = []
+        self.wanted = NOTHING
+        """What a forward now has to show."""
+        self._looked = False
+        guard = health.guard("probe", self.close)
+        self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
+        try:  # a failure half-way undoes what came before
+            for module in {id(r.module): r.module for r in found}.values():
+                probe = Probe(module, owner, samples=samples, guard=guard)
+                self.probes.append(probe)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Every stream, whether its module still lives or not."""
+        return [stream for stream, *_ in self._found]
+
+    def alive(self) -> list[Recurrence]:
+        """Return the recurrences whose modules still live."""
+        found = [(stream, ref(), suffix) for stream, ref, suffix in self._found]
+        return [Recurrence(s, m, suffix) for s, m, suffix in found if m is not None]
+
+    def members(self) -> dict[int, list[Recurrence]]:
+        """Return the recurrences of each module that still lives, by its id."""
+        members: dict[int, list[Recurrence]] = {}
+        for recurrence in self.alive():
+            members.setdefault(id(recurrence.module), []).append(recurrence)
+        return members
+
+    def take(self, chains: Chains) -> None:
+        """Add the calls that gradients have reached; the first of a step stand."""
+        for probe in self.probes:
+            chain, key = probe.take(), id(probe.module())
+            if chain and key not in chains:
+                chains[key] = chain
+
+    def expect(self, wanted: Wanted) -> None:
+        """Have the forwards from now on show what is wanted."""
+        if wanted != self.wanted:
+            self.wanted, self._looked = wanted, True
+            for probe in self.probes:
+                probe.expect(wanted)
+
+    def called(self) -> list[int]:
+        """Return the ids of the modules that were called in the open step."""
+        return [id(probe.module()) for probe in self.probes if probe.called]
+
+    def used(self) -> None:
+        """Take note that an optimizer has stepped: calls from now on are others."""
+        if self._looked:
+            for probe in self.probes:
+                probe.used()
+
+    def forget(self, task: int = -1, *, states: bool = False) -> None:
+        """Let go of what was seen of a step that is over; see :meth:`Probe.forget`."""
+        if self._looked:
+            for probe in self.probes:
+                probe.forget(task, states=states)
+            self._looked = task != -1 or self.wanted is not NOTHING
+
+    def close(self) -> None:
+        """Take the hooks off. Safe to call twice."""
+        for probe in self.probes:
+            probe.close()
+        self.probes.clear()

@@ -1,0 +1,211 @@
+"""The optimizers of the watched parameters: their hooks, and who holds what."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from gradwatch import _torch
+from gradwatch.health import Guard
+from gradwatch.hooks.listener import Listener
+from gradwatch.hooks.parameters import Parameters
+
+
+class Held(NamedTuple):
+    """What an optimizer holds of the watched parameters.
+
+    Attributes:
+        number: By which it is told apart; never given to another one.
+        size: How many parameters it had when this was looked up.
+        optimizer: The optimizer, not kept alive.
+        params: Places of the watched parameters that it holds.
+    """
+
+    number: int
+    size: int
+    optimizer: weakref.ref[Optimizer]
+    params: list[int]
+
+
+class Optimizers:
+    """Owns the hooks on all optimizers, and knows those that hold watched parameters.
+
+    Args:
+        parameters: The watched parameters.
+        listener: Whom steps are reported to; not kept alive.
+        guard: Absorbs and reports what fails in the hooks' own work.
+    """
+
+    def __init__(
+        self, parameters: Parameters, listener: Listener, guard: Guard
+    ) -> None:
+        self._parameters, self._guard = parameters, guard
+        self._known: dict[int, Held] = {}
+        self._idle: dict[frozenset[int], frozenset[int]] = {}
+        self._next = 0
+        self._again: dict[int, Any] = {}
+        # torch's registries are global: a hook must not keep the watch alive.
+        own = weakref.ref(self)
+        self._last = _last(listener)
+        self.hooks = [
+            register_optimizer_step_pre_hook(_first(own, self._last)),
+            register_optimizer_step_post_hook(_after(own, listener)),
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off. Safe to call twice."""
+        for hook in (*self.hooks, *self._again.values()):
+            hook.remove()
+        self._again.clear()
+
+    # ---- the hooks
+
+    def come_again(self, optimizer: Optimizer) -> bool:
+        """Put a hook behind an optimizer's own, such as a clipper's, if it has some."""
+        with self._guard:
+            self.come_no_more(optimizer)
+            if _torch.has_pre_hooks(optimizer):
+                again = optimizer.register_step_pre_hook(self._last)
+                self._again[id(optimizer)] = again
+                return True
+        return False
+
+    def come_no_more(self, optimizer: Optimizer) -> None:
+        """Take that hook off."""
+        again = self._again.pop(id(optimizer), None)
+        if again is not None:
+            again.remove()
+
+    # ---- who holds what
+
+    def known(self, optimizer: Optimizer) -> Held | None:
+        """Return what was looked up, unless its size has changed since."""
+        size = 0
+        for group in optimizer.param_groups:
+            size += len(group["params"])
+        held = self._known.get(id(optimizer))
+        if held is None or held.size != size or held.optimizer() is not optimizer:
+            return None
+        return held
+
+    def look_up(self, optimizer: Optimizer) -> tuple[Held, bool]:
+        """Look up what an optimizer holds.
+
+        Returns:
+            That, and whether it trains parameters that are not watched.
+        """
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        index = self._parameters.among(params)
+        before = self._known.get(id(optimizer))
+        if before is None or before.optimizer() is not optimizer:
+            number, self._next = self._next, self._next + 1
+        else:
+            number = before.number
+        held = Held(number, len(params), weakref.ref(optimizer), index)
+        self._known[id(optimizer)] = held
+        self._idle.clear()
+        return held, len(index) < sum(p.requires_grad for p in params)
+
+    def look_up_again(self) -> None:
+        """Look all of them up anew: the watched parameters are others now."""
+        for optimizer in self.alive():
+            self.look_up(optimizer)
+
+    def gone(self) -> list[int]:
+        """Return the numbers of those that are no more, once."""
+        over = {i: h for i, h in self._known.items() if h.optimizer() is None}
+        for place in over:
+            del self._known[place]
+        return [held.number for held in over.values()]
+
+    def idle(self, stepped: Collection[int]) -> frozenset[int]:
+        """Return the parameters that only optimizers hold which have not stepped.
+
+        Args:
+            stepped: Numbers of the optimizers that have.
+
+        Returns:
+            Their places; what an earlier backward left there is no part of the step.
+        """
+        if len(self._known) < 2 or not stepped:
+            return frozenset()
+        key = frozenset(stepped)
+        if key not in self._idle:
+            held = {h.number: set(h.params) for h in self._known.values()}
+            used = set().union(*(held.get(number, ()) for number in key))
+            self._idle[key] = frozenset(set().union(*held.values()) - used)
+        return self._idle[key]
+
+    def alive(self) -> list[Optimizer]:
+        """Return the optimizers that hold a watched parameter."""
+        known = [held.optimizer() for held in self._known.values() if held.params]
+        return [optimizer for optimizer in known if optimizer is not None]
+
+    def rates(self) -> dict[int, float]:
+        """Return the learning rates of all parameters that these optimizers hold.
+
+        Returns:
+            Id of a parameter -> its learning rate; NaN where reading it would wait.
+        """
+        groups = [g for o in self.alive() for g in o.param_groups]
+        return {id(p): _rate(group) for group in groups for p in group["params"]}
+
+
+def _rate(group: dict[str, Any]) -> float:
+    rate = group.get("lr")
+    if isinstance(rate, Tensor) and rate.device.type == "cpu" and rate.numel() == 1:
+        return float(rate)
+    return float(rate) if isinstance(rate, int | float) else math.nan
+
+
+_Hook = Callable[[Optimizer, Any, Any], None]
+
+
+def _closure(args: Any, kwargs: Any) -> bool:
+    """Tell whether ``step`` was given a closure; args[0] is the optimizer itself."""
+    return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
+
+
+def _first(own: weakref.ref[Optimizers], last: _Hook) -> _Hook:
+    """Return the hook that comes before an optimizer's own ones."""
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        optimizers = own()
+        if optimizers is not None and not optimizers.come_again(optimizer):
+            last(optimizer, args, kwargs)
+
+    return hook
+
+
+def _last(listener: Listener) -> _Hook:
+    """Return the hook that reports an optimizer that is about to step."""
+    ref = weakref.ref(listener)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        told = ref()
+        if told is not None:
+            told.before_optimizer(optimizer, _closure(args, kwargs))
+
+    return hook
+
+
+def _after(own: weakref.ref[Optimizers], listener: Listener) -> _Hook:
+    """Return the hook that reports an optimizer that has stepped."""
+    ref = weakref.ref(listener)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        optimizers, told = own(), ref()
+        if optimizers is not None and told is not None:
+            optimizers.come_no_more(optimizer)
+            told.after_optimizer(optimizer, _closure(args, kwargs))
+
+    return hook

@@ -1,0 +1,226 @@
+"""The parameters of the watched model: their hooks, and the gradients that they hold.
+
+Which backward goes on with a step, and which gradients were thrown away, is told from
+the gradients' identity and version: what is seen here is one gradient beside another.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradwatch import _torch
+from gradwatch.hooks.listener import Listener
+from gradwatch.numerics.norms import Norms, norms
+from gradwatch.recurrent import clean_path
+
+Seen = tuple[weakref.ref[Tensor], int]
+"""A gradient and its version, as they were when last looked at."""
+
+
+class Parameters:
+    """Owns the hooks of a model's parameters.
+
+    Args:
+        model: The watched model; not kept alive.
+        listener: Whom the first gradient of a backward pass is reported to; not kept
+            alive either.
+    """
+
+    def __init__(self, model: nn.Module, listener: Listener) -> None:
+        self.names: list[str] = []
+        self.params: list[nn.Parameter] = []
+        self._model = weakref.ref(model)
+        self._trigger = self._hook(listener)
+        self._hooks: list[Any] = []
+        self._index: dict[int, int] = {}
+        self._task = -1
+        self._order: list[Tensor] = []
+        self._seen: dict[int, Seen] = {}
+        self._used: dict[int, tuple[int, Callable[[], Tensor | None], int]] = {}
+        self._sizes: Norms = []
+        self.rescan()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The watched model, while it lives."""
+        return self._model()
+
+    def rescan(self) -> bool:
+        """Look for the model's parameters anew; tell whether they have changed."""
+        model = self.model
+        if model is None:
+            return False
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        params, names = [p for _, p in named], [clean_path(n) for n, _ in named]
+        if names == self.names and all(
+            a is b for a, b in zip(params, self.params, strict=True)
+        ):
+            return False
+        self._remove_hooks()
+        self.names, self.params = names, params
+        self._index = {id(p): i for i, p in enumerate(params)}
+        self._seen, self._used, self._sizes = {}, {}, []
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._trigger) for p in params
+        ]
+        return True
+
+    def close(self) -> None:
+        """Take the hooks off and let go of everything. Safe to call twice."""
+        self._remove_hooks()
+        self.params, self._order = [], []
+        self._seen, self._used, self._sizes = {}, {}, []
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _hook(self, listener: Listener) -> Callable[[Tensor], None]:
+        """Return the hook of a parameter; it runs once a parameter and pass."""
+        ref, own = weakref.ref(listener), weakref.ref(self)
+        current = _torch.graph_task_id
+
+        def hook(param: Tensor) -> None:
+            parameters = own()
+            if parameters is None:
+                return
+            task = current()
+            # The task's number, not a flag: an exception in backward leaves it set.
+            if task == parameters._task and task != -1:
+                parameters._order.append(param)
+                return
+            parameters.begin(task, param)
+            if (told := ref()) is not None:
+                told.on_gradient(task, param)
+
+        return hook
+
+    def begin(self, task: int, param: Tensor | None = None) -> None:
+        """Take note that a backward pass has begun, and where it came by first."""
+        self._task = task
+        self._order = [] if param is None else [param]
+
+    def index(self, param: Tensor) -> int:
+        """Return the place of a parameter; -1 where it is not watched."""
+        return self._index.get(id(param), -1)
+
+    def among(self, params: Iterable[Tensor]) -> list[int]:
+        """Return the places of those parameters that are watched."""
+        return [self._index[id(p)] for p in params if id(p) in self._index]
+
+    # ---- gradients
+
+    def gradients(self) -> tuple[list[int], list[Tensor]]:
+        """Return the places of the parameters that have a gradient, and these."""
+        live: list[int] = []
+        grads: list[Tensor] = []
+        for i, param in enumerate(self.params):
+            grad = param.grad
+            if grad is not None:
+                live.append(i)
+                grads.append(grad)
+        return live, grads
+
+    def of(self, index: Iterable[int]) -> tuple[list[int], list[Tensor]]:
+        """Return the same for some of the places."""
+        found = [(i, self.params[i].grad) for i in index]
+        there = [(i, g) for i, g in found if g is not None]
+        return [i for i, _ in there], [g for _, g in there]
+
+    def note(self, live: list[int], grads: list[Tensor]) -> None:
+        """Note the gradients as a backward pass leaves them."""
+        self._seen = {
+            i: (weakref.ref(g), g._version) for i, g in zip(live, grads, strict=True)
+        }
+
+    def kept(self, param: Tensor) -> bool | None:
+        """Tell whether a gradient that was just added to is the one that was noted.
+
+        A clip writes it once, zeroing and adding twice.
+
+        Returns:
+            False where it is another object, or was written twice or more since; None
+            where none was noted.
+        """
+        seen = self._seen.get(self.index(param))
+        if seen is None:
+            return None
+        grad = param.grad
+        return grad is not None and seen[0]() is grad and grad._version < seen[1] + 2
+
+    def all_kept(self) -> bool:
+        """Tell whether no gradient that was noted has been thrown away since."""
+        return all(self.kept(self.params[i]) is not False for i in self._seen)
+
+    def all_gone(self, live: Iterable[int]) -> bool:
+        """Tell whether these parameters have no gradient any more."""
+        return all(self.params[i].grad is None for i in live)
+
+    def untouched(self) -> bool:
+        """Tell whether the gradients are exactly those that were noted."""
+        params = self.params
+        for i, (ref, version) in self._seen.items():
+            grad = params[i].grad
+            if grad is None or grad._version != version or ref() is not grad:
+                return False
+        return True
+
+    def note_used(self, optimizer: int, held: Iterable[int]) -> None:
+        """Note the first gradient that an optimizer holds as it leaves it."""
+        for i in held:
+            grad = self.params[i].grad
+            if grad is not None:
+                self._used[optimizer] = i, weakref.ref(grad), grad._version
+                return
+
+    def new(self, optimizer: int, held: Iterable[int]) -> bool:
+        """Tell whether an optimizer holds gradients that no step has had.
+
+        They are new where they are other objects than those of the last step, or where
+        it has used them already and they were written since.
+        """
+        i, ref, version = self._used.get(optimizer, (-1, _nothing, 0))
+        if i >= 0 and (grad := self.params[i].grad) is not None and ref() is grad:
+            return bool(grad._version != version)
+        live, grads = self.of(held)
+        seen = [self._seen.get(i) for i in live]
+        return any(
+            was is None or was[0]() is not g for was, g in zip(seen, grads, strict=True)
+        )
+
+    def arrivals(self, read: Norms | None) -> list[int]:
+        """Return the order in which backward came by, where someone may ask for it.
+
+        Args:
+            read: The norms; nobody asks where all of them are known to be finite.
+        """
+        if isinstance(read, list) and math.isfinite(sum(read)):
+            return []
+        return self.among(self._order)
+
+    # ---- weights
+
+    def note_sizes(self) -> None:
+        """Note how large the weights are."""
+        self._sizes = self._measured()
+
+    def moved(self) -> bool:
+        """Tell whether weights have changed since; on an accelerator this waits."""
+        return _plain(self._sizes) != _plain(self._measured())
+
+    def _measured(self) -> Norms:
+        return norms(self.params) if self.params else []
+
+
+def _nothing() -> None:
+    """Stand in for a reference to what was never there."""
+
+
+def _plain(read: Norms) -> Collection[float]:
+    return read if isinstance(read, list) else read.tolist()

@@ -1,1 +1,0 @@
-"""All that touches the user's objects while they train."""

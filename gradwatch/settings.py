@@ -1,0 +1,99 @@
+"""The arguments of ``watch``, checked as they are put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from gradwatch.record import Alert
+from gradwatch.rules import Rule
+from gradwatch.schedule import Schedule
+from gradwatch.sinks import Sink, Wandb
+
+OnAlert = Callable[[Alert], object] | Literal["raise"] | None
+DIR: Final = "gradwatch-runs"
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The arguments of ``watch``, as its docstring has them.
+
+    Attributes:
+        schedule: When each depth is measured; made from ``every`` and ``budget``.
+
+    Raises:
+        TypeError: If an argument is of no use.
+        ValueError: If an argument is out of range.
+    """
+
+    every: int | Mapping[str, int] | None = None
+    budget: float | None = 0.03
+    flow_samples: int | None = 4
+    rules: Sequence[Rule] | None = None
+    mute: tuple[str | tuple[str, str], ...] = ()
+    on_alert: OnAlert = None
+    sinks: tuple[Sink, ...] = ()
+    wandb: Any = None
+    dir: str | os.PathLike[str] | None = None
+    name: str | None = None
+    scaler: Any = None
+    start_step: int = 0
+    schedule: Schedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot."""
+        self.schedule = Schedule(self.every, self.budget)
+        self.wandb = _wandb_sink(self.wandb)
+        if not (
+            self.on_alert is None or self.on_alert == "raise" or callable(self.on_alert)
+        ):
+            raise TypeError(
+                f"on_alert is {self.on_alert!r}; expected a callable Alert -> None or "
+                '"raise".'
+            )
+        if not isinstance(self.start_step, int) or self.start_step < 0:
+            raise ValueError(
+                f"start_step is {self.start_step!r}; expected an int of at least 0."
+            )
+        samples = self.flow_samples
+        if samples is not None and (not isinstance(samples, int) or samples < 1):
+            raise ValueError(
+                f"flow_samples is {samples!r}; expected at least 1, or None for all."
+            )
+        for sink in self.sinks:
+            if isinstance(sink, Wandb):
+                raise TypeError(
+                    "sinks holds a gradwatch.sinks.Wandb; pass it as wandb=, where it "
+                    "learns the streams."
+                )
+            if not isinstance(sink, Sink):
+                raise TypeError(
+                    f"sinks holds a {type(sink).__name__}; expected objects with "
+                    "write(record, alerts=()) and close(), such as "
+                    "gradwatch.sinks.TensorBoard(writer)."
+                )
+
+    @property
+    def raising(self) -> bool:
+        """Whether an error stops the training."""
+        return self.on_alert == "raise"
+
+    @property
+    def patient(self) -> bool:
+        """Whether steps may wait: nobody but gradwatch looks at each."""
+        return not self.sinks and self.rules is None
+
+
+def _wandb_sink(given: Any) -> Wandb | None:
+    if given is None or isinstance(given, Wandb):
+        return given
+    if isinstance(given, str):
+        if given != "auto":
+            raise ValueError(
+                f'wandb is {given!r}; expected "auto", a run, None or '
+                "gradwatch.sinks.Wandb(...)."
+            )
+        return Wandb()
+    return Wandb(given)
