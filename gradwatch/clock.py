@@ -342,28 +342,34 @@ def _settles(state: State, event: Settles) -> tuple[State, Done]:
         return _close(state, "unused")
     if state.backwards and not state.optimizers:
         return _close(state._replace(by_hand=True))
+    closed = (_aside(state),) if state.candidate else ()
+    state = state._replace(number=state.number + len(closed), candidate=False)
     if event.final or not event.kept:
-        return _drop(state)
-    return state, NOTHING
+        state = _drop(state)[0]
+    return state, Done(closed=closed, dropped=not state.open)
 
 
 def _close(state: State, skipped: str = "") -> tuple[State, Done]:
     """Close the open step; what was set aside turns out to be one, before it."""
-    early = not state.taken and not state.optimizers
-    closed = [Closed(state.number, state.stepped, skipped, early)]
+    number, closed = state.number, tuple[Closed, ...]()
     if state.candidate:
-        aside = Closed(state.number, early=early, candidate=True)
-        closed = [aside, closed[0]._replace(number=state.number + 1)]
+        number, closed = number + 1, (_aside(state),)
+    early = not state.taken and not state.optimizers
     after = State(
-        number=closed[-1].number + 1,
+        number=number + 1,
         task=state.task,
         regulars=_remembered(state),
         late=state.late,
         optimizers=state.optimizers,
-        by_hand=state.by_hand,
+        by_hand=state.by_hand or state.candidate,
         taken=state.taken or not skipped or state.candidate,
     )
-    return after, Done(closed=tuple(closed))
+    return after, Done(closed=(*closed, Closed(number, state.stepped, skipped, early)))
+
+
+def _aside(state: State) -> Closed:
+    """Return the step that was set aside."""
+    return Closed(state.number, early=not state.taken, candidate=True)
 
 
 def _remembered(state: State) -> tuple[Regular, ...]:

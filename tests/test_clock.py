@@ -1,432 +1,317 @@
-"""The clock of the gradient tap: which step, which norms, in every kind of loop."""
+"""The clock against a slow model that sees the whole list of events, with hindsight."""
 
-import math
+from typing import NamedTuple
 
 import pytest
-import torch
-from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import gradwatch
-from gradwatch.metrics import run_key
-from tests.models import batches, lstm
+from gradwatch.clock import (
+    MEMORY,
+    Begins,
+    Counts,
+    Ends,
+    Gone,
+    Refuses,
+    Settles,
+    State,
+    Used,
+    Uses,
+    advance,
+)
 
-NORM, CLIPPED, RATIO = map(run_key, ("grad_norm", "grad_norm_clipped", "clip_ratio"))
-CLIP = 0.05
-
-
-class Truth:
-    """What the loop itself measured, to be compared with the records."""
-
-    def __init__(self, model):
-        self.model = model
-        self.rows = []
-        self.weight = None
-
-    def norm(self):
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.stack([g.double().norm() for g in grads]).norm())
-
-    def before(self):
-        self.weight = self.model.rnn.weight_hh_l0.detach().clone()
-
-    def add(self, pre, post, changed=True):
-        now = self.model.rnn.weight_hh_l0.detach()
-        change = float((now - self.weight).double().norm() / self.weight.norm())
-        self.rows.append((pre, post, change if changed else None))
+# ---- what a loop does, as a list
 
 
-def compare(watch, rows, first=0):
-    watch.flush()
-    assert [r.step for r in watch.records] == list(range(first, first + len(rows)))
-    for record, (pre, post, change) in zip(watch.records, rows, strict=True):
-        measured = record.metrics
-        assert measured[NORM] == pytest.approx(pre, rel=1e-5, nan_ok=True)
-        if post is None:
-            assert CLIPPED not in measured
+class Backward(NamedTuple):
+    """A pass; ``anew``: what was there had been thrown away before."""
+
+    anew: bool = True
+    finite: bool = True
+    raises: bool = False
+
+
+class Step(NamedTuple):
+    """An optimizer steps; with a closure, the passes of which run inside."""
+
+    optimizer: int
+    closure: tuple[Backward, ...] | None = None
+    inside: int | None = None
+    raises: bool = False
+    new: bool = False
+
+
+class Inside(NamedTuple):
+    """A pass during which optimizers step, and take all gradients."""
+
+    optimizers: tuple[int, ...]
+
+
+class Leaves(NamedTuple):
+    """An optimizer is no more."""
+
+    optimizer: int
+
+
+class Counted(NamedTuple):
+    """A step: the uses of its gradients in their order; why it was skipped."""
+
+    uses: tuple[int, ...]
+    skipped: bool
+
+
+# ---- the slow model
+
+
+class Group:
+    """Passes, and what was done with their gradients before new ones came."""
+
+    def __init__(self):
+        self.uses, self.finite, self.passes = [], True, 0
+
+
+def groups_of(events):
+    groups, first_use = [], None
+    for number, event in enumerate(events):
+        last = groups[-1] if groups else None
+        if isinstance(event, Backward | Inside):
+            anew = isinstance(event, Inside) or event.anew
+            if last is None or last.uses or anew:
+                groups.append(Group())
+            note_pass(groups[-1], event)
+        elif isinstance(event, Step):
+            if (event.closure or event.new) and (last is None or last.uses):
+                groups.append(Group())
+            for one in event.closure or ():
+                note_pass(groups[-1], one)
+            if groups and not event.raises:
+                groups[-1].uses.append(event.optimizer)
+        if isinstance(event, Step | Inside) and first_use is None:
+            first_use = number, len(groups)
+    return groups, first_use
+
+
+def note_pass(group, event):
+    if isinstance(event, Inside):
+        group.uses += event.optimizers
+        return
+    if not event.raises:
+        group.passes += 1
+        group.finite = group.finite and event.finite
+
+
+def slow(events):
+    """Return the steps, seeing everything at once."""
+    groups, first_use = groups_of(events)
+    early = groups if first_use is None else groups[: first_use[1]]
+    found = []
+    for i, group in enumerate(groups):
+        if group.uses:
+            found.append(Counted(tuple(group.uses), False))
+        elif not group.finite:
+            found.append(Counted((), True))
+        elif group.passes and is_by_hand(early, i, first_use):
+            found.append(Counted((), False))
+    return found
+
+
+def is_by_hand(early, i, first_use):
+    """Tell whether finite gradients that no optimizer has used were a step."""
+    if i >= len(early):
+        return False
+    if first_use is None:
+        return True
+    unused = [j for j, g in enumerate(early) if not g.uses and g.passes]
+    if early[-1] is early[i]:
+        return False  # it was there as the first optimizer came
+    later = [j for j in unused if j > i and early[j] is not early[-1]]
+    return bool(later) or any(j < i and early[j].finite for j in unused)
+
+
+# ---- the clock, driven as the hooks drive it
+
+
+class Driver:
+    """Turns what a loop does into the events that the hooks report."""
+
+    def __init__(self):
+        self.state, self.task, self.steps = State(), 0, []
+        self.finite, self.running = True, []
+
+    def tell(self, event):
+        self.state, done = advance(self.state, event)
+        assert self.state.number == len(self.steps) + len(done.closed)
+        for closed in done.closed:
+            assert closed.number == len(self.steps)
+            self.steps.append(Counted(closed.stepped, bool(closed.skipped)))
+        if done.opened:
+            self.finite = True
+        return done
+
+    def backward(self, event):
+        self.task += 1
+        waiting = self.state.open
+        self.tell(
+            Begins(
+                self.task,
+                kept=not event.anew if waiting else None,
+                finite=self.finite,
+                running=len(self.running),
+            )
+        )
+        if not event.raises:
+            self.finite = self.finite and event.finite
+            self.tell(Ends(waiting=True))
+
+    def inside(self, event):
+        self.task += 1
+        kept = False if self.state.open else None
+        running = len(self.running)
+        self.tell(Begins(self.task, kept=kept, finite=self.finite, running=running))
+        for optimizer in event.optimizers:
+            self.tell(Uses(optimizer, task=self.task, new=True))
+            self.tell(Used(optimizer, task=self.task))
+        self.tell(Ends(waiting=False))
+
+    def step(self, event):
+        self.running = [event.optimizer]
+        closure = bool(event.closure)
+        waits = self.state.open and not self.state.stepped
+        new = event.new and not waits  # else the gradients are those that wait
+        done = self.tell(Uses(event.optimizer, closure=closure, new=new))
+        assert done.counts == (self.state.open or closure)
+        for one in event.closure or ():
+            self.backward(one)
+        if event.inside is not None:
+            assert not self.tell(Uses(event.inside, running=2)).counts
+            self.tell(Used(event.inside))
+        self.running = []
+        if not event.raises:
+            self.tell(Used(event.optimizer))
+
+    def play_one(self, event):
+        if isinstance(event, Backward):
+            self.backward(event)
+        elif isinstance(event, Inside):
+            self.inside(event)
+        elif isinstance(event, Step):
+            self.step(event)
         else:
-            assert measured[CLIPPED] == pytest.approx(post, rel=1e-5)
-            assert measured[RATIO] == pytest.approx(post / pre, rel=1e-4)
-        key = "gradwatch/rnn/l0/update_ratio"
-        if change is None:
-            assert key not in measured
-        else:
-            assert measured[key] == pytest.approx(change, rel=1e-4)
+            self.tell(Gone(event.optimizer))
+
+    def play(self, events):
+        for event in events:
+            self.play_one(event)
+        self.tell(Settles(finite=self.finite, final=True))
+        assert not self.state.open
+        return self.steps
 
 
-def loss_of(model, x):
-    return model(x).square().mean()
+# ---- both
 
 
-def sgd(model, **options):
-    return torch.optim.SGD(model.parameters(), 0.5, **options)
+optimizers = st.integers(0, 3)
+passes = st.builds(
+    Backward,
+    anew=st.booleans(),
+    finite=st.integers(0, 9).map(bool),
+    raises=st.integers(0, 9).map(lambda n: n == 0),
+)
+complete = st.builds(Backward, anew=st.booleans(), finite=st.just(True))
+steps = st.builds(
+    Step,
+    optimizers,
+    closure=st.none() | st.lists(complete, min_size=1, max_size=3).map(tuple),
+    inside=st.none() | st.integers(7, 9),
+    raises=st.integers(0, 9).map(lambda n: n == 0),
+    new=st.integers(0, 9).map(lambda n: n == 0),
+)
+plain = optimizers.map(Step)
+others = st.one_of(
+    st.builds(Inside, st.lists(optimizers, min_size=1, max_size=3).map(tuple)),
+    st.builds(Leaves, optimizers),
+)
+loops = st.lists(st.one_of(passes, passes, plain, plain, steps, others), max_size=40)
 
 
-def plain(model, truth, optimizer=None, data=None):
-    optimizer = optimizer or sgd(model)
-    for x in batches(6) if data is None else data:
-        optimizer.zero_grad()
-        loss_of(model, x).backward()
-        step(model, truth, optimizer)
+def agree(events):
+    expected, got = slow(events), Driver().play(events)
+    assert [s.skipped for s in got] == [s.skipped for s in expected]
+    late = -MEMORY
+    for number, (one, all_uses) in enumerate(zip(got, expected, strict=True)):
+        assert one.uses == all_uses.uses[: len(one.uses)]
+        if one.uses != all_uses.uses:  # something came too late; not soon again
+            assert number - late >= MEMORY
+            late = number
 
 
-def step(model, truth, optimizer):
-    pre = float(clip_grad_norm_(model.parameters(), CLIP))
-    post = truth.norm()
-    truth.before()
-    optimizer.step()
-    truth.add(pre, post)
+@settings(deadline=None, derandomize=True, max_examples=1000, database=None)
+@given(loops)
+def test_the_clock_agrees_with_hindsight(events):
+    agree(events)
 
 
-def accumulated(times):
-    def loop(model, truth):
-        optimizer = sgd(model)
-        for group in batches(3 * times).split(times):
-            for x in group:
-                (loss_of(model, x) / times).backward()
-            step(model, truth, optimizer)
-            optimizer.zero_grad()
-
-    return loop
+@pytest.mark.slow
+@settings(deadline=None, derandomize=True, max_examples=10_000, database=None)
+@given(loops)
+def test_the_clock_agrees_with_hindsight_ten_thousand_times(events):
+    agree(events)
 
 
-def zeroed_in_place(model, truth):
-    optimizer = sgd(model)
-    for x in batches(5):
-        optimizer.zero_grad(set_to_none=False)
-        loss_of(model, x).backward()
-        step(model, truth, optimizer)
+# ---- when a step closes: as early as it can be known
 
 
-def scaled(unscale, fused=False, skip_at=None):
-    def loop(model, truth):
-        optimizer = torch.optim.Adam(model.parameters(), 1e-2, fused=fused)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        for i, x in enumerate(batches(6)):
-            optimizer.zero_grad()
-            scale = scaler.get_scale() if i else 1024.0
-            loss = loss_of(model, x)
-            if i == skip_at:
-                loss = loss * math.inf
-            scaler.scale(loss).backward()
-            pre = truth.norm() / scale
-            post = pre
-            if unscale:
-                scaler.unscale_(optimizer)
-                if math.isfinite(pre):
-                    clip_grad_norm_(model.parameters(), CLIP)
-                    post = truth.norm()
-            truth.before()
-            scaler.step(optimizer)
-            scaler.update()
-            if math.isfinite(pre):
-                truth.add(pre, post)
-            else:
-                truth.rows.append((pre, None, None))
-
-    return loop
+def closings(events):
+    """Return, after each event, the steps that are closed by then."""
+    driver, found = Driver(), []
+    for event in events:
+        driver.play_one(event)
+        found.append([s.uses for s in driver.steps])
+    return found
 
 
-def two_optimizers(recurrent_first):
-    def loop(model, truth):
-        rnn = torch.optim.SGD(model.rnn.parameters(), 0.5)
-        head = torch.optim.SGD(model.head.parameters(), 0.1)
-        order = (rnn, head) if recurrent_first else (head, rnn)
-        for i, x in enumerate(batches(5)):
-            model.zero_grad()
-            loss_of(model, x).backward()
-            pre = float(clip_grad_norm_(model.parameters(), CLIP))
-            post = truth.norm()
-            truth.before()
-            for optimizer in order:
-                optimizer.step()
-            # The first step closes with its first optimizer: nothing else is known yet.
-            truth.add(pre, post, changed=recurrent_first or i > 0)
-
-    return loop
+def test_with_one_optimizer_a_step_closes_as_it_returns():
+    after = closings([Backward(), Step(0)] * 20)
+    assert [len(steps) for steps in after] == [n // 2 for n in range(1, 41)]
 
 
-def lbfgs(model, truth):
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
-    for x in batches(3):
-        norms = []
-
-        def closure(x=x, norms=norms):
-            optimizer.zero_grad()
-            loss = loss_of(model, x)
-            loss.backward()
-            norms.append(truth.norm())
-            return loss
-
-        truth.before()
-        optimizer.step(closure)
-        truth.add(norms[-1], norms[-1])
+def test_a_second_optimizer_is_waited_for_once_it_is_known():
+    after = closings([Backward(), Step(0), Step(1)] * 30)
+    first, later = after[:3], after[-3:]
+    assert first == [[], [(0,)], [(0,)]]  # the second came late
+    assert [len(steps) for steps in later] == [29, 29, 30]
+    assert later[-1][1:] == [(0, 1)] * 29
 
 
-def hand_written(model, truth):
-    for x in batches(5):
-        loss_of(model, x).backward()
-        truth.rows.append((truth.norm(), None, None))
-        with torch.no_grad():
-            for p in model.parameters():
-                p.sub_(p.grad, alpha=0.1)
-                p.grad = None
+def test_an_optimizer_that_steps_now_and_then_belongs_to_the_step_it_came_in():
+    events = [e for n in range(40) for e in (Backward(), Step(0), *[Step(1)][n % 3 :])]
+    steps = closings([*events, Backward()])[-1]
+    assert steps[1:] == [(0, 1) if n % 3 == 0 else (0,) for n in range(1, 40)]
 
 
-def failing_backward(model, truth):
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise RuntimeError("out of memory, say")
-
-    optimizer = sgd(model)
-    for i, x in enumerate(batches(6)):
-        optimizer.zero_grad()
-        if i == 3:
-            hidden = Fails.apply(model.rnn(x)[0])
-            with pytest.raises(RuntimeError, match="out of memory"):
-                model.head(hidden[-1]).square().mean().backward()
-            optimizer.zero_grad()
-        loss_of(model, x).backward()
-        step(model, truth, optimizer)
+def test_several_steps_of_one_optimizer_are_one():
+    times = [1, 3, 2, 1, 1, 4, 2] * 5
+    events = [e for n in times for e in (Backward(), *[Step(0)] * n)]
+    steps = closings([*events, Backward()])[-1]
+    late = [i for i, n in enumerate(times) if steps[i] != (0,) * n]
+    assert late == [1]  # where it first did so
 
 
-def skipped_batch(model, truth):
-    optimizer = sgd(model)
-    for i, x in enumerate(batches(6)):
-        optimizer.zero_grad()
-        loss_of(model, x).backward()
-        if i == 3:
-            continue
-        step(model, truth, optimizer)
+def test_an_optimizer_that_is_gone_is_not_waited_for():
+    known = [Backward(), Step(0), Step(1)] * 20
+    after = closings([*known, Leaves(1), Backward(), Step(0)])
+    assert len(after[-1]) == 21
 
 
-def evaluation_between(model, truth):
-    optimizer = sgd(model)
-    for x in batches(5):
-        optimizer.zero_grad()
-        loss_of(model, x).backward()
-        model.eval()
-        with torch.no_grad():
-            model(x)
-        model(x)  # an evaluation that forgets no_grad
-        model.train()
-        step(model, truth, optimizer)
+def test_gradients_that_are_refused_close_the_step_as_skipped():
+    state = advance(State(number=5), Begins(1))[0]
+    state = advance(advance(state, Ends(waiting=True))[0], Uses(0))[0]
+    state, done = advance(state, Refuses())
+    [closed] = done.closed
+    assert (closed.number, closed.skipped) == (5, "refused")
+    assert not state.open and state.inside == () and state.number == 6
 
 
-def stepping_in_backward(model, truth):
-    optimizers = {p: torch.optim.SGD([p], 0.5) for p in model.parameters()}
-    norms = []
-
-    def on_grad(p):
-        norms.append(float(p.grad.norm()))
-        optimizers[p].step()
-        p.grad = None
-
-    hooks = [p.register_post_accumulate_grad_hook(on_grad) for p in optimizers]
-    for x in batches(4):
-        norms.clear()
-        truth.before()
-        loss_of(model, x).backward()
-        total = math.hypot(*norms)
-        truth.add(total, total)
-    for hook in hooks:
-        hook.remove()
-
-
-def stepping_raises(model, truth):
-    optimizer = sgd(model)
-    plain(model, truth, optimizer, batches(2))
-    broken = optimizer.param_groups[0].pop("lr")
-    loss_of(model, batches(1)[0]).backward()
-    with pytest.raises(KeyError):
-        optimizer.step()
-    optimizer.param_groups[0]["lr"] = broken
-    plain(model, truth, optimizer, batches(2, seed=3))
-
-
-LOOPS = {
-    "plain": plain,
-    "zeroed in place": zeroed_in_place,
-    "accumulation x3": accumulated(3),
-    "accumulation x32": accumulated(32),
-    "scaler, unscale_": scaled(True),
-    "scaler, no unscale_": scaled(False),
-    "scaler, fused, no unscale_": scaled(False, fused=True),
-    "scaler, unscale_, inf": scaled(True, skip_at=3),
-    "scaler, no unscale_, inf": scaled(False, skip_at=3),
-    "scaler, inf at the first step": scaled(False, skip_at=0),
-    "two optimizers, recurrent first": two_optimizers(True),
-    "two optimizers, head first": two_optimizers(False),
-    "LBFGS": lbfgs,
-    "hand-written": hand_written,
-    "exception in backward": failing_backward,
-    "exception in step": stepping_raises,
-    "skipped batch": skipped_batch,
-    "evaluation between": evaluation_between,
-    "optimizer in backward": stepping_in_backward,
-}
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_norms_and_numbers_of_every_loop(name):
-    model = lstm()
-    truth = Truth(model)
-    with gradwatch.watch(model, dir=None) as watch:
-        LOOPS[name](model, truth)
-        compare(watch, truth.rows)
-        assert not [a for a in watch.alerts if "scaler" in name]
-        assert watch.health["failed"] == {}
-
-
-def test_the_skipped_steps_of_a_scaler_are_counted():
-    model = lstm()
-    with gradwatch.watch(model, dir=None) as watch:
-        scaled(True, skip_at=3)(model, Truth(model))
-        watch.flush()
-        skipped = [r.step for r in watch.records if "skipped_step" in r.events]
-        assert skipped == [3]
-        assert watch.latest[run_key("skipped")] == 1.0
-        assert watch.alerts == []
-
-
-def test_a_first_overflow_of_a_scaler_that_nobody_passed_is_no_alert():
-    model = lstm()
-    with gradwatch.watch(model, dir=None) as watch:
-        scaled(False, skip_at=0)(model, Truth(model))
-        assert watch.alerts == []
-
-
-def test_a_scaler_that_halves_for_ever_is_an_alert():
-    model = lstm()
-    optimizer = sgd(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
-    with gradwatch.watch(model, dir=None, scaler=scaler) as watch:
-        for x in batches(14):
-            optimizer.zero_grad()
-            scaler.scale(loss_of(model, x) * math.nan).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        watch.flush()
-        assert [(a.kind, a.step, a.cause) for a in watch.alerts] == [
-            ("nonfinite", 10, "fp16_overflow")
-        ]
-
-
-def test_nan_gradients_that_the_user_skips_are_an_alert_and_a_skipped_step():
-    model = lstm()
-    optimizer = sgd(model)
-    with gradwatch.watch(model, dir=None) as watch:
-        for i, x in enumerate(batches(8)):
-            optimizer.zero_grad()
-            (loss_of(model, x) * (math.nan if i == 5 else 1)).backward()
-            if i != 5:
-                optimizer.step()
-        watch.flush()
-        assert [r.step for r in watch.records if "skipped_step" in r.events] == [5]
-        assert [(a.kind, a.step) for a in watch.alerts] == [("nonfinite", 5)]
-
-
-def test_a_refusing_clipper_skips_the_step_without_an_alert():
-    model = lstm()
-    optimizer = sgd(model)
-    with gradwatch.watch(model, dir=None) as watch:
-        for i, x in enumerate(batches(8)):
-            optimizer.zero_grad()
-            (loss_of(model, x) * (math.inf if i == 4 else 1)).backward()
-            if i == 4:
-                for p in model.parameters():
-                    p.grad = None
-            optimizer.step()
-        watch.flush()
-        assert len(watch.records) == 8
-        assert watch.records[4].events == ("skipped_step",)
-        assert watch.alerts == []
-
-
-def test_a_norm_that_overflows_float32_is_not_a_nan():
-    model = lstm()
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    with gradwatch.watch(model, dir=None) as watch:
-        for x in batches(3):
-            optimizer.zero_grad()
-            loss_of(model, x).backward()
-            for p in model.parameters():
-                p.grad.fill_(1e30)
-            optimizer.step()
-        watch.flush()
-        count = sum(p.numel() for p in model.parameters())
-        last = watch.records[-1].metrics
-        assert last[CLIPPED] == pytest.approx(1e30 * math.sqrt(count), rel=1e-5)
-        assert watch.alerts == []
-
-
-def test_replaced_parameters_are_found_again():
-    model = lstm()
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    with gradwatch.watch(model, dir=None) as watch:
-        plain(model, Truth(model))
-        model.load_state_dict(state, assign=True)
-        truth = Truth(model)
-        plain(model, truth)
-        plain(model, truth)
-        watch.flush()
-        # The first step on new parameters is seen by the optimizer's hooks alone.
-        assert len(watch.records) >= 6 + 11
-        assert watch.records[-1].metrics[NORM] == pytest.approx(truth.rows[-1][0])
-
-
-def test_a_manual_clock_counts_what_no_hook_sees():
-    model = lstm()
-    with gradwatch.watch(model, dir=None) as watch:
-        for x in batches(3):
-            grads = torch.autograd.grad(loss_of(model, x), list(model.parameters()))
-            for p, g in zip(model.parameters(), grads, strict=True):
-                p.grad = g
-            watch.step()
-        assert [r.step for r in watch.records] == [0, 1, 2]
-        assert watch.records[-1].metrics[NORM] == pytest.approx(Truth(model).norm())
-
-
-def test_norms_of_streams_add_up_to_the_module():
-    model = lstm(num_layers=2, bidirectional=True)
-    truth = Truth(model)
-    with gradwatch.watch(model, dir=None) as watch:
-        plain(model, truth)
-        watch.flush()
-        last = watch.records[-1].metrics
-    parts = [
-        last[f"gradwatch/{stream.key}/grad_norm_{group}"]
-        for stream in watch.streams
-        for group in ("hh", "ih", "bias")
-    ]
-    # The gradients are the clipped ones by now; their ratio is the same for all.
-    total = math.hypot(*(float(p.grad.norm()) for p in model.rnn.parameters()))
-    assert math.hypot(*parts) * last[RATIO] == pytest.approx(total, rel=1e-4)
-
-
-def test_sparse_and_bfloat16_gradients_have_norms():
-    torch.manual_seed(0)
-    words = nn.Embedding(20, 4, sparse=True)
-    model = lstm()
-    model.add_module("words", words)
-    ids = torch.randint(20, (6, 5))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with gradwatch.watch(model, dir=None) as watch:
-        loss_of(model, words(ids)).backward()
-        dense = [p.grad.to_dense() for p in model.parameters()]
-        optimizer.step()
-        expected = math.hypot(*(float(g.norm()) for g in dense))
-        watch.flush()
-        assert watch.latest[NORM] == pytest.approx(expected, rel=1e-5)
-    half = lstm().bfloat16()
-    optimizer = torch.optim.SGD(half.parameters(), 0.1)
-    with gradwatch.watch(half, dir=None) as watch:
-        loss_of(half, batches(1)[0].bfloat16()).backward()
-        expected = Truth(half).norm()
-        optimizer.step()
-        assert watch.latest[NORM] == pytest.approx(expected, rel=1e-5)
+def test_a_step_may_be_counted_by_hand():
+    state, done = advance(State(), Counts())
+    assert [c.number for c in done.closed] == [0] and state.number == 1
