@@ -59,10 +59,6 @@ class Block:
         self.times.append(time)
         self.rows.append(row)
 
-    def __len__(self) -> int:
-        """Return how many rows there are."""
-        return len(self.rows)
-
     def records(self) -> Iterator[StepRecord]:
         """Yield each row as a record."""
         for i, row in enumerate(self.rows):

@@ -44,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = inspect(given.checkpoint, given.steps)
         whole = {**dataclasses.asdict(found), "verdict": found.verdict}
-        print(dump_line(whole) if given.json else found, flush=True)  # noqa: T201
+        print(dump_line(whole) if given.json else found, flush=True)
     except BrokenPipeError:  # "| head": what was wanted has been read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         words = " ".join(console.shown(line) for line in str(error).splitlines())
-        print(f"gradwatch: {words}", file=sys.stderr)  # noqa: T201
+        print(f"gradwatch: {words}", file=sys.stderr)
         return 2
     return 0
 

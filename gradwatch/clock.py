@@ -105,7 +105,7 @@ class Counts(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """An optimizer is no more.
+    """An optimizer is no more, or another one has taken its place.
 
     Attributes:
         optimizer: Its number.

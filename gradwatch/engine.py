@@ -44,7 +44,6 @@ from gradwatch.hooks.optimizers import Held, Optimizers
 from gradwatch.hooks.parameters import Parameters
 from gradwatch.hooks.probe import NOTHING
 from gradwatch.intake import Intake
-from gradwatch.pipeline import Pipeline
 from gradwatch.record import TrainingAlert
 from gradwatch.recurrent import Recurrence
 from gradwatch.schedule import DEPTHS
@@ -63,7 +62,7 @@ class Engine:
         owner: Whoever is to live as long as the model's hooks: the watch.
         settings: The arguments of the watch.
         health: Where failures and our own time are noted.
-        pipeline: Where the records go.
+        intake: Where closed steps go.
         measuring: Whether anything but the gradients is measured.
     """
 
@@ -75,10 +74,10 @@ class Engine:
         *,
         settings: Settings,
         health: Health,
-        pipeline: Pipeline,
+        intake: Intake,
         measuring: bool,
     ) -> None:
-        self.closed = False
+        self.closed, self.intake = False, intake
         self._paused, self._measuring = False, measuring
         self._raising, self._schedule = settings.raising, settings.schedule
         self._health = health
@@ -87,7 +86,6 @@ class Engine:
         self._overdue, self._met = False, set[int]()
         self._thread = get_ident()
         self._ended = _weakly(self)  # autograd keeps the last callback of a pass
-        self.intake = Intake(pipeline, settings)
         with ExitStack() as undo:  # a failure half-way undoes what came before
             self._modules = Modules(
                 found, owner, samples=settings.flow_samples, health=health
@@ -195,7 +193,7 @@ class Engine:
         self._thread = get_ident()
         if held.number not in self._met:
             self._met.add(held.number)
-            for number in self._optimizers.gone():  # it may take another's place
+            for number in self._optimizers.replaced_by(held):
                 self._advance(Gone(number))
         done = self._advance(Uses(held.number, closure, task, running, new))
         if done.opened and not begins:  # no backward was seen to bring them
@@ -356,12 +354,6 @@ class Engine:
         for depth in DEPTHS:
             self._schedule.ask(depth, self._clock.upcoming[-1])
         self._refresh()
-
-    def bring_up_to_date(self) -> None:
-        """Hand on what is known already; an accelerator is not waited for."""
-        if self._clock.open and self._clock.stepped:
-            self._advance(Settles())
-        self.intake.bring_up_to_date()
 
     def count(self) -> None:
         """Count a step by hand."""

@@ -56,7 +56,7 @@ class OrthogonalGates(nn.Module):
         holder = nn.Module()
         holder.weight = nn.Parameter(self._split(weight).detach().clone())
         parametrizations.orthogonal(holder, "weight", orthogonal_map="cayley")
-        self.blocks: Any = holder.parametrizations["weight"][0]  # type: ignore[index]
+        self.blocks: Any = holder.parametrizations["weight"][0]  # type: ignore[index]  # nn.Module types attributes loosely
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """Return the stacked orthogonal blocks."""
@@ -198,7 +198,7 @@ def _is_held(recurrence: Recurrence) -> bool:
     module, name = recurrence.module, _name(recurrence)
     if not parametrize.is_parametrized(module, name):
         return False
-    steps: Any = module.parametrizations[name]  # type: ignore[index]
+    steps: Any = module.parametrizations[name]  # type: ignore[index]  # nn.Module types attributes loosely
     return len(steps) == 1 and isinstance(steps[0], OrthogonalGates)
 
 

@@ -219,7 +219,7 @@ def stored_weights(recurrence: Recurrence) -> dict[str, Tensor]:
 
 
 def _computed(module: nn.Module, name: str) -> Tensor:
-    steps = list(module.parametrizations[name].modules())  # type: ignore[index, union-attr]
+    steps = list(module.parametrizations[name].modules())  # type: ignore[index, union-attr]  # nn.Module types attributes loosely
     modes = [step.training for step in steps]
     try:
         for step in steps:

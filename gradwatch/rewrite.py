@@ -143,7 +143,7 @@ def holding(recurrence: Recurrence, name: str) -> list[Tensor]:
     module, stream = recurrence.module, recurrence.stream
     where = f"{name} of {stream.module}"
     if parametrize.is_parametrized(module, name):
-        inner: Any = module.parametrizations[name]  # type: ignore[index]
+        inner: Any = module.parametrizations[name]  # type: ignore[index]  # nn.Module types attributes loosely
         return [*inner.parameters(), *inner.buffers()]
     param = module._parameters.get(name)
     if param is None:
@@ -173,7 +173,7 @@ def _restorer(written: _Written) -> Callable[[], object]:
     """Return what puts a weight back as it is now."""
     module, name = written.recurrence.module, written.name
     if parametrize.is_parametrized(module, name):
-        inner: Any = module.parametrizations[name]  # type: ignore[index]
+        inner: Any = module.parametrizations[name]  # type: ignore[index]  # nn.Module types attributes loosely
         kept = {k: v.clone() for k, v in inner.state_dict().items()}
         return lambda: inner.load_state_dict(kept)
     [param] = written.behind
@@ -190,12 +190,12 @@ def _store(written: _Written) -> None:
     module, name = written.recurrence.module, written.name
     if not parametrize.is_parametrized(module, name):
         with torch.no_grad():
-            module._parameters[name].copy_(written.value)  # type: ignore[union-attr]
+            module._parameters[name].copy_(written.value)  # type: ignore[union-attr]  # nn.Module types attributes loosely
         return
     where = f"{name} of {written.recurrence.stream.module}"
     steps = "the parametrization " + ", ".join(
         type(step).__name__
-        for step in module.parametrizations[name]  # type: ignore[index]
+        for step in module.parametrizations[name]  # type: ignore[index]  # nn.Module types attributes loosely
     )
     try:
         with torch.no_grad():

@@ -23,6 +23,7 @@ from gradwatch.engine import Engine
 from gradwatch.folder import FORMAT, meta, open_folder
 from gradwatch.health import Health
 from gradwatch.hooks.probe import ForwardHook
+from gradwatch.intake import Intake
 from gradwatch.pipeline import Pipeline
 from gradwatch.processes import processes, rank
 from gradwatch.record import Alert, Incident, Records, Remedy, Stream
@@ -166,7 +167,7 @@ class Watch:
             self,
             settings=self._settings,
             health=self._health,
-            pipeline=self._pipeline,
+            intake=Intake(self._pipeline, self._settings),
             measuring=self._loud,
         )
         self._finalizer = weakref.finalize(
@@ -177,7 +178,7 @@ class Watch:
     def _bring_up_to_date(self) -> None:
         if self._engine is not None and not self._closed:
             with self._health.guard("gradients"):
-                self._engine.bring_up_to_date()
+                self._engine.intake.bring_up_to_date()
 
     # ---- the handle
 

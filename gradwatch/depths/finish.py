@@ -44,6 +44,11 @@ class Memory:
     flow: flow.Memory = field(default_factory=flow.Memory)
     facts: Facts = NO_FACTS
 
+    def learn(self, facts: Facts) -> None:
+        """Take facts that have changed; those of a step alone are not kept."""
+        ongoing = dataclasses.replace(facts, step=STEP_SCOPE)
+        self.facts = self.facts.with_later(ongoing)
+
     def forget(self, streams: list[str]) -> None:
         """Forget what is of the old weights of streams that were made anew."""
         self.gradients = dataclasses.replace(self.gradients, norms=())
@@ -111,7 +116,7 @@ def finish(step: Measured, memory: Memory) -> tuple[Row, Rest | None]:
     if step.sampled is not None:
         now, rest = _sampled(step, step.sampled, host, scale, memory, now)
     facts = now.since(memory.facts)
-    memory.facts = memory.facts.with_later(dataclasses.replace(facts, step=STEP_SCOPE))
+    memory.learn(facts)
     return row, dataclasses.replace(rest, facts=facts if facts else NO_FACTS)
 
 

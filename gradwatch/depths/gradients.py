@@ -208,6 +208,17 @@ class Memory:
     skipped: int = 0
     norms: Window = ()
 
+    def count(self, *, skipped: bool) -> None:
+        """Count a step that was skipped."""
+        self.skipped += skipped
+
+    def take(self, norm: float) -> bool:
+        """Take a total norm, if it is usual; tell whether it is."""
+        if self.unusual(norm):
+            return False
+        self.norms = push(self.norms, norm, _NORMS_KEPT)
+        return True
+
     def unusual(self, norm: float) -> bool:
         """Tell whether a total norm is not finite, or far above those of late."""
         if not math.isfinite(norm):
@@ -250,7 +261,7 @@ def finish(
         overhead: Share of the time since the last step that gradwatch used.
         skipped: Whether no optimizer has used the gradients.
     """
-    memory.skipped += skipped
+    memory.count(skipped=skipped)
     before = _before(step, host)
     norm = broken = clipped = ratio = None
     named = STEP_SCOPE
@@ -261,10 +272,8 @@ def finish(
             clipped = _clipped(step, host, before, norm)
             if math.isfinite(norm) and math.isfinite(clipped):
                 ratio = min(clipped / norm, 1.0) if norm else 1.0
-        if memory.unusual(norm):
+        if not memory.take(norm):
             named = _named(step, before, norm)
-        else:
-            memory.norms = push(memory.norms, norm, _NORMS_KEPT)
     row: Row = [overhead, loss, norm, broken, clipped, ratio, float(memory.skipped)]
     for index in layout.norms:
         found = [before[i] for i in index if i in before]

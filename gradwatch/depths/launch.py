@@ -176,7 +176,7 @@ class Launcher:
         if sampled.spectrum is not None:
             began = time.perf_counter()
             with self._guards["spectrum"]:
-                spectrum.add_update(sampled.spectrum, self._after(sampled))
+                sampled.spectrum.add_update(self._after(sampled))
             sampled.add("spectrum", None, began)
         for recurrence in self._modules.alive():
             name = recurrence.stream.name

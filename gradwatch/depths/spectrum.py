@@ -60,6 +60,43 @@ class Spectrum:
     groups: list[Group] = field(default_factory=list)
     numbers: Numbers = field(default_factory=dict)
 
+    def add(self, streams: list[Stream], matrices: Tensor, *, gram: bool) -> None:
+        """Launch the spectrum of streams of one size.
+
+        Args:
+            streams: The streams.
+            matrices: Of all their gates, shape ``(gates, H, H)``.
+            gram: Whether to measure ``sigma_max`` and ``orthogonality`` too.
+        """
+        launched, number = spectral.launch(matrices), len(self.groups)
+        blocks = dict(launched.blocks)
+        if gram:
+            blocks |= singular.launch_gram(matrices)
+        self.numbers |= {(number, name): t for name, t in blocks.items()}
+        self.groups.append(Group(streams, launched))
+
+    def add_update(self, after: Callable[[Stream], Recurrent | None]) -> None:
+        """Launch what the drift needs, once the optimizer has changed the weights.
+
+        Args:
+            after: Returns a stream's weights after the update, or None where they are
+                parametrised, or not the parameters that the forward used.
+        """
+        for number, group in enumerate(self.groups):
+            members = []
+            for stream in group.streams:
+                member, gates = after(stream), group.gates(stream)
+                if member is None:
+                    continue
+                if _alike(member, group.launched.matrix, len(gates)):
+                    members.append(member)
+                    group.updated.append(stream)
+            if members:
+                rows = [i for stream in group.updated for i in group.gates(stream)]
+                self.numbers[number, "moved"] = drift.launch_change(
+                    group.launched, _stacked(members), rows
+                )
+
 
 def launch(weights: Sequence[Recurrent], *, gram: bool) -> Spectrum:
     """Launch rho for every gate, all gates and layers of one size in one batch.
@@ -76,38 +113,10 @@ def launch(weights: Sequence[Recurrent], *, gram: bool) -> Spectrum:
         key = (member[0].hidden_size, member[1].device)
         by_size.setdefault(key, []).append(member)
     run = Spectrum()
-    for number, members in enumerate(by_size.values()):
-        stacked = _stacked(members)
-        launched = spectral.launch(stacked)
-        blocks = dict(launched.blocks)
-        if gram:
-            blocks |= singular.launch_gram(stacked)
-        run.numbers |= {(number, name): t for name, t in blocks.items()}
-        run.groups.append(Group([stream for stream, *_ in members], launched))
+    for members in by_size.values():
+        streams = [stream for stream, *_ in members]
+        run.add(streams, _stacked(members), gram=gram)
     return run
-
-
-def add_update(run: Spectrum, after: Callable[[Stream], Recurrent | None]) -> None:
-    """Launch what the drift needs, once the optimizer has changed the weights.
-
-    Args:
-        run: The run of this step.
-        after: Returns a stream's weights after the update, or None where they are
-            parametrised, or not the parameters that the forward used.
-    """
-    for number, group in enumerate(run.groups):
-        members = []
-        for stream in group.streams:
-            member, place = after(stream), group.gates(stream)
-            if member is None or not _alike(member, group.launched.matrix, len(place)):
-                continue
-            members.append(member)
-            group.updated.append(stream)
-        if members:
-            rows = [i for stream in group.updated for i in group.gates(stream)]
-            run.numbers[number, "moved"] = drift.launch_change(
-                group.launched, _stacked(members), rows
-            )
 
 
 def _alike(member: Recurrent, matrix: Tensor, gates: int) -> bool:

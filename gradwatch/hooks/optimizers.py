@@ -52,6 +52,7 @@ class Optimizers:
         self._known: dict[int, Held] = {}
         self._idle: dict[frozenset[int], frozenset[int]] = {}
         self._next = 0
+        self._over: list[int] = []  # numbers whose place another one has taken
         self._again: dict[int, Any] = {}
         # torch's registries are global: a hook must not keep the watch alive.
         own = weakref.ref(self)
@@ -106,10 +107,11 @@ class Optimizers:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         index = self._parameters.among(params)
         before = self._known.get(id(optimizer))
-        if before is None or before.optimizer() is not optimizer:
-            number, self._next = self._next, self._next + 1
-        else:
+        if before is not None and before.optimizer() is optimizer:
             number = before.number
+        else:
+            number, self._next = self._next, self._next + 1
+            self._over += [] if before is None else [before.number]
         held = Held(number, len(params), weakref.ref(optimizer), index)
         self._known[id(optimizer)] = held
         self._idle.clear()
@@ -120,12 +122,16 @@ class Optimizers:
         for optimizer in self.alive():
             self.look_up(optimizer)
 
-    def gone(self) -> list[int]:
-        """Return the numbers of those that are no more, once."""
-        over = {i: h for i, h in self._known.items() if h.optimizer() is None}
-        for place in over:
-            del self._known[place]
-        return [held.number for held in over.values()]
+    def replaced_by(self, new: Held) -> list[int]:
+        """Return the numbers of those that are no more, or hold nothing beside it."""
+        params, over, self._over = set(new.params), self._over, []
+        for place, held in list(self._known.items()):
+            if held.optimizer() is None:
+                del self._known[place]
+                over.append(held.number)
+            elif held.number != new.number and params.issuperset(held.params):
+                over.append(held.number)
+        return over
 
     def idle(self, stepped: Collection[int]) -> frozenset[int]:
         """Return the parameters that only optimizers hold which have not stepped.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from gradwatch import _torch
 from gradwatch.hooks.listener import Listener
-from gradwatch.numerics.norms import Norms, norms
+from gradwatch.numerics.norms import Norms
 from gradwatch.recurrent import clean_path
 
 Seen = tuple[weakref.ref[Tensor], int]
@@ -42,7 +42,6 @@ class Parameters:
         self._order: list[Tensor] = []
         self._seen: dict[int, Seen] = {}
         self._used: dict[int, tuple[int, Callable[[], Tensor | None], int]] = {}
-        self._sizes: Norms = []
         self.rescan()
 
     @property
@@ -64,7 +63,7 @@ class Parameters:
         self._remove_hooks()
         self.names, self.params = names, params
         self._index = {id(p): i for i, p in enumerate(params)}
-        self._seen, self._used, self._sizes = {}, {}, []
+        self._seen, self._used = {}, {}
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._trigger) for p in params
         ]
@@ -74,7 +73,7 @@ class Parameters:
         """Take the hooks off and let go of everything. Safe to call twice."""
         self._remove_hooks()
         self.params, self._order = [], []
-        self._seen, self._used, self._sizes = {}, {}, []
+        self._seen, self._used = {}, {}
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -204,23 +203,6 @@ class Parameters:
             return []
         return self.among(self._order)
 
-    # ---- weights
-
-    def note_sizes(self) -> None:
-        """Note how large the weights are."""
-        self._sizes = self._measured()
-
-    def moved(self) -> bool:
-        """Tell whether weights have changed since; on an accelerator this waits."""
-        return _plain(self._sizes) != _plain(self._measured())
-
-    def _measured(self) -> Norms:
-        return norms(self.params) if self.params else []
-
 
 def _nothing() -> None:
     """Stand in for a reference to what was never there."""
-
-
-def _plain(read: Norms) -> Collection[float]:
-    return read if isinstance(read, list) else read.tolist()
