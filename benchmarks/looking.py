@@ -5,8 +5,8 @@ from torch import nn
 from gradwatch.health import Health
 from gradwatch.hooks.probe import Probe, Wanted
 
-ALL = Wanted(weights=True, rows=True, grads=True)
-STATES = Wanted(weights=True, rows=True)
+ALL = Wanted(weights=True, sequences=True, grads=True)
+STATES = Wanted(weights=True, sequences=True)
 
 
 def looking_at(

@@ -99,6 +99,15 @@ def scaler_stage(scaler: Any, optimizer: Any) -> str | None:
     return getattr(stage, "name", "READY")
 
 
+def fused_scale(optimizer: Any) -> Tensor | None:
+    """Return the factor that a fused optimizer is to divide its gradients by itself.
+
+    A GradScaler puts it on the optimizer for the time of its step; else None.
+    """
+    factor = getattr(optimizer, "grad_scale", None)
+    return factor if isinstance(factor, Tensor) else None
+
+
 def has_pre_hooks(optimizer: Any) -> bool:
     """Tell whether an optimizer has step pre-hooks of its own.
 

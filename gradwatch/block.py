@@ -10,20 +10,20 @@ from gradwatch.facts import NO_FACTS, Facts
 from gradwatch.record import StepRecord
 
 ROWS: Final = 16
-"""Most rows of a block; anything remarkable closes one before."""
+"""Most rows of a block; a remarkable step closes it earlier."""
 
 Row = Sequence[float | None]
 """The values of one step, by the columns of its block; None: not measured."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Rest:
-    """What only a remarkable step has.
+class Extras:
+    """What only some rows have beside their values.
 
     Attributes:
         metrics: Values that have no column.
         profiles: Lists of at most 128 values by key.
-        facts: What is no number, and has changed.
+        facts: What is not a number, and has changed.
         events: Such as ``skipped_step``.
     """
 
@@ -42,19 +42,19 @@ class Block:
         steps: The step of each row.
         times: When each step closed, in seconds since the epoch.
         rows: The values.
-        rests: Index of a remarkable row -> what it has beside its values.
+        extras: Index of a remarkable row -> what it has beside its values.
     """
 
     columns: Sequence[str]
     steps: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    rests: dict[int, Rest] = field(default_factory=dict)
+    extras: dict[int, Extras] = field(default_factory=dict)
 
-    def add(self, step: int, time: float, row: Row, rest: Rest | None) -> None:
+    def add(self, step: int, time: float, row: Row, extras: Extras | None) -> None:
         """Add a step."""
-        if rest is not None:
-            self.rests[len(self.rows)] = rest
+        if extras is not None:
+            self.extras[len(self.rows)] = extras
         self.steps.append(step)
         self.times.append(time)
         self.rows.append(row)
@@ -64,17 +64,15 @@ class Block:
         for i, row in enumerate(self.rows):
             pairs = zip(self.columns, row, strict=True)
             metrics = {key: value for key, value in pairs if value is not None}
-            rest = self.rests.get(i)
-            if rest is None:
-                yield StepRecord(
-                    step=self.steps[i], time=self.times[i], metrics=metrics
-                )
+            step, time, beside = self.steps[i], self.times[i], self.extras.get(i)
+            if beside is None:
+                yield StepRecord(step=step, time=time, metrics=metrics)
                 continue
             yield StepRecord(
-                step=self.steps[i],
-                time=self.times[i],
-                metrics={**metrics, **rest.metrics},
-                profiles=rest.profiles,
-                facts=rest.facts,
-                events=rest.events,
+                step=step,
+                time=time,
+                metrics={**metrics, **beside.metrics},
+                profiles=beside.profiles,
+                facts=beside.facts,
+                events=beside.events,
             )

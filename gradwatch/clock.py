@@ -4,11 +4,11 @@ A step is one or more backward passes whose gradients are used together, and wha
 or several optimizers do with them, once or several times. :func:`advance` is pure: it
 knows no tensor and no optimizer, only what was seen of them.
 
-A step opens at the first backward after the last one. It closes as soon as nothing
-more can be expected: once every optimizer that was seen in the last steps has stepped,
-the first time after the first one. Where one of them has stepped several times, or
-later than expected, or stays away, it closes at the next backward. Gradients that are
-thrown away before any optimizer has used them are no step, unless they were not finite.
+A step opens with the first backward after the previous step has closed. It closes once
+every optimizer that stepped in the last 16 steps has stepped; the first step, with the
+first optimizer. If one of them steps several times, late, or not at all, it closes at
+the next backward. Gradients that are thrown away before any optimizer has used them
+make no step, unless they were not finite.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ MEMORY: Final = 16
 """Steps for which an optimizer is waited for, and a late one is remembered."""
 
 
-class Begins(NamedTuple):
+class BackwardBegins(NamedTuple):
     """The first gradient of a backward pass has been accumulated.
 
     Attributes:
         task: A number that tells passes apart; -1 where there is none.
         kept: Whether the waiting gradient that it was added to is the one that the last
             backward left; None where there was none.
-        finite: Whether the waiting gradients are; asked for where they were thrown away
-            in a step of which ``State.doubts`` is true.
-        running: How many optimizer steps are in progress: those of ``State.inside``
-            that are not have raised; None where that is not known.
+        finite: Whether the waiting gradients are; asked for where they were thrown
+            away and :attr:`ClockState.doubts`.
+        running: How many optimizer steps are in progress; if ``ClockState.inside``
+            lists more, the innermost have raised. None where that is not known.
     """
 
     task: int
@@ -38,7 +38,7 @@ class Begins(NamedTuple):
     running: int | None = None
 
 
-class Ends(NamedTuple):
+class BackwardEnds(NamedTuple):
     """A backward pass has ended.
 
     Attributes:
@@ -48,17 +48,17 @@ class Ends(NamedTuple):
     waiting: bool
 
 
-class Uses(NamedTuple):
+class OptimizerBegins(NamedTuple):
     """An optimizer is about to use its gradients.
 
     Attributes:
         optimizer: Its number.
         closure: Whether it runs the backward itself.
         task: The backward pass in progress; -1 outside one.
-        running: How many optimizer steps are in progress, with this one: those that
-            are not have raised.
+        running: How many optimizer steps are in progress, with this one; if
+            ``ClockState.inside`` lists more, the innermost have raised.
         new: Whether it holds gradients that no optimizer has had, and no backward was
-            seen to bring; told where no step is open, or the open one has been used.
+            seen to bring; asked for unless gradients wait that none has used.
     """
 
     optimizer: int
@@ -68,13 +68,14 @@ class Uses(NamedTuple):
     new: bool = False
 
 
-class Used(NamedTuple):
+class OptimizerEnds(NamedTuple):
     """An optimizer has stepped.
 
     Attributes:
         optimizer: Its number.
         task: The backward pass in progress; -1 outside one.
-        refused: Whether a clipper took gradients that were not finite away before.
+        refused: Whether a clipper has taken away gradients that were not finite, and
+            no optimizer was given any.
     """
 
     optimizer: int
@@ -82,16 +83,27 @@ class Used(NamedTuple):
     refused: bool = False
 
 
-class Refuses(NamedTuple):
+class OptimizerGone(NamedTuple):
+    """An optimizer was freed, or another one has taken its place.
+
+    Attributes:
+        optimizer: Its number.
+    """
+
+    optimizer: int
+
+
+class Refusal(NamedTuple):
     """The gradients are not finite, and are to be kept from the optimizers."""
 
 
-class Settles(NamedTuple):
-    """Everything seen so far is wanted: close the step as the next backward would.
+class Settling(NamedTuple):
+    """All that was seen is needed now: close the step as the next backward would.
 
     Attributes:
         kept: Whether no gradient of the open step has been thrown away.
-        finite: Whether the waiting gradients are; asked for where ``State.doubts``.
+        finite: Whether the waiting gradients are; asked for where
+            :attr:`ClockState.doubts`.
         final: Whether nothing more will come.
     """
 
@@ -100,29 +112,28 @@ class Settles(NamedTuple):
     final: bool = False
 
 
-class Counts(NamedTuple):
+class CountByHand(NamedTuple):
     """The user counts a step by hand."""
 
 
-class Gone(NamedTuple):
-    """An optimizer is no more, or another one has taken its place.
-
-    Attributes:
-        optimizer: Its number.
-    """
-
-    optimizer: int
-
-
-Event = Begins | Ends | Uses | Used | Refuses | Settles | Counts | Gone
+Event = (
+    BackwardBegins
+    | BackwardEnds
+    | OptimizerBegins
+    | OptimizerEnds
+    | OptimizerGone
+    | Refusal
+    | Settling
+    | CountByHand
+)
 
 
 class Regular(NamedTuple):
-    """An optimizer that has stepped of late.
+    """An optimizer that has stepped recently.
 
     Attributes:
         optimizer: Its number.
-        step: When it last did.
+        step: The last step in which it did.
         repeats: Whether it has done so several times in one step.
     """
 
@@ -131,7 +142,7 @@ class Regular(NamedTuple):
     repeats: bool = False
 
 
-class State(NamedTuple):
+class ClockState(NamedTuple):
     """What the clock knows.
 
     Attributes:
@@ -140,13 +151,14 @@ class State(NamedTuple):
         task: The backward pass that began last.
         backwards: Passes of the open step that have ended.
         stepped: Optimizers that have stepped in the open step, once for each time.
+        refused: Whether a clipper has refused the gradients of the open step.
         inside: Optimizers whose step is in progress, the outermost first.
-        regulars: Those that have stepped of late.
-        late: The last step that something came too late for.
+        regulars: Those that have stepped recently.
+        late: The last step whose optimizer stepped after it had closed.
         optimizers: Whether any optimizer has used gradients.
         by_hand: Whether updates are hand-written: one backward, one step.
-        candidate: Whether gradients were thrown away before that is known: of
-            hand-written updates they are a step, else not.
+        aside: Whether a step was set aside: its gradients were thrown away before it
+            is known whether updates are hand-written. If they are, it is a step.
         taken: Whether a step has been taken that was not skipped.
     """
 
@@ -155,12 +167,13 @@ class State(NamedTuple):
     task: int = -1
     backwards: int = 0
     stepped: tuple[int, ...] = ()
+    refused: bool = False
     inside: tuple[int, ...] = ()
     regulars: tuple[Regular, ...] = ()
     late: int = -MEMORY
     optimizers: bool = False
     by_hand: bool = False
-    candidate: bool = False
+    aside: bool = False
     taken: bool = False
 
     @property
@@ -169,12 +182,17 @@ class State(NamedTuple):
         return self.open and not self.stepped and not self.inside
 
     @property
+    def used(self) -> bool:
+        """Whether the open step's gradients have been used."""
+        return self.open and bool(self.stepped)
+
+    @property
     def upcoming(self) -> tuple[int, ...]:
         """The steps that a forward now may belong to."""
         return (self.number, self.number + 1) if self.open else (self.number,)
 
     def knows_no_other(self, optimizer: int) -> bool:
-        """Tell whether no other optimizer has stepped of late."""
+        """Tell whether no other optimizer has stepped recently."""
         known = self.regulars
         return not known or (len(known) == 1 and known[0].optimizer == optimizer)
 
@@ -184,29 +202,29 @@ class Closed(NamedTuple):
 
     Attributes:
         number: Its number.
-        stepped: The optimizers that have stepped.
-        skipped: Why none used its gradients: ``unused``, ``clipper`` or ``refused``;
-            empty where that is no matter.
+        stepped: The optimizers that have stepped, or were refused the gradients.
+        skipped: Why none was given its gradients: ``unused``, ``clipper`` or
+            ``refused``; empty for a step that was not skipped.
         early: Whether no step had been taken, and no optimizer seen, before it.
-        candidate: Whether it is the one that was set aside.
+        aside: Whether it is the one that was set aside.
     """
 
     number: int
     stepped: tuple[int, ...] = ()
     skipped: str = ""
     early: bool = False
-    candidate: bool = False
+    aside: bool = False
 
 
 class Done(NamedTuple):
     """What an event has brought about.
 
     Attributes:
-        closed: Steps that are over, in their order: two where the first was set aside.
+        closed: Steps that are over, in their order: two if the first was set aside.
         dropped: Whether what was open was no step.
-        set_aside: Whether what was open is the candidate now.
-        opened: Whether a step has opened; behind what was closed.
-        counts: Whether an optimizer is about to use the open step's gradients, itself
+        set_aside: Whether what was open is set aside now.
+        opened: Whether a step has opened; after what was closed.
+        uses: Whether an optimizer is about to use the open step's gradients, itself
             or by the closure that it runs; not one inside another's step.
     """
 
@@ -214,33 +232,40 @@ class Done(NamedTuple):
     dropped: bool = False
     set_aside: bool = False
     opened: bool = False
-    counts: bool = False
+    uses: bool = False
 
 
 NOTHING: Final = Done()
 _OPENED: Final = Done(opened=True)
-_COUNTS: Final = Done(counts=True)
+_USES: Final = Done(uses=True)
 
 
-def advance(state: State, event: Event) -> tuple[State, Done]:
+def advance(state: ClockState, event: Event) -> tuple[ClockState, Done]:
     """Return the state after an event, and what it has brought about."""
-    if isinstance(event, Begins):
-        return _begins(state, event)
-    if isinstance(event, Ends):
-        return _ends(state, event)
-    if isinstance(event, Uses):
-        return _uses(state, event)
-    if isinstance(event, Used):
-        return _used(state, event)
-    if isinstance(event, Settles):
-        return _settles(state, event)
-    if isinstance(event, Gone):
-        left = tuple(r for r in state.regulars if r.optimizer != event.optimizer)
-        return state._replace(regulars=left), NOTHING
-    return _close(state, "refused" if isinstance(event, Refuses) else "")
+    match event:
+        case BackwardBegins():
+            return _backward_begins(state, event)
+        case BackwardEnds():
+            return _backward_ends(state, event)
+        case OptimizerBegins():
+            return _optimizer_begins(state, event)
+        case OptimizerEnds():
+            return _optimizer_ends(state, event)
+        case OptimizerGone():
+            left = tuple(r for r in state.regulars if r.optimizer != event.optimizer)
+            return state._replace(regulars=left), NOTHING
+        case Settling():
+            return _settled(state, event)
+        case Refusal():
+            given = (*state.stepped, *state.inside[:1])
+            return _close(state._replace(stepped=given), "refused")
+        case CountByHand():
+            return _close(state)
 
 
-def _begins(state: State, event: Begins) -> tuple[State, Done]:
+def _backward_begins(
+    state: ClockState, event: BackwardBegins
+) -> tuple[ClockState, Done]:
     done = NOTHING
     if event.running is not None and event.running < len(state.inside):
         state = state._replace(inside=state.inside[: event.running])
@@ -253,22 +278,18 @@ def _begins(state: State, event: Begins) -> tuple[State, Done]:
     return state._replace(open=True, task=event.task), done
 
 
-def _thrown_away(state: State, finite: bool) -> tuple[State, Done]:
+def _thrown_away(state: ClockState, finite: bool) -> tuple[ClockState, Done]:
     """Close, drop or set aside a step whose gradients no optimizer has used."""
     if not finite:
         return _close(state, "unused")
     if state.optimizers or not state.backwards:
-        return _drop(state)
-    if state.by_hand or state.candidate:
+        return state._replace(open=False, backwards=0), Done(dropped=True)
+    if state.by_hand or state.aside:
         return _close(state._replace(by_hand=True))
-    return state._replace(open=False, backwards=0, candidate=True), Done(set_aside=True)
+    return state._replace(open=False, backwards=0, aside=True), Done(set_aside=True)
 
 
-def _drop(state: State) -> tuple[State, Done]:
-    return state._replace(open=False, backwards=0), Done(dropped=True)
-
-
-def _ends(state: State, event: Ends) -> tuple[State, Done]:
+def _backward_ends(state: ClockState, event: BackwardEnds) -> tuple[ClockState, Done]:
     if not state.open:
         return state, NOTHING
     state = state._replace(backwards=state.backwards + event.waiting)
@@ -277,41 +298,46 @@ def _ends(state: State, event: Ends) -> tuple[State, Done]:
     return state, NOTHING
 
 
-def _uses(state: State, event: Uses) -> tuple[State, Done]:
+def _optimizer_begins(
+    state: ClockState, event: OptimizerBegins
+) -> tuple[ClockState, Done]:
     outer = state.inside[: event.running - 1]
     if outer:  # an optimizer inside another's step: the outermost counts
         return state._replace(inside=(*outer, event.optimizer)), NOTHING
-    if state.inside or state.candidate or not state.optimizers:
-        state = state._replace(inside=(), optimizers=True, candidate=False)
+    if state.inside or state.aside or not state.optimizers:
+        state = state._replace(inside=(), optimizers=True, aside=False)
     done = NOTHING
     if event.task not in (-1, state.task):  # it steps inside backward, before our hook
-        state, done = _begins(state, Begins(event.task))
+        state, done = _backward_begins(state, BackwardBegins(event.task))
     anew = event.closure or (event.new and event.task == -1)
     if anew and state.open and state.stepped:
         state, done = _close(state)
     if not state.open and event.new:
         state, done = state._replace(open=True), done._replace(opened=True)
     if state.open or event.closure:
-        done = _COUNTS if done is NOTHING else done._replace(counts=True)
+        done = _USES if done is NOTHING else done._replace(uses=True)
     return state._replace(inside=(event.optimizer,)), done
 
 
-def _used(state: State, event: Used) -> tuple[State, Done]:
-    if event.optimizer not in state.inside:
-        return state, NOTHING  # it had begun before the watch did
-    last = len(state.inside) - 1 - state.inside[::-1].index(event.optimizer)
-    if last:
-        return state._replace(inside=state.inside[:last]), NOTHING
+def _optimizer_ends(state: ClockState, event: OptimizerEnds) -> tuple[ClockState, Done]:
+    if event.optimizer not in state.inside:  # it had begun before the watch did
+        if state.inside or not state.open:
+            return state, NOTHING
+        state = state._replace(optimizers=True, aside=False)
+    else:
+        last = len(state.inside) - 1 - state.inside[::-1].index(event.optimizer)
+        if last:
+            return state._replace(inside=state.inside[:last]), NOTHING
     if not state.open:
         return _came_late(state._replace(inside=()), event.optimizer), NOTHING
     stepped = (*state.stepped, event.optimizer)
-    state = state._replace(inside=(), stepped=stepped)
+    state = state._replace(inside=(), stepped=stepped, refused=event.refused)
     if event.task == -1 and _satisfied(state):
-        return _close(state, "clipper" if event.refused else "")
+        return _close(state)
     return state, NOTHING
 
 
-def _satisfied(state: State) -> bool:
+def _satisfied(state: ClockState) -> bool:
     """Tell whether nothing more can be expected of the open step."""
     if state.number - state.late < MEMORY:
         return False
@@ -321,7 +347,7 @@ def _satisfied(state: State) -> bool:
     return True
 
 
-def _came_late(state: State, optimizer: int) -> State:
+def _came_late(state: ClockState, optimizer: int) -> ClockState:
     """Remember an optimizer that has stepped after its step was closed."""
     if not state.taken:
         return state  # there is no such step
@@ -333,7 +359,7 @@ def _came_late(state: State, optimizer: int) -> State:
     return state._replace(regulars=tuple(found.values()), late=step)
 
 
-def _settles(state: State, event: Settles) -> tuple[State, Done]:
+def _settled(state: ClockState, event: Settling) -> tuple[ClockState, Done]:
     if not state.open:
         return state, NOTHING
     if state.stepped:  # one that was waited for never came
@@ -342,38 +368,44 @@ def _settles(state: State, event: Settles) -> tuple[State, Done]:
         return _close(state, "unused")
     if state.backwards and not state.optimizers:
         return _close(state._replace(by_hand=True))
-    closed = (_aside(state),) if state.candidate else ()
-    state = state._replace(number=state.number + len(closed), candidate=False)
-    if event.final or not event.kept:
-        state = _drop(state)[0]
-    return state, Done(closed=closed, dropped=not state.open)
+    state, closed = _with_aside(state)
+    dropped = event.final or not event.kept
+    if dropped:
+        state = state._replace(open=False, backwards=0)
+    return state, Done(closed=closed, dropped=dropped)
 
 
-def _close(state: State, skipped: str = "") -> tuple[State, Done]:
-    """Close the open step; what was set aside turns out to be one, before it."""
-    number, closed = state.number, tuple[Closed, ...]()
-    if state.candidate:
-        number, closed = number + 1, (_aside(state),)
+def _with_aside(state: ClockState) -> tuple[ClockState, tuple[Closed, ...]]:
+    """Count the step that was set aside, if there is one."""
+    if not state.aside:
+        return state, ()
+    closed = Closed(state.number, early=not state.taken, aside=True)
+    number = state.number + 1
+    state = state._replace(number=number, aside=False, by_hand=True, taken=True)
+    return state, (closed,)
+
+
+def _close(state: ClockState, skipped: str = "") -> tuple[ClockState, Done]:
+    """Close the open step; one that was set aside turns out to be one, before it."""
     early = not state.taken and not state.optimizers
-    after = State(
-        number=number + 1,
+    state, closed = _with_aside(state)
+    if state.refused and not skipped:
+        skipped = "clipper"
+    after = ClockState(
+        number=state.number + 1,
         task=state.task,
         regulars=_remembered(state),
         late=state.late,
         optimizers=state.optimizers,
-        by_hand=state.by_hand or state.candidate,
-        taken=state.taken or not skipped or state.candidate,
+        by_hand=state.by_hand,
+        taken=state.taken or not skipped,
     )
-    return after, Done(closed=(*closed, Closed(number, state.stepped, skipped, early)))
+    own = Closed(state.number, state.stepped, skipped, early)
+    return after, Done(closed=(*closed, own))
 
 
-def _aside(state: State) -> Closed:
-    """Return the step that was set aside."""
-    return Closed(state.number, early=not state.taken, candidate=True)
-
-
-def _remembered(state: State) -> tuple[Regular, ...]:
-    """Return the optimizers of late, with those of the step that closes."""
+def _remembered(state: ClockState) -> tuple[Regular, ...]:
+    """Return the recent optimizers, with those of the step that closes."""
     number, stepped = state.number, state.stepped
     found = {r.optimizer: r for r in state.regulars if number - r.step < MEMORY}
     for optimizer in stepped:

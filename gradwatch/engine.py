@@ -18,30 +18,30 @@ from torch.optim import Optimizer
 
 from gradwatch import _torch, clock
 from gradwatch.clock import (
-    Begins,
+    BackwardBegins,
+    BackwardEnds,
+    ClockState,
     Closed,
-    Counts,
+    CountByHand,
     Done,
-    Ends,
     Event,
-    Gone,
-    Refuses,
-    Settles,
-    State,
-    Used,
-    Uses,
+    OptimizerBegins,
+    OptimizerEnds,
+    OptimizerGone,
+    Refusal,
+    Settling,
 )
 from gradwatch.depths.finish import Memory
 from gradwatch.depths.launch import Launcher
 from gradwatch.depths.measured import Measured
 from gradwatch.depths.openstep import OpenStep
-from gradwatch.depths.reach import Rates, notes_of
 from gradwatch.depths.reader import Reader
+from gradwatch.depths.sampled_facts import Rates, notes_of
 from gradwatch.facts import ModuleFacts
 from gradwatch.health import Health
-from gradwatch.hooks.modules import Modules
-from gradwatch.hooks.optimizers import Held, Optimizers
-from gradwatch.hooks.parameters import Parameters
+from gradwatch.hooks.modules import ModuleHooks
+from gradwatch.hooks.optimizers import Held, OptimizerHooks
+from gradwatch.hooks.parameters import ParameterHooks
 from gradwatch.hooks.probe import NOTHING
 from gradwatch.intake import Intake
 from gradwatch.record import TrainingAlert
@@ -51,6 +51,8 @@ from gradwatch.settings import Settings
 
 _RESCAN_STEPS: Final = 50
 """Steps between two looks for parameters that were replaced."""
+_IN_PASSES: Final = (BackwardBegins, OptimizerBegins, OptimizerEnds)
+"""Events that may come while gradients are computed."""
 
 
 class Engine:
@@ -77,33 +79,32 @@ class Engine:
         intake: Intake,
         measuring: bool,
     ) -> None:
-        self.closed, self.intake = False, intake
+        self.closed, self._intake = False, intake
         self._paused, self._measuring = False, measuring
-        self._raising, self._schedule = settings.raising, settings.schedule
-        self._health = health
+        self._schedule, self._health = settings.schedule, health
         self._guard = health.guard("gradients", self._look_no_more)
-        self._clock = State(number=settings.start_step)
-        self._overdue, self._met = False, set[int]()
+        self._clock = ClockState(number=settings.start_step)
+        self._overdue = False
         self._thread = get_ident()
         self._ended = _weakly(self)  # autograd keeps the last callback of a pass
         with ExitStack() as undo:  # a failure half-way undoes what came before
-            self._modules = Modules(
+            self._modules = ModuleHooks(
                 found, owner, samples=settings.flow_samples, health=health
             )
             undo.callback(self._modules.close)
-            self._parameters = Parameters(model, self)
+            self._parameters = ParameterHooks(model, self)
             undo.callback(self._parameters.close)
-            self._optimizers = Optimizers(self._parameters, self, self._guard)
+            self._optimizers = OptimizerHooks(self._parameters, self, self._guard)
             undo.callback(self._optimizers.close)
             self._launcher = Launcher(self._modules, self._schedule, health)
             self._reader = Reader(
                 self._parameters, self._optimizers, self._modules, settings.scaler
             )
             self._step = OpenStep(self._reader, self._launcher)
+            undo.callback(self._reader.close)
+            self._changes = self._soonest = -1
+            self._refresh()
             self._stack = undo.pop_all()
-            self._stack.callback(self._reader.close)
-        self._changes = self._soonest = -1
-        self._refresh()
 
     def _refresh(self) -> None:
         """Ask the schedule what is due now, and when anything is due next."""
@@ -148,7 +149,7 @@ class Engine:
             if self._clock.doubts or running == 0:
                 kept = self._parameters.kept(param)
                 finite = kept is not False or self._reader.gradients.finite
-            if self._advance(Begins(task, kept, finite, running)).opened:
+            if self._advance(BackwardBegins(task, kept, finite, running)).opened:
                 self._reader.opened(param)
             _torch.after_backward(self._ended)
 
@@ -159,8 +160,10 @@ class Engine:
         with self._guard:
             waiting = self._reader.ended(due=self._due)
             if waiting:
+                self._step.ended()
                 self._launch()
-            self._advance(Ends(waiting))
+            self._modules.ended()
+            self._advance(BackwardEnds(waiting))
 
     def _launch(self) -> None:
         """Launch what is due; the weights are those that the forward used."""
@@ -176,9 +179,10 @@ class Engine:
         if self._off:
             return
         with self._guard:
-            held = self._reader.held(optimizer)
-            if held.params:
-                self._before(optimizer, held, closure)
+            held = self._reader.held(optimizer, anew=not self._clock.open)
+            if not held.params:
+                return
+            self._before(optimizer, held, closure)
         self._raise_if_due()
 
     def _before(self, optimizer: Optimizer, held: Held, closure: bool) -> None:
@@ -187,19 +191,21 @@ class Engine:
         if begins:  # it steps inside backward, before our hook
             self._parameters.begin(task)
             _torch.after_backward(self._ended)
-        waits = state.open and not state.stepped
+        waits = state.open and not state.used
         new = not waits and self._parameters.new(held.number, held.params)
         running = max(_torch.running_steps(), 1) if state.inside else 1
         self._thread = get_ident()
-        if held.number not in self._met:
-            self._met.add(held.number)
-            for number in self._optimizers.replaced_by(held):
-                self._advance(Gone(number))
-        done = self._advance(Uses(held.number, closure, task, running, new))
+        if self._optimizers.replaced:
+            for number in self._optimizers.take_replaced():
+                self._parameters.forget_used(number)
+                self._advance(OptimizerGone(number))
+        done = self._advance(OptimizerBegins(held.number, closure, task, running, new))
         if done.opened and not begins:  # no backward was seen to bring them
             self._parameters.note(*self._parameters.gradients())
         state = self._clock
-        if not done.counts or not self._due:
+        if state.stepped:
+            self._step.used_again()
+        if not done.uses or not self._due:
             return
         self._reader.about_to_use(held)
         if closure:  # backward runs inside step()
@@ -207,15 +213,16 @@ class Engine:
         if not state.backwards and task == -1:
             self._launch()  # its end was not called back
         self._read_used(optimizer, held, task)
-        if self._raising and not self._reader.gradients.used_finite:
-            self._advance(Refuses())
+        if self._intake.refuses and not self._reader.gradients.used_finite:
+            self._modules.used()
+            self._advance(Refusal())
 
     def _read_used(self, optimizer: Optimizer, held: Held, task: int) -> None:
         self._reader.read_used(
             optimizer,
             held,
             alone=task == -1 and self._clock.knows_no_other(held.number),
-            verify=self._step.sampled is not None or self.intake.unseen_writes,
+            verify=self._step.sampled is not None or self._intake.unseen_writes,
         )
 
     def after_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
@@ -224,8 +231,9 @@ class Engine:
             return
         with self._guard:
             held = self._reader.held(optimizer)
-            if held.params:
-                self._after(optimizer, held, closure)
+            if not held.params:
+                return
+            self._after(optimizer, held, closure)
         self._raise_if_due()
 
     def _after(self, optimizer: Optimizer, held: Held, closure: bool) -> None:
@@ -237,18 +245,19 @@ class Engine:
                     self._read_used(optimizer, held, task)
                 self._reader.compare(held)
             self._reader.has_used(held, state.stepped)
-        self._advance(Used(held.number, task, self._reader.refused))
+        self._advance(OptimizerEnds(held.number, task, self._reader.refused))
 
     def _raise_if_due(self) -> None:
         """Stop the training where that was asked for; only an optimizer's hook may."""
-        if self.intake.alert is not None:
-            raise TrainingAlert(self.intake.take_alert())
+        alert = self._intake.take_alert()
+        if alert is not None:
+            raise TrainingAlert(alert)
 
     # ---- what the clock makes of it
 
     def _advance(self, event: Event) -> Done:
         self._clock, done = clock.advance(self._clock, event)
-        task = event.task if isinstance(event, Begins | Uses) else -1
+        task = event.task if isinstance(event, _IN_PASSES) else -1
         if done is clock.NOTHING and not self._overdue:
             return done
         if done.set_aside:
@@ -258,18 +267,21 @@ class Engine:
         if done.dropped:
             self._step.drop()
         if done.closed or done.dropped:
-            number = self._clock.number
-            states = self._soonest <= number and self._launcher.due("flow", number)
-            self._modules.forget(task, states=states)
-        if self._step.aside is not None and not self._clock.candidate:
-            self._step.forget_aside()
+            self._modules.forget(task, states=self._flow_is_due())
         if done.opened and self._soonest <= self._clock.number + 2:
             self._expect()
         if self._overdue and task == -1:  # not while gradients are computed
             self._overdue = False
-            self.intake.go_on(self._clock.upcoming[-1])
+            self._intake.release(self._clock.upcoming[-1])
             self._refresh()
         return done
+
+    def _flow_is_due(self) -> tuple[bool, bool]:
+        """Tell whether the flow is due at the next step, and at the one after it."""
+        now = self._clock.number
+        if self._soonest > now + 1:
+            return False, False
+        return self._launcher.due("flow", now), self._launcher.due("flow", now + 1)
 
     def _rates(self) -> Rates | None:
         """Return the learning rates, if the open step wants them and they are known."""
@@ -279,18 +291,19 @@ class Engine:
 
     def _close(self, closed: Closed) -> None:
         """Start the numbers of a step that is over on their way."""
-        self._schedule.stepped(self._health.step())
+        if not closed.aside:
+            self._schedule.stepped(self._health.step())
         parts = self._step.close(closed, self._rates())
-        if not self._paused:  # else what has happened is told once measuring goes on
+        if not self._paused:  # else events are recorded once measuring resumes
             step = Measured.of(
                 closed.number,
                 parts,
                 skipped_by=self._step.who_skipped(closed),
-                events=self.intake.take_events(),
+                events=self._intake.take_events(),
                 overhead=self._health.overhead,
             )
             if step is not None:
-                self._overdue = self.intake.take(step) or self._overdue
+                self._overdue = self._intake.take(step) or self._overdue
         if closed.number % _RESCAN_STEPS == 0:
             self._reader.rescan()
         self._refresh()
@@ -327,9 +340,20 @@ class Engine:
         Args:
             begun: Whether a step has been measured.
         """
-        memory = self.intake.memory
-        seen = {**self._launcher.modules, **memory.facts.modules}
+        memory = self.memory
+        seen = {**self._launcher.module_facts, **memory.facts.modules}
         return seen, notes_of(self._modules, seen, memory.state.left_out, begun=begun)
+
+    @property
+    def memory(self) -> Memory:
+        """What is remembered of the steps that were handed on."""
+        return self._intake.memory
+
+    def bring_up_to_date(self) -> None:
+        """Hand on what is on the host already; reading decides nothing."""
+        if not self._off:
+            with self._guard:
+                self._intake.bring_up_to_date()
 
     def watches(self, modules: int) -> bool:
         """Tell whether so many modules have a probe."""
@@ -337,7 +361,8 @@ class Engine:
 
     def log(self, loss: float | Tensor) -> None:
         """Take the loss of the step; of the next one, where optimizers have stepped."""
-        self._step.log(loss, used=self._clock.open and bool(self._clock.stepped))
+        if not self._off:
+            self._step.log(loss, used=self._clock.used)
 
     def pause(self) -> None:
         """Stop measuring; steps are still counted."""
@@ -357,32 +382,37 @@ class Engine:
 
     def count(self) -> None:
         """Count a step by hand."""
+        if self._off:
+            return
         with self._guard:
             self._reader.read_now()
-            self._advance(Counts())
+            self._modules.used()
+            self._advance(CountByHand())
         self._raise_if_due()
 
     def was_remade(self, streams: Sequence[str]) -> None:
         """Take note of streams whose weights were made anew."""
-        self.intake.note(*(f"reinit:{name}" for name in streams))
+        self._intake.note(*(f"reinit:{name}" for name in streams))
         self._reader.rescan()
 
-    def go_on_from(self, number: int, memory: Memory) -> None:
+    def resume_from(self, number: int, memory: Memory) -> None:
         """Go on with the steps of an earlier run."""
         self._clock = self._clock._replace(number=number)
-        self.intake.go_on_from(memory)
-        self.intake.note("resume")
+        self._intake.resume_from(memory)
+        self._intake.note("resume")
         self._refresh()
 
     def settle(self, *, final: bool = False) -> None:
-        """Close the open step where that can be, and hand on all that waits."""
+        """Close the open step if that can be, and hand on every step that waits."""
+        if self._off:
+            return
         with self._guard:
             kept, finite = True, True
             if self._clock.doubts:
                 kept = self._parameters.all_kept()
                 finite = self._reader.gradients.finite
-            self._advance(Settles(kept, finite, final))
-            self.intake.hand_on()
+            self._advance(Settling(kept, finite, final))
+            self._intake.hand_on()
 
     def close(self) -> None:
         """Take every hook off and hand on all that waits. Safe to call twice."""

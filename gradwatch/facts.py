@@ -1,4 +1,4 @@
-"""Facts: what is known of a run and is no number. The third catalogue.
+"""Facts: what is known of a run and is not a number. The third catalogue.
 
 A field below is a fact; its class is its scope, and its type and meaning stand beside
 it. ``docs/files.md`` has the same as a table. A fact is None where it is not known.
@@ -22,7 +22,7 @@ class StepFacts:
     """What is true of one step alone."""
 
     skipped_by: str | None = _fact(
-        "who left a skipped step out: `scaler`, `clipper`, `user`, `refused` "
+        "who skipped the step: `scaler`, `clipper`, `user`, `refused` "
         "(gradwatch itself), or `unknown` while no step has been taken"
     )
     nonfinite: tuple[str, ...] | None = _fact(
@@ -39,8 +39,8 @@ class RunFacts:
     """What is true of the loop until it changes."""
 
     cleared: bool | None = _fact(
-        "whether the gradients of a step are cleared before the next one's; told once "
-        "they were not"
+        "whether the gradients of a step are cleared before the next one's; recorded "
+        "from the first time they were not"
     )
     scaled: bool | None = _fact("whether a loss scaler multiplies the gradients")
 
@@ -57,7 +57,8 @@ class ModuleFacts:
         "whether a gradient reached it: `reached`, `detached`, `unused`, or `gone`"
     )
     cut: int | None = _fact(
-        "time steps of earlier calls whose state was detached, and that get nothing"
+        "time steps of earlier calls whose state was detached, and that receive no "
+        "gradient"
     )
     state_detached: bool | None = _fact(
         "whether it goes on from the detached state of an earlier call"
@@ -67,7 +68,7 @@ class ModuleFacts:
         "share of its input, at the end of the sequences, that is all zeros"
     )
     same_batch: int | None = _fact(
-        "how many looks in a row found the same input, 8 at most"
+        "how many consecutive probes found the same input, at most 8"
     )
     input_finite: bool | None = _fact("False where its input held NaN or Inf")
 
@@ -187,16 +188,22 @@ def _scope(kind: type[_Scope], raw: Mapping[str, Any]) -> _Scope:
     return kind(**known)
 
 
-def state_from_format_1(state: Any) -> Any:
-    """Return a saved state of format 1 with all facts in it by scope."""
-    if isinstance(state, Mapping):
-        return {
-            name: from_format_1(value)
-            if name == "facts"
-            else state_from_format_1(value)
-            for name, value in state.items()
-        }
-    return state
+def state_from_format_1(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved state of a pipeline of format 1 with all its facts by scope."""
+    memory = {**state["memory"], "facts": from_format_1(state["memory"]["facts"])}
+    rules = {name: _rule_from_format_1(rule) for name, rule in state["rules"].items()}
+    return {**state, "memory": memory, "rules": rules}
+
+
+def _rule_from_format_1(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a rule's state; its facts are its own, or of what it has seen."""
+    found = dict(state)
+    for name, value in state.items():
+        if name == "facts":
+            found[name] = from_format_1(value)
+        elif name in ("seen", "_seen") and "facts" in value:
+            found[name] = {**value, "facts": from_format_1(value["facts"])}
+    return found
 
 
 def from_format_1(raw: Mapping[str, Any]) -> dict[str, Any]:

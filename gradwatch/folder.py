@@ -23,7 +23,7 @@ from gradwatch.sinks.jsonl import Jsonl, safe_name
 from gradwatch.sinks.wandb import active_run
 
 FORMAT: Final = 2
-"""Of the files: 2 has facts by scope; 1 had them in one dict."""
+"""Version of the files: 2 keeps facts by scope, 1 kept them in one dict."""
 
 
 class FolderError(OSError):
@@ -54,14 +54,15 @@ def meta(settings: Settings, streams: Sequence[Stream]) -> dict[str, Any]:
 
 
 def open_folder(settings: Settings, content: dict[str, Any]) -> Jsonl | None:
-    """Make the run folder; where that cannot be, say so and keep to memory."""
+    """Make the run folder; if that fails, report it and keep records in memory only."""
     where = settings.dir
     if where == DIR:
         where = os.environ.get("GRADWATCH_DIR", DIR)
     if where is None:
         return None
     default = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
-    name = settings.name or getattr(active_run(), "id", None) or default
+    run = active_run()
+    name = settings.name or (run.id if run is not None else None) or default
     try:
         folder, why = make_folder(Path(where), str(name))
         sink = Jsonl(folder, content)

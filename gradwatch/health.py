@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +25,6 @@ class Health:
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self.failed: dict[str, str] = {}
-        self.dropped: dict[str, int] = {}
         self.overhead = 0.0
         """Share of the last step's time that was ours."""
         self._spent = 0.0
@@ -38,28 +37,32 @@ class Health:
         """Return the guard of a part; ``off`` is called once if the part fails."""
         return Guard(self, part, off)
 
-    def fail(self, part: str, error: Exception) -> None:
-        """Take note of a failure and report it with its traceback, once a part."""
+    def fail(self, part: str, error: Exception) -> bool:
+        """Report a failure with its traceback, once a part; tell whether it is new."""
         if part in self.failed:
-            return
+            return False
         self.failed[part] = f"{type(error).__name__}: {error}"
         trace = "".join(traceback.format_exception(error)).rstrip()
         self._report(
             f"{part} failed and is off from now on; training is not affected.\n{trace}"
         )
+        return True
 
-    def as_dict(self, state: str, queued: int) -> dict[str, Any]:
+    def as_dict(
+        self, state: str, *, queued: int, dropped: Mapping[str, int]
+    ) -> dict[str, Any]:
         """Return the state in plain values.
 
         Args:
             state: ``on`` or ``off``.
             queued: How many records wait to be sent.
+            dropped: How many were lost, by sink.
         """
-        lost = self.failed or any(self.dropped.values())
+        lost = self.failed or any(dropped.values())
         return {
             "state": "degraded" if lost and state == "on" else state,
             "failed": dict(self.failed),
-            "dropped": dict(self.dropped),
+            "dropped": dict(dropped),
             "queue": queued,
             "overhead": self.overhead,
         }
@@ -122,6 +125,6 @@ class Guard:
             return False
         if self._health.strict:
             return False
-        self._health.fail(self._part, error)
-        self._off()
+        if self._health.fail(self._part, error):
+            self._off()
         return True

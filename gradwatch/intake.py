@@ -1,8 +1,8 @@
 """Closed steps on their way to rules and sinks: drained, finished, and in blocks.
 
-A step that nothing is remarkable about waits for those after it, 16 at most; anything
-remarkable goes on at once, with all that waits. Never for a time: what the rules then
-ask for has to follow from the steps alone.
+An unremarkable step waits for those after it, at most 16; a remarkable one goes on at
+once, with all that wait. Never by the clock: what rules ask for must follow from the
+steps alone.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ import math
 import time
 from collections import deque
 
+from torch import Tensor
+
 from gradwatch.block import ROWS, Block
 from gradwatch.depths.finish import Memory, finish
 from gradwatch.depths.measured import Measured
 from gradwatch.pipeline import Pipeline
 from gradwatch.record import Alert
 from gradwatch.settings import Settings
+
+REFUSED = "refused"
+"""What a step is skipped by whose gradients gradwatch kept from the optimizer."""
 
 
 class Intake:
@@ -30,47 +35,78 @@ class Intake:
 
     def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
         self.memory = Memory()
-        self._events: list[str] = []
         self.unseen_writes = False
         """Whether the loop was found to write gradients without a trace."""
         self._pipeline, self._schedule = pipeline, settings.schedule
         self._patient, self._raising = settings.patient, settings.raising
+        self._events: list[str] = []
         self._waiting: deque[Measured] = deque()
         self._since = 0
         self._bound = 0.0
-        self.alert: Alert | None = None
-        """What is to stop the training; None for nothing."""
+        self._handing_on = False
+        self._alert: Alert | None = None
 
-    # ---- a step has closed
+    @property
+    def refuses(self) -> bool:
+        """Whether gradients that are not finite are kept from the optimizers."""
+        return self._raising and self._pipeline.reports("nonfinite")
+
+    # ---- what has happened
+
+    def note(self, *events: str) -> None:
+        """Note what has happened, for the next record to hold."""
+        self._events += events
 
     def take_events(self) -> tuple[str, ...]:
         """Return what has happened since the last record."""
         events, self._events = tuple(self._events), []
         return events
 
-    def note(self, *events: str) -> None:
-        """Note what has happened, for the next record to tell."""
-        self._events += events
+    def take_alert(self) -> Alert | None:
+        """Return, once, the alert that is to stop the training; None for none."""
+        alert = self._alert
+        if alert is not None:
+            self._alert = None
+        return alert
 
-    def go_on_from(self, memory: Memory) -> None:
+    def resume_from(self, memory: Memory) -> None:
         """Go on with what an earlier run remembered."""
         self.memory = memory
 
+    # ---- a step has closed
+
     def take(self, step: Measured) -> bool:
-        """Take a step; tell whether it, and all that waits, is to go on now."""
+        """Take a step; tell whether it, and all that wait, are to go on now."""
         self._waiting.append(step)
         self._since += 1
         return not step.drain.immediate or not self._can_wait(step)
 
-    def go_on(self, upcoming: int) -> None:
+    def _can_wait(self, step: Measured) -> bool:
+        """Tell whether nothing is remarkable about a step: no rule decides on it.
+
+        Its norm is compared with those that were usual before the steps that wait.
+        """
+        gradients, _, sampled, loss = step.parts
+        if not self._patient or self._since >= ROWS or sampled is not None:
+            return False
+        if step.events or gradients.scale is not None:
+            return False
+        if (
+            loss is not None
+            and not isinstance(loss, Tensor)
+            and not math.isfinite(loss)
+        ):
+            return False
+        before = gradients.before
+        return isinstance(before, list) and math.hypot(*before) < self._bound
+
+    def release(self, upcoming: int) -> None:
         """Hand on what waits, and have measured what the rules ask for.
 
         Args:
             upcoming: The next step whose forward is still to come.
         """
-        # An accelerator's numbers come one sampled step late.
-        late = bool(self._waiting) and not self._waiting[-1].drain.immediate
-        self.hand_on(keep=int(late))
+        self.hand_on(keep=int(self._last_may_wait()))
         self._since = 0
         self._bound = self.memory.gradients.bound
         self._pipeline.write_out()
@@ -79,66 +115,73 @@ class Intake:
         for depth in self._pipeline.judge.wanted():
             self._schedule.ask(depth, upcoming)
 
-    def _can_wait(self, step: Measured) -> bool:
-        """Tell whether nothing is remarkable about a step: no rule decides on it."""
-        before = step.gradients.before
-        if not self._patient or self._since >= ROWS or step.sampled is not None:
+    def _last_may_wait(self) -> bool:
+        """Tell whether the last step's numbers are on their way from an accelerator.
+
+        They are waited for one step later, but for a step that is refused: what raises
+        has to do so before the optimizer steps.
+        """
+        if not self._waiting:
             return False
-        if step.events or step.gradients.scale is not None:
-            return False
-        if step.loss is not None and not math.isfinite(step.loss):
-            return False
-        return isinstance(before, list) and math.hypot(*before) < self._bound
+        last = self._waiting[-1]
+        return not last.drain.immediate and last.skipped_by != REFUSED
 
     def hand_on(self, keep: int = 0) -> None:
-        """Finish the steps that wait, all but ``keep``, and hand them on."""
+        """Finish the steps that wait, all but ``keep``, and hand them on.
+
+        Whoever reads the watch while an alert is given out, sees what is there by then.
+        """
+        if self._handing_on:
+            return
+        self._handing_on = True
+        try:
+            self._hand_on(keep)
+        finally:
+            self._handing_on = False
+
+    def _hand_on(self, keep: int) -> None:
         block: Block | None = None
         while len(self._waiting) > keep:
             step = self._waiting.popleft()
             began = time.perf_counter()
-            row, rest = finish(step, self.memory)
+            row, extras = finish(step, self.memory)
             self._note_costs(step, time.perf_counter() - began)
-            if block is None or block.columns is not step.layout.columns:
-                self._pass_on(block)
-                block = Block(step.layout.columns)
-            block.add(step.number, step.time, row, rest)
-            if step.skipped_by == "refused":
-                self._pass_on(block, refused=True)
+            columns = step.parts.layout.columns
+            if block is None or block.columns is not columns:
+                self._to_pipeline(block)
+                block = Block(columns)
+            block.add(step.number, step.time, row, extras)
+            if step.skipped_by == REFUSED:
+                self._to_pipeline(block, refused=True)
                 block = None
-        self._pass_on(block)
+        self._to_pipeline(block)
 
-    def _pass_on(self, block: Block | None, *, refused: bool = False) -> None:
-        given = self._pipeline.take(block) if block is not None else []
-        if not self._raising or block is None:
+    def _to_pipeline(self, block: Block | None, *, refused: bool = False) -> None:
+        if block is None:
+            return
+        given = self._pipeline.take(block)
+        if not self._raising:
             return
         errors = [alert for alert in given if alert.severity == "error"]
         if not errors and refused:
             errors = self._pipeline.still_open()
         if errors:
-            self.alert = errors[0]
+            self._alert = errors[0]
 
-    def _note_costs(self, step: Measured, finish: float) -> None:
+    def _note_costs(self, step: Measured, seconds: float) -> None:
         """Tell the schedule what the depths of a step cost; the finish is shared."""
-        if step.sampled is None:
+        gradients, _, sampled, _ = step.parts
+        if sampled is None:
             return
-        if step.gradients.written_unseen(step.drain.wait()["gradients"]):
+        if gradients.written_unseen(step.drain.wait()["gradients"]):
             self.unseen_writes = True
-        spent = step.sampled.seconds
-        for depth in step.sampled.runs:
-            cost = spent[depth] + finish / len(step.sampled.runs)
+        for depth in sampled.runs:
+            cost = sampled.seconds[depth] + seconds / len(sampled.runs)
             changed = self._schedule.ran(depth, cost)
             if changed is not None:
                 self.note(f"cadence: {changed}")
-
-    # ---- asked for
 
     def bring_up_to_date(self) -> None:
         """Hand on what is on the host already; reading decides nothing."""
         if self._waiting and all(step.drain.immediate for step in self._waiting):
             self.hand_on()
-
-    def take_alert(self) -> Alert:
-        """Return, once, the alert that is to stop the training."""
-        alert, self.alert = self.alert, None
-        assert alert is not None
-        return alert

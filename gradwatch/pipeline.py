@@ -75,7 +75,8 @@ class Pipeline:
         self.records.append(record)
         self.latest.update(record.metrics)
         given, changed = self._judge(record)
-        self.alerts = (self.alerts + given)[-_ALERTS_KEPT:]
+        if given:
+            self.alerts = (self.alerts + given)[-_ALERTS_KEPT:]
         self._to_folder(record, given, changed)
         alarms = [alert for alert in given if alert.severity != "info"]
         self._tell(given, alarms)
@@ -86,10 +87,15 @@ class Pipeline:
                     sink.write(record, given)
         return given
 
+    def reports(self, kind: str) -> bool:
+        """Tell whether alerts of a kind may be given out: its rule works, unmuted."""
+        return self.judge.reports(kind) and not self._rules_guard.failed
+
     def still_open(self) -> list[Alert]:
-        """Return the last alert of the incident that opened last, if one is open."""
+        """Return the last alert of the incident of an error that is open, if one is."""
         known = [i for i in self.judge.incidents.all() if i.until is None]
-        return [known[-1].alerts[-1]] if known else []
+        errors = [i for i in known if i.severity == "error"] or known
+        return [errors[-1].alerts[-1]] if errors else []
 
     def _judge(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
         found: tuple[list[Alert], list[Incident]] = [], []

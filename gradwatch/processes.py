@@ -9,16 +9,17 @@ import torch
 
 def processes() -> int:
     """Return how many processes train together."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_world_size())
-    return 1
+    return int(torch.distributed.get_world_size()) if _initialised() else 1
 
 
 def rank() -> int:
     """Return this process's rank, 0 where there is only one."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
+    if _initialised():
+        return int(torch.distributed.get_rank())
     given = os.environ.get("RANK", "0")
     return int(given) if given.isdigit() else 0
+
+
+def _initialised() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()

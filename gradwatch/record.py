@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, overload
 
@@ -79,8 +79,10 @@ class StepRecord:
     events: tuple[str, ...] = ()
 
 
-def reinitialised(events: Iterable[str]) -> list[str]:
+def reinitialised(events: Collection[str]) -> list[str]:
     """Return the streams whose weights were made anew, by the events of a step."""
+    if not events:
+        return []
     start = "reinit:"
     return [e.removeprefix(start) for e in events if e.startswith(start)]
 

@@ -176,9 +176,8 @@ class Watch:
         return engine
 
     def _bring_up_to_date(self) -> None:
-        if self._engine is not None and not self._closed:
-            with self._health.guard("gradients"):
-                self._engine.intake.bring_up_to_date()
+        if self._engine is not None:
+            self._engine.bring_up_to_date()
 
     # ---- the handle
 
@@ -220,10 +219,12 @@ class Watch:
     def health(self) -> dict[str, Any]:
         """What works, what failed, what was lost, and what it costs."""
         wandb = self._settings.wandb
-        if wandb is not None and wandb.dropped:
-            self._health.dropped["W&B"] = wandb.dropped
-        queued = 0 if wandb is None else wandb.queued
-        return self._health.as_dict("off" if self._closed else "on", queued)
+        lost = {} if wandb is None or not wandb.dropped else {"W&B": wandb.dropped}
+        return self._health.as_dict(
+            "off" if self._closed else "on",
+            queued=0 if wandb is None else wandb.queued,
+            dropped=lost,
+        )
 
     def flush(self) -> None:
         """Bring everything measured so far into records, alerts, files and sinks."""
@@ -354,7 +355,7 @@ class Watch:
         self.flush()
         number, memory = 0, Memory()
         if self._engine is not None:
-            number, memory = self._engine.number, self._engine.intake.memory
+            number, memory = self._engine.number, self._engine.memory
         return {
             "format": FORMAT,
             "step": number,
@@ -381,7 +382,7 @@ class Watch:
         self._pipeline.load_state_dict(pipeline)
         if self._engine is not None:
             memory = Memory.from_state(pipeline["memory"])
-            self._engine.go_on_from(int(state["step"]), memory)
+            self._engine.resume_from(int(state["step"]), memory)
 
     def __enter__(self) -> Watch:
         """Return the watch itself."""

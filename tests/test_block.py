@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradwatch
-from gradwatch.block import ROWS, Block, Rest
+from gradwatch.block import ROWS, Block, Extras
 from gradwatch.facts import Facts, ModuleFacts
 from gradwatch.pipeline import Pipeline
 from gradwatch.record import StepRecord
@@ -19,7 +19,7 @@ def test_rows_are_records_on_demand():
         8,
         2.5,
         [1.0, 2.0, None],
-        Rest(metrics={"d": 4.0}, facts=facts, events=("skipped_step",)),
+        Extras(metrics={"d": 4.0}, facts=facts, events=("skipped_step",)),
     )
     assert list(block.records()) == [
         StepRecord(step=7, time=1.5, metrics={"a": 1.0, "c": 3.0}),

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from gradwatch.clock import (
     MEMORY,
-    Begins,
-    Counts,
-    Ends,
-    Gone,
-    Refuses,
-    Settles,
-    State,
-    Used,
-    Uses,
+    BackwardBegins,
+    BackwardEnds,
+    ClockState,
+    CountByHand,
+    OptimizerBegins,
+    OptimizerEnds,
+    OptimizerGone,
+    Refusal,
+    Settling,
     advance,
 )
 
@@ -32,11 +32,15 @@ class Backward(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An optimizer steps; with a closure, the passes of which run inside."""
+    """An optimizer steps; with a closure, the passes of which run inside.
+
+    One that steps ``inside`` it may raise alone: what runs it goes on.
+    """
 
     optimizer: int
     closure: tuple[Backward, ...] | None = None
     inside: int | None = None
+    inside_raises: bool = False
     raises: bool = False
     new: bool = False
 
@@ -122,9 +126,9 @@ def is_by_hand(early, i, first_use):
     if first_use is None:
         return True
     unused = [j for j, g in enumerate(early) if not g.uses and g.passes]
-    if early[-1] is early[i]:
+    if i == len(early) - 1:
         return False  # it was there as the first optimizer came
-    later = [j for j in unused if j > i and early[j] is not early[-1]]
+    later = [j for j in unused if i < j < len(early) - 1]
     return bool(later) or any(j < i and early[j].finite for j in unused)
 
 
@@ -135,7 +139,7 @@ class Driver:
     """Turns what a loop does into the events that the hooks report."""
 
     def __init__(self):
-        self.state, self.task, self.steps = State(), 0, []
+        self.state, self.task, self.steps = ClockState(), 0, []
         self.finite, self.running = True, []
 
     def tell(self, event):
@@ -152,7 +156,7 @@ class Driver:
         self.task += 1
         waiting = self.state.open
         self.tell(
-            Begins(
+            BackwardBegins(
                 self.task,
                 kept=not event.anew if waiting else None,
                 finite=self.finite,
@@ -161,33 +165,36 @@ class Driver:
         )
         if not event.raises:
             self.finite = self.finite and event.finite
-            self.tell(Ends(waiting=True))
+            self.tell(BackwardEnds(waiting=True))
 
     def inside(self, event):
         self.task += 1
         kept = False if self.state.open else None
         running = len(self.running)
-        self.tell(Begins(self.task, kept=kept, finite=self.finite, running=running))
+        self.tell(
+            BackwardBegins(self.task, kept=kept, finite=self.finite, running=running)
+        )
         for optimizer in event.optimizers:
-            self.tell(Uses(optimizer, task=self.task, new=True))
-            self.tell(Used(optimizer, task=self.task))
-        self.tell(Ends(waiting=False))
+            self.tell(OptimizerBegins(optimizer, task=self.task, new=True))
+            self.tell(OptimizerEnds(optimizer, task=self.task))
+        self.tell(BackwardEnds(waiting=False))
 
     def step(self, event):
         self.running = [event.optimizer]
         closure = bool(event.closure)
         waits = self.state.open and not self.state.stepped
         new = event.new and not waits  # else the gradients are those that wait
-        done = self.tell(Uses(event.optimizer, closure=closure, new=new))
-        assert done.counts == (self.state.open or closure)
+        done = self.tell(OptimizerBegins(event.optimizer, closure=closure, new=new))
+        assert done.uses == (self.state.open or closure)
         for one in event.closure or ():
             self.backward(one)
         if event.inside is not None:
-            assert not self.tell(Uses(event.inside, running=2)).counts
-            self.tell(Used(event.inside))
+            assert not self.tell(OptimizerBegins(event.inside, running=2)).uses
+            if not event.inside_raises:
+                self.tell(OptimizerEnds(event.inside))
         self.running = []
         if not event.raises:
-            self.tell(Used(event.optimizer))
+            self.tell(OptimizerEnds(event.optimizer))
 
     def play_one(self, event):
         if isinstance(event, Backward):
@@ -197,12 +204,12 @@ class Driver:
         elif isinstance(event, Step):
             self.step(event)
         else:
-            self.tell(Gone(event.optimizer))
+            self.tell(OptimizerGone(event.optimizer))
 
     def play(self, events):
         for event in events:
             self.play_one(event)
-        self.tell(Settles(finite=self.finite, final=True))
+        self.tell(Settling(finite=self.finite, final=True))
         assert not self.state.open
         return self.steps
 
@@ -223,6 +230,7 @@ steps = st.builds(
     optimizers,
     closure=st.none() | st.lists(complete, min_size=1, max_size=3).map(tuple),
     inside=st.none() | st.integers(7, 9),
+    inside_raises=st.booleans(),
     raises=st.integers(0, 9).map(lambda n: n == 0),
     new=st.integers(0, 9).map(lambda n: n == 0),
 )
@@ -303,15 +311,94 @@ def test_an_optimizer_that_is_gone_is_not_waited_for():
     assert len(after[-1]) == 21
 
 
+def test_an_optimizer_that_comes_no_more_is_waited_for_sixteen_steps():
+    known = [Backward(), Step(0), Step(1)] * 20
+    after = closings([*known, *[Backward(), Step(0)] * 20])
+    ended = [len(steps) for steps in after[len(known) + 1 :: 2]]  # as Step(0) returns
+    assert ended == [19 + n for n in range(1, 17)] + [20 + n for n in range(17, 21)]
+
+
+def test_what_repeats_while_another_is_waited_for_is_known_to_repeat():
+    known = [Backward(), Step(0), Step(1)] * 20
+    again = [Backward(), Step(0), Step(0)]
+    steps = closings([*known, *again, Step(1), Leaves(1), *again * 20, Backward()])[-1]
+    assert steps[20:] == [(0, 0, 1), *[(0, 0)] * 20]
+
+
+def test_an_optimizer_that_steps_before_there_is_a_gradient_is_not_late():
+    after = closings([Step(0), *[Backward(), Step(0)] * 20])
+    assert [len(steps) for steps in after[1:]] == [n // 2 for n in range(1, 41)]
+
+
+@pytest.mark.parametrize("before", [(), (Backward(), Step(0))])
+def test_what_nobody_used_is_early_until_a_step_is_taken(before):
+    driver = Driver()
+    for event in (*before, Backward(finite=False)):
+        driver.play_one(event)
+    [closed] = driver.tell(BackwardBegins(9, kept=False, finite=False)).closed
+    assert closed.skipped == "unused" and closed.early == (not before)
+
+
 def test_gradients_that_are_refused_close_the_step_as_skipped():
-    state = advance(State(number=5), Begins(1))[0]
-    state = advance(advance(state, Ends(waiting=True))[0], Uses(0))[0]
-    state, done = advance(state, Refuses())
+    state = advance(ClockState(number=5), BackwardBegins(1))[0]
+    state = advance(advance(state, BackwardEnds(waiting=True))[0], OptimizerBegins(0))[
+        0
+    ]
+    state, done = advance(state, Refusal())
     [closed] = done.closed
     assert (closed.number, closed.skipped) == (5, "refused")
     assert not state.open and state.inside == () and state.number == 6
 
 
+def test_gradients_that_a_clipper_took_away_are_a_step_that_was_skipped():
+    driver = Driver()
+    driver.backward(Backward())
+    driver.tell(OptimizerBegins(0))
+    [closed] = driver.tell(OptimizerEnds(0, refused=True)).closed
+    assert (closed.stepped, closed.skipped) == ((0,), "clipper")
+    driver.play_one(Backward())
+    driver.play_one(Step(0))
+    assert [step.skipped for step in driver.steps] == [True, False]
+
+
+def settled(events, **seen):
+    driver = Driver()
+    for event in events:
+        driver.play_one(event)
+    done = driver.tell(Settling(**seen))
+    return driver, done
+
+
+def test_settling_leaves_gradients_that_wait_for_an_optimizer():
+    events = [Backward(), Step(0), Backward()]
+    driver, done = settled(events)
+    assert not done.closed and not done.dropped and driver.state.open
+    driver.play_one(Step(0))
+    assert driver.steps == [Counted((0,), False)] * 2
+
+
+def test_settling_closes_what_a_second_optimizer_was_waited_for():
+    known = [Backward(), Step(0), Step(1)] * 20
+    driver, done = settled([*known, Backward(), Step(0)])
+    assert [closed.stepped for closed in done.closed] == [(0,)]
+    driver.play_one(Step(1))  # comes late; the next step has both again
+    for event in (Backward(), Step(0), Step(1), Backward()):
+        driver.play_one(event)
+    assert driver.steps[-1].uses == (0, 1)
+
+
+def test_settling_drops_what_was_thrown_away():
+    driver, done = settled([Backward(), Step(0), Backward()], kept=False)
+    assert done.dropped and not driver.state.open and len(driver.steps) == 1
+
+
+def test_settling_counts_what_was_not_finite_and_what_was_written_by_hand():
+    _, done = settled([Backward(), Step(0), Backward()], finite=False)
+    assert [closed.skipped for closed in done.closed] == ["unused"]
+    driver, done = settled([Backward()])
+    assert [closed.skipped for closed in done.closed] == [""] and driver.state.by_hand
+
+
 def test_a_step_may_be_counted_by_hand():
-    state, done = advance(State(), Counts())
+    state, done = advance(ClockState(), CountByHand())
     assert [c.number for c in done.closed] == [0] and state.number == 1

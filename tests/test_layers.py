@@ -50,7 +50,11 @@ def wing(room):
 
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("gradwatch."):
+                    yield alias.name.removeprefix("gradwatch.")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
             "gradwatch"
         ):
             base = node.module.removeprefix("gradwatch").lstrip(".")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.pins.families import said
+from tests.pins.families import reported
 from tests.pins.runs import QUICK, RUNS, run
 from tests.pins.stored import differences, read
 from tests.pins.surface import calls, surface
@@ -32,8 +32,8 @@ def test_a_step_makes_no_more_calls_than_it_did():
 
 
 @pytest.mark.slow
-def test_what_is_said_of_every_family_is_as_it_was():
-    assert list(differences(read("families"), said())) == []
+def test_what_is_reported_of_every_family_is_as_it_was():
+    assert list(differences(read("families"), reported())) == []
 
 
 def test_a_difference_is_found_wherever_it_is():

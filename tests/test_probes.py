@@ -27,7 +27,7 @@ def alive(watch):
     """Captures that still hold copies."""
     gc.collect()
     found = [c for p in watch._engine._modules.probes for c in p._captures]
-    return [c for c in found if c.weights or c.rows is not None]
+    return [c for c in found if c.weights or c.sequences is not None]
 
 
 def test_an_optimizer_inside_backward_leaves_nothing_behind():

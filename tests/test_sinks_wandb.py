@@ -9,7 +9,6 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from gradwatch.sinks import Wandb
 from gradwatch.sinks.fold import Fold
 from tests.models import batches, lstm
 from tests.support.wandb_log import read_log
+from tests.support.wandb_run import FakeRun
 from tests.support.wandb_server import WandbServer
 
 NORM = "gradwatch/grad_norm"
@@ -243,41 +243,6 @@ def test_a_commit_on_the_way_as_a_row_goes_out_costs_no_maximum():
     run.commit()
     assert [row.get(NORM) for row in run.rows] == [None, 9.0]
     sink.close()
-
-
-class FakeRun:
-    """Merges and commits as wandb does, at the test's command."""
-
-    id = "fake"
-    offline = True
-    disabled = False
-
-    def __init__(self):
-        self.rows, self.alerts, self.waiting = [], [], {}
-        self.config = SimpleNamespace(update=lambda *args, **kwargs: None)
-        self.before_log = lambda: None
-        self._local_step = 0
-        self._is_finished = False
-
-    def define_metric(self, *args, **kwargs):
-        pass
-
-    def log(self, values, commit):
-        self.before_log()
-        self.waiting.update(values)
-
-    def alert(self, title, text, level):
-        self.before_log()
-        self.alerts.append((title, text, level))
-
-    def commit(self, late=False):
-        self.rows.append(self.waiting)
-        self.waiting = {}
-        if not late:
-            self.arrive()
-
-    def arrive(self):
-        self._local_step += 1
 
 
 def test_a_run_without_a_step_of_its_own_gets_each_row_once():

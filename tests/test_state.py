@@ -261,7 +261,7 @@ def test_captured_sequences_are_released_with_the_step():
             optimizer.step()
             kept.append(loss)
         [probe] = watch._engine._modules.probes
-        assert all(c.rows is None for c in probe._captures)
+        assert all(c.sequences is None for c in probe._captures)
         assert all(not c.weights and not c.used for c in probe._captures)
 
 

@@ -25,7 +25,7 @@ class Drain:
     """The numbers of one step on their way to the host.
 
     On the CPU they are there at once. On an accelerator one packed copy into pinned
-    memory is started, and :meth:`wait` is called a sampled step later.
+    memory is started, and :meth:`wait` is called one step later.
 
     Args:
         parts: The numbers of each part of the step, by the part's name.
@@ -35,6 +35,7 @@ class Drain:
         self._host: dict[str, dict[Any, Any]] = {}
         self._coming: list[tuple[str, Any, torch.Size]] = []
         self._event: Any = None
+        self._flat = torch.empty(0)
         moving: list[Tensor] = []
         for part, numbers in parts.items():
             host = self._host[part] = {}

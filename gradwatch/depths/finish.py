@@ -1,7 +1,7 @@
 """From a step's numbers on the host to its row, and to what it has beside.
 
 What needs small dense algebra or a memory of earlier steps is done here, in float64, on
-numbers that the drain has brought. numpy only for blocks of a few columns.
+numbers that the drain has brought.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradwatch.block import Rest
+from torch import Tensor
+
+from gradwatch.block import Extras, Row
 from gradwatch.depths import flow, gradients, spectrum, state
 from gradwatch.depths.drain import Host
-from gradwatch.depths.gradients import Row
-from gradwatch.depths.measured import Measured, Sampled
+from gradwatch.depths.measured import Loss, Measured, Sampled
 from gradwatch.facts import (
     NO_FACTS,
     RUN_SCOPE,
@@ -85,7 +86,7 @@ class Memory:
         )
 
 
-def finish(step: Measured, memory: Memory) -> tuple[Row, Rest | None]:
+def finish(step: Measured, memory: Memory) -> tuple[Row, Extras | None]:
     """Return the row of a step, and what it has beside; None for nothing.
 
     Args:
@@ -95,13 +96,13 @@ def finish(step: Measured, memory: Memory) -> tuple[Row, Rest | None]:
     host = step.drain.wait()
     if anew := reinitialised(step.events):
         memory.forget(anew)
-    told = host["told"]
+    parts = step.parts
     row, named = gradients.finish(
-        step.gradients,
+        parts.gradients,
         host["gradients"],
-        step.layout,
+        parts.layout,
         memory.gradients,
-        loss=float(told["loss"]) if "loss" in told else step.loss,
+        loss=_loss(parts.loss, host["logged"]),
         overhead=step.overhead,
         skipped=bool(step.skipped_by),
     )
@@ -110,19 +111,26 @@ def finish(step: Measured, memory: Memory) -> tuple[Row, Rest | None]:
     scale = gradients.scale_of(host["gradients"])
     run = _of_run(step, scale, memory.facts.run)
     plain = named is STEP_SCOPE and run is RUN_SCOPE and not step.events
-    if plain and step.sampled is None:
+    if plain and parts.sampled is None:
         return row, None
-    now, rest = Facts(step=named, run=run), Rest(events=step.events)
-    if step.sampled is not None:
-        now, rest = _sampled(step, step.sampled, host, scale, memory, now)
+    now, extras = Facts(step=named, run=run), Extras(events=step.events)
+    if parts.sampled is not None:
+        now, extras = _sampled(step, parts.sampled, host, scale, memory, now)
     facts = now.since(memory.facts)
     memory.learn(facts)
-    return row, dataclasses.replace(rest, facts=facts if facts else NO_FACTS)
+    return row, dataclasses.replace(extras, facts=facts if facts else NO_FACTS)
+
+
+def _loss(logged: Loss, host: Host) -> float | None:
+    """Return a loss on the host; None where none was logged."""
+    if isinstance(logged, Tensor):
+        return float(host["loss"])
+    return logged
 
 
 def _of_run(step: Measured, scale: float, known: RunFacts) -> RunFacts:
     """Return what is known of the loop, where it is not what it is nearly always."""
-    cleared: bool | None = step.gradients.cleared
+    cleared: bool | None = step.parts.gradients.cleared
     if cleared and known.cleared is not False:
         cleared = None
     scaled = scale != 1.0 if known.scaled is not None or scale != 1.0 else None
@@ -138,7 +146,7 @@ def _sampled(
     scale: float,
     memory: Memory,
     now: Facts,
-) -> tuple[Facts, Rest]:
+) -> tuple[Facts, Extras]:
     """Return the facts of a sampled step, and all that its depths have measured."""
     metrics: dict[str, float] = {}
     profiles: dict[str, list[float]] = {}
@@ -163,7 +171,7 @@ def _sampled(
         for stream, _ in sampled.state.streams:
             metrics |= _over_time(stream, metrics, modules[stream.module].T)
     facts = dataclasses.replace(now, modules=modules, streams=streams)
-    return facts, Rest(metrics=metrics, profiles=profiles, events=step.events)
+    return facts, Extras(metrics=metrics, profiles=profiles, events=step.events)
 
 
 def _with_replays(
@@ -173,7 +181,7 @@ def _with_replays(
 ) -> dict[str, ModuleFacts]:
     """Add what the replays have told; padding holds until it is measured again."""
     found = dict(modules)
-    for path in [*modules, *(p for p in replays.modules if p not in modules)]:
+    for path in {**modules, **replays.modules}:
         told = replays.modules.get(path, ModuleFacts())
         padding = told.padding
         if padding is None and path in known:
@@ -195,7 +203,7 @@ def _with_drives(
 ) -> dict[str, StreamFacts]:
     """Add what drives the units; it holds until it is measured again."""
     found = dict(streams)
-    for name in [*streams, *(n for n in drives if n not in streams)]:
+    for name in {**streams, **drives}:
         drive = drives.get(name, known[name].drive if name in known else None)
         own = streams.get(name, StreamFacts())
         found[name] = dataclasses.replace(own, drive=drive)

@@ -27,7 +27,8 @@ _SUSPICIOUS: Final = 10.0
 _FEW: Final = 5
 """Norms below which none is unusual."""
 _SURE: Final = 12
-"""Norms from which on one below the bound is certainly not unusual."""
+"""Norms from which on their median is a measure for steps that wait."""
+# In the order in which finish() fills them.
 _OF_RUN: Final = tuple(
     map(
         run_key,
@@ -42,9 +43,6 @@ _OF_RUN: Final = tuple(
         ),
     )
 )
-
-Row = list[float | None]
-"""The values of one step, by the columns of its layout; None: not measured."""
 
 
 class Layout(NamedTuple):
@@ -162,8 +160,8 @@ class Gradients:
     ) -> None:
         """Take what is known once the step has closed."""
         self.names, self.moved, self.idle = names, moved, idle
-        if not clearing_known:
-            self.cleared = None
+        if not clearing_known and self.cleared is False:
+            self.cleared = None  # it may be cleared before its own backward
 
     @property
     def finite(self) -> bool:
@@ -228,7 +226,7 @@ class Memory:
 
     @property
     def bound(self) -> float:
-        """A total norm below which a step is certainly usual; 0 where none is known."""
+        """A total norm below which a step is usual by now; 0 where it is not known."""
         return _SUSPICIOUS * median(self.norms) if len(self.norms) >= _SURE else 0.0
 
 
@@ -249,7 +247,7 @@ def finish(
     loss: float | None,
     overhead: float,
     skipped: bool,
-) -> tuple[Row, StepFacts]:
+) -> tuple[list[float | None], StepFacts]:
     """Return the row of a step, and the tensors to be named if its norm is unusual.
 
     Args:
@@ -274,7 +272,15 @@ def finish(
                 ratio = min(clipped / norm, 1.0) if norm else 1.0
         if not memory.take(norm):
             named = _named(step, before, norm)
-    row: Row = [overhead, loss, norm, broken, clipped, ratio, float(memory.skipped)]
+    row: list[float | None] = [
+        overhead,
+        loss,
+        norm,
+        broken,
+        clipped,
+        ratio,
+        float(memory.skipped),
+    ]
     for index in layout.norms:
         found = [before[i] for i in index if i in before]
         row.append(math.hypot(*found) if found else None)
@@ -318,13 +324,12 @@ def _clipped(
     step: Gradients, host: Host, before: Mapping[int, float], norm: float
 ) -> float:
     """Return the total norm of what the optimizers were given."""
-    if host["used"] is host.get("before"):
+    if host["used"] is host.get("before"):  # one list, where none was read again
         return norm
-    used = _used(step, host)
-    return math.hypot(*(used.get(i, n) for i, n in before.items()))
+    return math.hypot(*{**before, **_used(step, host)}.values())
 
 
-def _ratios(step: Gradients, host: Host, layout: Layout) -> Row:
+def _ratios(step: Gradients, host: Host, layout: Layout) -> list[float | None]:
     """Return how far each stream's W_hh has moved, over its norm."""
     if step.moved is None:
         return [None] * len(layout.ratios)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import torch
 
-from gradwatch.depths import spectrum
 from gradwatch.depths.flow import Flow
 from gradwatch.depths.measured import Sampled
-from gradwatch.depths.reach import Rates, of_calls, of_stream, reach_of
-from gradwatch.depths.spectrum import Recurrent, too_large
+from gradwatch.depths.sampled_facts import Rates, of_calls, of_stream, reach_of
+from gradwatch.depths.spectrum import Recurrent, Spectrum, too_large
 from gradwatch.depths.state import State
 from gradwatch.depths.trajectory import Trajectory, trajectory
 from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.health import Health
-from gradwatch.hooks.modules import Modules
+from gradwatch.hooks.modules import Chains, ModuleHooks
 from gradwatch.hooks.probe import NOTHING, Wanted
-from gradwatch.record import Stream
 from gradwatch.recurrent import plain_weight
 from gradwatch.schedule import Schedule
 
 SAMPLED: Final = ("spectrum", "state", "flow")
-"""The depths that are not measured at every step."""
+"""The depths that are not measured at every step, in the order of their launch."""
 
 
 class Launcher:
@@ -36,10 +34,12 @@ class Launcher:
         health: Where failures are noted.
     """
 
-    def __init__(self, modules: Modules, schedule: Schedule, health: Health) -> None:
-        self.modules: dict[str, ModuleFacts] = {}
+    def __init__(
+        self, modules: ModuleHooks, schedule: Schedule, health: Health
+    ) -> None:
+        self.module_facts: dict[str, ModuleFacts] = {}
         """Facts of each module, by its path, when it was last sampled."""
-        self._streams: dict[str, StreamFacts] = {}
+        self._stream_facts: dict[str, StreamFacts] = {}
         self._modules, self._schedule = modules, schedule
         self._guards = {depth: health.guard(depth) for depth in SAMPLED}
         self._spectra = 0
@@ -55,10 +55,10 @@ class Launcher:
     def wanted(self, steps: Sequence[int]) -> Wanted:
         """Return what a forward has to show that may belong to some steps."""
         grads = any(self.due("flow", n) for n in steps)
-        rows = grads or any(self.due("state", n) for n in steps)
-        weights = rows or any(self.due("spectrum", n) for n in steps)
+        sequences = grads or any(self.due("state", n) for n in steps)
+        weights = sequences or any(self.due("spectrum", n) for n in steps)
         soon = grads or self.due("flow", steps[-1] + 1)
-        return Wanted(weights, rows, grads, soon) if weights or soon else NOTHING
+        return Wanted(weights, sequences, grads, soon) if weights or soon else NOTHING
 
     # ---- the end of backward
 
@@ -69,7 +69,7 @@ class Launcher:
 
         Args:
             step: The step that a backward pass belongs to.
-            sampled: What an earlier pass of the same step has launched; it stands.
+            sampled: What earlier passes of the same step have launched; it stands.
             called: Ids of the modules that were called in this step.
 
         Returns:
@@ -79,20 +79,20 @@ class Launcher:
         if not due:
             return sampled
         sampled = sampled or Sampled()
-        if len(sampled.runs) < len(SAMPLED):
-            self._modules.take(sampled.chains)
+        known, found = sampled.chains, self._modules.take()
+        new = {key: chain for key, chain in found.items() if key not in known}
+        known.update(new)
         self._note_calls(sampled, called)
-        if not sampled.chains:
-            return sampled
-        if "spectrum" in due and sampled.spectrum is None:
+        if "spectrum" in due and new:
             with self._guards["spectrum"]:
-                self._launch_spectrum(sampled)
+                self._launch_spectrum(sampled, new)
         replays: dict[int, Trajectory] = {}
         with torch.no_grad():
-            if sampled.state is None and due & {"state", "flow"}:
+            if due & {"state", "flow"} and new:
                 with self._guards["state"]:
-                    replays = self._launch_replays(sampled, measured="state" in due)
-            if "flow" in due and sampled.flow is None and replays:
+                    measured = "state" in due
+                    replays = self._launch_replays(sampled, new, measured=measured)
+            if "flow" in due and replays:
                 with self._guards["flow"]:
                     self._launch_flow(sampled, replays)
             if "state" in due and sampled.state is not None:
@@ -105,45 +105,45 @@ class Launcher:
         alive = self._modules.members()
         paths = {own[0].stream.module: key for key, own in alive.items()}
         for stream in self._modules.streams:
-            key, known = paths.get(stream.module), self.modules.get(stream.module)
+            key, known = paths.get(stream.module), self.module_facts.get(stream.module)
             chain = [] if key is None else sampled.chains.get(key, [])
-            self.modules[stream.module] = reach_of(
+            self.module_facts[stream.module] = reach_of(
                 of_calls(chain) or known,
                 reached=bool(chain),
                 called=key in called,
                 alive=key is not None,
             )
 
-    def _launch_spectrum(self, sampled: Sampled) -> None:
+    def _launch_spectrum(self, sampled: Sampled, chains: Chains) -> None:
         began = time.perf_counter()
         weights: list[Recurrent] = []
-        for stream, module, suffix in self._found():
-            for capture in sampled.chains.get(module, [])[:1]:
-                weight = capture.weights.get(f"weight_hh{suffix}")
-                if weight is not None and weight.numel():
-                    projection = capture.weights.get(f"weight_hr{suffix}")
-                    weights.append((stream, weight, projection))
+        for recurrence in self._modules.alive():
+            stream, suffix = recurrence.stream, recurrence.suffix
+            chain = chains.get(id(recurrence.module))
+            copies = chain[0].weights if chain else {}
+            weight = copies.get(f"weight_hh{suffix}")
+            if weight is not None and weight.numel():
+                weights.append((stream, weight, copies.get(f"weight_hr{suffix}")))
         if not weights:
             return
         sizes = [(s.hidden_size, max(len(s.gates), 1)) for s, *_ in weights]
         if too_large(sizes, weights[0][1].device):
             sampled.events.append(f"cadence: {self._schedule.leave_out('spectrum')}")
             return
-        run = spectrum.launch(weights, gram=self._spectra % 2 == 0)
+        if sampled.spectrum is None:
+            self._spectra += 1
+        run = sampled.spectrum or Spectrum()
+        run.add(weights, gram=self._spectra % 2 == 1)
         sampled.add("spectrum", run, began)
-        self._spectra += 1
-
-    def _found(self) -> list[tuple[Stream, int, str]]:
-        return [(r.stream, id(r.module), r.suffix) for r in self._modules.alive()]
 
     def _launch_replays(
-        self, sampled: Sampled, *, measured: bool
+        self, sampled: Sampled, chains: Chains, *, measured: bool
     ) -> dict[int, Trajectory]:
-        """Replay the forward of every module, and measure its states where due."""
+        """Replay the forward of modules, and measure their states where due."""
         began = time.perf_counter()
-        run, replays = State(), dict[int, Trajectory]()
+        run, replays = sampled.state or State(), dict[int, Trajectory]()
         for module, own in self._modules.members().items():
-            if chain := sampled.chains.get(module):
+            if chain := chains.get(module):
                 replayed = trajectory(own, chain)
                 if measured:
                     run.add(own[0].stream.module, own, replayed)
@@ -157,7 +157,7 @@ class Launcher:
     def _launch_flow(self, sampled: Sampled, replays: Mapping[int, Trajectory]) -> None:
         """Run backpropagation through time over what was replayed."""
         began = time.perf_counter()
-        run = Flow()
+        run = sampled.flow or Flow()
         for module, own in self._modules.members().items():
             if (replayed := replays.get(module)) is not None:
                 run.add(own[0].stream.module, own, replayed)
@@ -180,34 +180,25 @@ class Launcher:
             sampled.add("spectrum", None, began)
         for recurrence in self._modules.alive():
             name = recurrence.stream.name
-            known = of_stream(self._streams.get(name), recurrence, rates)
+            known = of_stream(self._stream_facts.get(name), recurrence, rates)
             if known is not None:
-                self._streams[name] = known
-        sampled.modules.update(self.modules)
-        sampled.streams.update(self._streams)
+                self._stream_facts[name] = known
+        sampled.modules.update(self.module_facts)
+        sampled.streams.update(self._stream_facts)
 
-    def _after(self, sampled: Sampled) -> Callable[[Stream], Recurrent | None]:
-        """Return what looks up a stream's weights as they are now."""
-        now = {r.stream.name: r for r in self._modules.alive()}
-        used = {
-            (module, name): weight.data_ptr()
-            for module, chain in sampled.chains.items()
-            for name, weight in chain[0].used.items()
-        }
-
-        def weights(stream: Stream) -> Recurrent | None:
-            recurrence = now.get(stream.name)
-            weight = None if recurrence is None else plain_weight(recurrence)
-            if recurrence is None or weight is None:
-                return None
-            name = (id(recurrence.module), f"weight_hh{recurrence.suffix}")
-            if used.get(name) != weight.data_ptr():
-                return None  # the forward was called with other weights
-            if not stream.proj_size:
-                return stream, weight, None
-            projection = recurrence.module._parameters.get(
-                f"weight_hr{recurrence.suffix}"
-            )
-            return None if projection is None else (stream, weight, projection)
-
-        return weights
+    def _after(self, sampled: Sampled) -> dict[str, Recurrent]:
+        """Return the weights as they are now, by stream, where they are those used."""
+        found: dict[str, Recurrent] = {}
+        for recurrence in self._modules.alive():
+            stream, suffix = recurrence.stream, recurrence.suffix
+            weight = plain_weight(recurrence)
+            chain = sampled.chains.get(id(recurrence.module))
+            if weight is None or not chain:
+                continue
+            used = chain[0].used.get(f"weight_hh{suffix}")
+            if used is None or used.data_ptr() != weight.data_ptr():
+                continue  # the forward was called with other weights
+            projection = recurrence.module._parameters.get(f"weight_hr{suffix}")
+            if bool(stream.proj_size) == (projection is not None):
+                found[stream.name] = (stream, weight, projection)
+        return found

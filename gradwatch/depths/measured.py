@@ -82,7 +82,7 @@ class Parts(NamedTuple):
         gradients: What was read of its gradients.
         layout: Which numbers are behind which key.
         sampled: What else was launched; None where nothing was due.
-        loss: The loss that was told for it.
+        loss: The loss that was logged for it.
     """
 
     gradients: Gradients
@@ -98,22 +98,17 @@ class Measured:
     Attributes:
         number: Its number.
         time: When it closed, in seconds since the epoch.
-        gradients: What was read of its gradients.
-        layout: Which numbers are behind which key.
-        sampled: What else was launched; None where nothing was due.
-        loss: The loss that was told for it, if on the host; it may be in the drain.
+        parts: What was measured of it.
         overhead: Share of the time since the last step that gradwatch used.
         skipped_by: Who left its gradients unused; empty where an optimizer used them.
         events: What has happened in it.
-        drain: All of its numbers, on their way to the host.
+        drain: All of its numbers on their way to the host, by depth; ``logged`` is a
+            loss that was not on the host.
     """
 
     number: int
     time: float
-    gradients: Gradients
-    layout: Layout
-    sampled: Sampled | None
-    loss: float | None
+    parts: Parts
     overhead: float
     skipped_by: str
     events: tuple[str, ...]
@@ -129,33 +124,29 @@ class Measured:
         events: Sequence[str],
         overhead: float,
     ) -> Self | None:
-        """Start the numbers of a step on their way to the host.
+        """Send the numbers of a step on their way to the host.
 
         Returns:
-            The step; None where there is nothing to tell of it.
+            The step; None where there is nothing to record of it.
         """
         numbers: dict[str, Numbers] = {"gradients": parts.gradients.numbers()}
-        told: Numbers = {}
-        loss, sampled = parts.loss, parts.sampled
-        if isinstance(loss, Tensor):
-            told["loss"], loss = loss, None
-        numbers["told"] = told
-        if sampled is not None:
-            numbers |= {depth: run.numbers for depth, run in sampled.runs.items()}
-            events = [*events, *sampled.events]
+        if parts.sampled is not None:
+            runs = parts.sampled.runs.items()
+            numbers |= {depth: run.numbers for depth, run in runs}
+            events = [*events, *parts.sampled.events]
         if skipped_by:
             events = ["skipped_step", *events]
         if not events and not any(numbers.values()):
             return None
+        logged: Numbers = {}
+        if isinstance(parts.loss, Tensor):
+            logged["loss"] = parts.loss
         return cls(
             number=number,
             time=time.time(),
-            gradients=parts.gradients,
-            layout=parts.layout,
-            sampled=sampled,
-            loss=loss,
+            parts=parts,
             overhead=overhead,
             skipped_by=skipped_by,
             events=tuple(events),
-            drain=Drain(numbers),
+            drain=Drain({**numbers, "logged": logged}),
         )

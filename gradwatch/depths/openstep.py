@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from gradwatch.clock import Closed
-from gradwatch.depths.gradients import Gradients
 from gradwatch.depths.launch import Launcher
 from gradwatch.depths.measured import Loss, Parts, Sampled
-from gradwatch.depths.reach import Rates
 from gradwatch.depths.reader import Reader
+from gradwatch.depths.sampled_facts import Rates
 
 
 class OpenStep:
@@ -24,34 +23,35 @@ class OpenStep:
         self.sampled: Sampled | None = None
         """What was launched; None where nothing was due."""
         self._reader, self._launcher = reader, launcher
-        self.aside: tuple[Gradients, Sampled | None] | None = None
-        """What was read and launched of a step that may turn out to be one."""
+        self._aside: Parts | None = None
         self._loss: Loss = None
-        self._next_loss: Loss = None
+        self._loss_since: Loss = None  # logged after the last pass has ended
+        self._next_loss: Loss = None  # logged after an optimizer has stepped
+        self._has_ended = False
 
     def log(self, loss: Loss, *, used: bool) -> None:
-        """Take a loss: of the next step, where this one has been used."""
+        """Take a loss; of the next step, if this one has been used."""
         if used:
             self._next_loss = loss
+        elif self._has_ended:
+            self._loss_since = loss
         else:
             self._loss = loss
+
+    def ended(self) -> None:
+        """Note that a backward pass has ended: a loss before it is of this step."""
+        if self._loss_since is not None:
+            self._loss, self._loss_since = self._loss_since, None
+        self._has_ended = True
+
+    def used_again(self) -> None:
+        """Note that one more optimizer steps: a loss before it is of this step."""
+        if self._next_loss is not None:
+            self._loss_since, self._next_loss = self._next_loss, None
 
     def launch(self, number: int, called: Collection[int]) -> None:
         """Launch what is due, once a backward pass has ended."""
         self.sampled = self._launcher.launch(number, self.sampled, called)
-
-    def set_aside(self, rates: Rates | None) -> None:
-        """Put the step aside: it may turn out to be one."""
-        self.aside = self._reader.set_aside(), self._complete(rates)
-
-    def forget_aside(self) -> None:
-        """Forget what was set aside: it was no step."""
-        self.aside = None
-
-    def drop(self) -> None:
-        """Forget the step: it was none."""
-        self._reader.drop()
-        self.sampled = None
 
     def _complete(self, rates: Rates | None) -> Sampled | None:
         """Return what was launched, with what is known at the end of the step."""
@@ -60,21 +60,49 @@ class OpenStep:
             self._launcher.complete(sampled, rates)
         return sampled
 
+    def set_aside(self, rates: Rates | None) -> None:
+        """Set the step aside: it is one if updates turn out to be hand-written."""
+        gradients, layout = self._reader.set_aside(), self._reader.layout
+        loss = self._take_loss(used=False)
+        self._aside = Parts(gradients, layout, self._complete(rates), loss)
+
+    def drop(self) -> None:
+        """Forget the step: it was none."""
+        self._reader.drop()
+        self._take_loss(used=False)
+        self.sampled = None
+
     def close(self, closed: Closed, rates: Rates | None) -> Parts:
-        """Return what was measured of a step that is over; begin anew.
+        """Return what was measured of a step that is over; begin again.
 
         Args:
             closed: The step.
             rates: Learning rates of what optimizers hold; None while none was seen.
         """
-        loss, self._loss, self._next_loss = self._loss, self._next_loss, None
-        if closed.candidate and self.aside is not None:
-            gradients, sampled = self.aside
-            self._reader.complete(gradients, ())
-        else:
-            gradients = self._reader.take(closed.stepped)
-            sampled = self._complete(rates)
-        return Parts(gradients, self._reader.layout, sampled, loss)
+        aside, self._aside = self._aside, None  # if it is not this one, it was none
+        if closed.aside and aside is not None:
+            self._reader.complete(aside.gradients, ())
+            return aside
+        loss = self._take_loss(used=bool(closed.stepped))
+        gradients = self._reader.take(closed.stepped)
+        return Parts(gradients, self._reader.layout, self._complete(rates), loss)
+
+    def _take_loss(self, *, used: bool) -> Loss:
+        """Return the loss of the step that is over.
+
+        If optimizers have used its gradients, it is the last one that was logged
+        before that. Else the step has closed at the next backward, and what was logged
+        since its own is the next step's, unless nothing was logged before.
+        """
+        loss, since = self._loss, self._loss_since
+        self._loss = self._next_loss
+        if since is not None and (used or loss is None):
+            loss = since
+        elif self._loss is None:
+            self._loss = since
+        self._loss_since = self._next_loss = None
+        self._has_ended = False
+        return loss
 
     def who_skipped(self, closed: Closed) -> str:
         """Return who left gradients unused; empty where an optimizer used them."""

@@ -12,9 +12,9 @@ from gradwatch import _torch
 from gradwatch.depths.gradients import Gradients, Layout
 from gradwatch.depths.update import Changes, Moving
 from gradwatch.hooks.clearing import Clearing
-from gradwatch.hooks.modules import Modules
-from gradwatch.hooks.optimizers import Held, Optimizers
-from gradwatch.hooks.parameters import Parameters
+from gradwatch.hooks.modules import ModuleHooks
+from gradwatch.hooks.optimizers import Held, OptimizerHooks
+from gradwatch.hooks.parameters import ParameterHooks
 from gradwatch.numerics.norms import Norms, all_finite, norms, scaled_down
 from gradwatch.recurrent import clean_path, parameter_names, plain_weight
 
@@ -31,9 +31,9 @@ class Reader:
 
     def __init__(
         self,
-        parameters: Parameters,
-        optimizers: Optimizers,
-        modules: Modules,
+        parameters: ParameterHooks,
+        optimizers: OptimizerHooks,
+        modules: ModuleHooks,
         scaler: Any,
     ) -> None:
         self.gradients = Gradients()
@@ -62,10 +62,16 @@ class Reader:
             self._optimizers.look_up_again()
             self.gradients.forget()
 
-    def held(self, optimizer: Optimizer) -> Held:
-        """Return what an optimizer holds; look it up where that is not known."""
+    def held(self, optimizer: Optimizer, *, anew: bool = False) -> Held:
+        """Return what an optimizer holds; look it up where that is not known.
+
+        Args:
+            optimizer: The optimizer.
+            anew: Whether it is looked up in any case, if it held any: where no backward
+                was seen to bring it gradients, its parameters may be others now.
+        """
         held = self._optimizers.known(optimizer)
-        if held is not None:
+        if held is not None and not (anew and held.params):
             return held
         held, more = self._optimizers.look_up(optimizer)
         if more:
@@ -98,7 +104,7 @@ class Reader:
         parameters.note(live, grads)
         before = norms(grads) if due else None
         scale = _torch.loss_scale(self.scaler) if due else None
-        order = [] if before is None else parameters.arrivals(before)
+        order = [] if _known_finite(before) else parameters.arrivals()
         self.gradients.ended(parameters.names, live, before, scale, order)
         return True
 
@@ -134,7 +140,8 @@ class Reader:
             before = gradients.before
             if before is not None and self.scaler is None:
                 untouched = parameters.untouched()
-                if untouched and not verify and _believable(before):
+                mended = isinstance(before, list) and not all_finite(before)
+                if untouched and not verify and not mended:
                     gradients.about_to_be_used(gradients.live, before)
                     return
             index = range(len(parameters.params))
@@ -142,8 +149,8 @@ class Reader:
         if not live:
             return
         read = norms(grads)
-        if (factor := getattr(optimizer, "grad_scale", None)) is not None:
-            read = scaled_down(read, factor)  # a fused optimizer unscales by itself
+        if (factor := _torch.fused_scale(optimizer)) is not None:
+            read = scaled_down(read, factor)
         gradients.about_to_be_used(live, read, untouched=untouched)
 
     def compare(self, held: Held) -> None:
@@ -177,10 +184,9 @@ class Reader:
 
     def take(self, stepped: tuple[int, ...]) -> Gradients:
         """Return what was read in a step that is over."""
-        gradients, self.gradients = self.gradients, Gradients()
         if not stepped:
             self._clearing.unused()
-        return self.complete(gradients, stepped)
+        return self.complete(self.set_aside(), stepped)
 
     def complete(self, gradients: Gradients, stepped: tuple[int, ...]) -> Gradients:
         """Add what is known once a step is over."""
@@ -218,12 +224,12 @@ class Reader:
         return self._layout[1]
 
 
-def _believable(before: Norms) -> bool:
-    """Tell whether gradients may have been left as they are: NaN are often mended."""
-    return isinstance(before, Tensor) or all_finite(before)
+def _known_finite(before: Norms | None) -> bool:
+    """Tell whether norms are known to be finite without waiting for them."""
+    return before is None or (isinstance(before, list) and all_finite(before))
 
 
-def _layout(model: nn.Module | None, modules: Modules, names: list[str]) -> Layout:
+def _layout(model: nn.Module | None, modules: ModuleHooks, names: list[str]) -> Layout:
     index = {name: i for i, name in enumerate(names)}
     paths: dict[int, str] = {}
     for path, module in model.named_modules() if model is not None else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -60,14 +60,24 @@ class Spectrum:
     groups: list[Group] = field(default_factory=list)
     numbers: Numbers = field(default_factory=dict)
 
-    def add(self, streams: list[Stream], matrices: Tensor, *, gram: bool) -> None:
-        """Launch the spectrum of streams of one size.
+    def add(self, weights: Sequence[Recurrent], *, gram: bool) -> None:
+        """Launch rho for every gate, all gates and layers of one size in one batch.
 
         Args:
-            streams: The streams.
-            matrices: Of all their gates, shape ``(gates, H, H)``.
+            weights: Streams with their weights, as the forward used them.
             gram: Whether to measure ``sigma_max`` and ``orthogonality`` too.
         """
+        by_size: dict[tuple[int, torch.device], list[Recurrent]] = {}
+        for member in weights:
+            key = (member[0].hidden_size, member[1].device)
+            by_size.setdefault(key, []).append(member)
+        for members in by_size.values():
+            streams = [stream for stream, *_ in members]
+            self._add_group(streams, _stacked(members), gram=gram)
+
+    def _add_group(
+        self, streams: list[Stream], matrices: Tensor, *, gram: bool
+    ) -> None:
         launched, number = spectral.launch(matrices), len(self.groups)
         blocks = dict(launched.blocks)
         if gram:
@@ -75,17 +85,17 @@ class Spectrum:
         self.numbers |= {(number, name): t for name, t in blocks.items()}
         self.groups.append(Group(streams, launched))
 
-    def add_update(self, after: Callable[[Stream], Recurrent | None]) -> None:
-        """Launch what the drift needs, once the optimizer has changed the weights.
+    def add_update(self, after: Mapping[str, Recurrent]) -> None:
+        """Launch what the drift needs, once the optimizers have changed the weights.
 
         Args:
-            after: Returns a stream's weights after the update, or None where they are
-                parametrised, or not the parameters that the forward used.
+            after: The weights after the update, by stream, where they are plain
+                parameters and those that the forward used.
         """
         for number, group in enumerate(self.groups):
             members = []
             for stream in group.streams:
-                member, gates = after(stream), group.gates(stream)
+                member, gates = after.get(stream.name), group.gates(stream)
                 if member is None:
                     continue
                 if _alike(member, group.launched.matrix, len(gates)):
@@ -96,27 +106,6 @@ class Spectrum:
                 self.numbers[number, "moved"] = drift.launch_change(
                     group.launched, _stacked(members), rows
                 )
-
-
-def launch(weights: Sequence[Recurrent], *, gram: bool) -> Spectrum:
-    """Launch rho for every gate, all gates and layers of one size in one batch.
-
-    Args:
-        weights: Streams with their weights, as the forward used them.
-        gram: Whether to measure ``sigma_max`` and ``orthogonality`` too.
-
-    Returns:
-        The run; its numbers are still on the device.
-    """
-    by_size: dict[tuple[int, torch.device], list[Recurrent]] = {}
-    for member in weights:
-        key = (member[0].hidden_size, member[1].device)
-        by_size.setdefault(key, []).append(member)
-    run = Spectrum()
-    for members in by_size.values():
-        streams = [stream for stream, *_ in members]
-        run.add(streams, _stacked(members), gram=gram)
-    return run
 
 
 def _alike(member: Recurrent, matrix: Tensor, gates: int) -> bool:

@@ -56,7 +56,7 @@ class State:
         if replayed.mismatch is not None:
             self.numbers[path, "mismatch"] = replayed.mismatch
         self.modules.append((path, replayed.tolerance))
-        told, x = _of_input(replayed.x, replayed.lengths), replayed.x
+        told, x = _input_numbers(replayed.x, replayed.lengths), replayed.x
         finite = [r.finite for r in replayed.calls if r.finite is not None]
         told = [*told, torch.stack(finite).all().to(x.device)]
         self.numbers[path, "input"] = torch.stack([one.float() for one in told])
@@ -96,7 +96,7 @@ class State:
             self.numbers["gates"] = norms(parts)
 
 
-def _of_input(x: Tensor, lengths: Tensor | None) -> list[Tensor]:
+def _input_numbers(x: Tensor, lengths: Tensor | None) -> list[Tensor]:
     """Return the share of all-zero steps at the end, and two sums of an input.
 
     Args:
@@ -235,11 +235,11 @@ def finish(run: State, host: Host, scale: float, memory: Memory) -> Replays:
         metrics |= _gate_gradients(run.gates, host["gates"], scale)
     modules = {path: ModuleFacts(replay=why) for path, why in words.items()}
     for path, _ in run.modules:
-        modules[path] = _of_inputs(path, host[path, "input"], words, memory)
+        modules[path] = _input_facts(path, host[path, "input"], words, memory)
     return Replays(metrics, left_out, modules, drives)
 
 
-def _of_inputs(
+def _input_facts(
     path: str, read: Any, words: Mapping[str, str], memory: Memory
 ) -> ModuleFacts:
     """Return the facts of a module whose input was looked at."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.hooks.capture import Capture
-from gradwatch.hooks.rows import Rows
+from gradwatch.hooks.sequences import Sequences
 from gradwatch.numerics.through_time import Layer, Weights, replay
 from gradwatch.recurrent import Recurrence
 
@@ -40,10 +40,10 @@ class Trajectory:
             element, on the device. None where a mask of dropout had to be drawn anew:
             the numbers are then approximate.
         tolerance: The largest mismatch of a replay that can be believed.
-        largest: As in :class:`gradwatch.hooks.rows.Rows`, over all the calls.
+        largest: As in :class:`gradwatch.hooks.sequences.Sequences`, over all the calls.
     """
 
-    calls: list[Rows]
+    calls: list[Sequences]
     x: Tensor
     kind: str
     states: list[tuple[Tensor, Tensor | None]]
@@ -63,14 +63,17 @@ def trajectory(
 
     Args:
         members: The module's recurrences, layer by layer, forward before reverse.
-        chain: The calls, in their order, with the rows of each.
+        chain: The calls, in their order, with the sequences of each.
 
     Returns:
         The replay; or, in words, why there is none.
     """
-    known = [c.rows for c in chain if isinstance(c.rows, Rows)]
+    known = [c.sequences for c in chain if isinstance(c.sequences, Sequences)]
     if len(known) < len(chain):
-        return next((c.rows for c in chain if isinstance(c.rows, str)), "not looked at")
+        return next(
+            (c.sequences for c in chain if isinstance(c.sequences, str)),
+            "not looked at",
+        )
     found, first = chain[0].weights, known[0]
     for member in members:
         if not {f"weight_{part}{member.suffix}" for part in ("ih", "hh")} <= set(found):
@@ -81,7 +84,7 @@ def trajectory(
     used = [_weights(found, member.suffix, dtype) for member in members]
     each = 2 if any(m.stream.direction == "reverse" for m in members) else 1
     stacked = [used[i : i + each] for i in range(0, len(used), each)]
-    x = torch.cat([rows.x for rows in known]).to(dtype)
+    x = torch.cat([call.x for call in known]).to(dtype)
     lengths = None
     if first.lengths is not None and len(set(first.lengths)) > 1:
         lengths = torch.tensor(first.lengths).to(x.device, non_blocking=True)
@@ -89,9 +92,9 @@ def trajectory(
     kind, states = members[0].stream.kind, _first_states(first, members, x)
     with torch.autocast(x.device.type, enabled=False):
         layers, output = replay(kind, x, states, stacked, lengths, masks)
-    y = torch.cat([rows.y for rows in known]).to(dtype)
-    rounded = not exact or any(rows.rounded for rows in known)
-    largest = [rows.largest for rows in known if rows.largest is not None]
+    y = torch.cat([call.y for call in known]).to(dtype)
+    rounded = not exact or any(call.rounded for call in known)
+    largest = [call.largest for call in known if call.largest is not None]
     return Trajectory(
         calls=known,
         x=x,
@@ -114,7 +117,7 @@ def _weights(found: Mapping[str, Tensor], suffix: str, dtype: torch.dtype) -> We
 
 
 def _first_states(
-    first: Rows, members: Sequence[Recurrence], x: Tensor
+    first: Sequences, members: Sequence[Recurrence], x: Tensor
 ) -> list[tuple[Tensor, Tensor | None]]:
     states = []
     for number, member in enumerate(members):
@@ -129,12 +132,14 @@ def _first_states(
     return states
 
 
-def _masks(calls: Sequence[Rows], layers: int, x: Tensor) -> tuple[list[Tensor], bool]:
+def _masks(
+    calls: Sequence[Sequences], layers: int, x: Tensor
+) -> tuple[list[Tensor], bool]:
     """Return the masks between layers, and whether they had to be drawn anew."""
     p = calls[0].dropout
     if not p or layers < 2:
         return [], False
-    drawn = [list(rows.masks()) for rows in calls if rows.masks is not None]
+    drawn = [list(call.masks()) for call in calls if call.masks is not None]
     if len(drawn) == len(calls):
         return [torch.cat(m).to(x.dtype) for m in zip(*drawn, strict=True)], False
     shape = (*x.shape[:2], calls[0].y.shape[-1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from gradwatch.hooks.rows import Rows
+from gradwatch.hooks.sequences import Sequences
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -22,11 +22,12 @@ class Capture:
         shape: ``(T, B)``, or None where unknown.
         dtype: Type of the output, such as ``float32``.
         autocast: Type that autocast computes in, where it is on.
+        era: How many backward passes and optimizer steps had ended before it.
         reached: Whether a gradient reached its output: evaluation has none.
         task: The number of the backward pass that brought the first one.
         wants_grads: Whether the gradients that reach it are to be copied.
-        rows: What it was given and returned, for a few sequences; or why that could
-            not be had; None where it was not wanted.
+        sequences: What a few of its sequences were given and returned; or why that
+            could not be had; None where it was not wanted.
         previous: The call whose states it was given, where a gradient can pass.
         cut_from: What is kept of the call whose states it was given, detached.
         own: What is kept of this call for the next one.
@@ -37,10 +38,11 @@ class Capture:
     shape: tuple[int, int] | None = None
     dtype: str = ""
     autocast: str = ""
+    era: int = 0
     reached: bool = False
     task: int = -1
     wants_grads: bool = False
-    rows: Rows | str | None = None
+    sequences: Sequences | str | None = None
     previous: Capture | None = None
     cut_from: Past | None = None
     own: Past | None = None
@@ -56,8 +58,8 @@ class Capture:
         Returns:
             Whether it is the first, and the step of the call is not over.
         """
-        if self.wants_grads and isinstance(self.rows, Rows):
-            self.rows.take_grad(name, grad)
+        if self.wants_grads and isinstance(self.sequences, Sequences):
+            self.sequences.take_grad(name, grad)
         if self.reached:
             return False
         self.reached, self.task = True, task
@@ -71,7 +73,7 @@ class Capture:
 
     def release(self) -> None:
         """Let go of all tensors: a graph that the user keeps would keep them."""
-        self.weights, self.used, self.rows = {}, {}, None
+        self.weights, self.used, self.sequences = {}, {}, None
         self.previous = self.cut_from = self.own = None
 
 
@@ -84,13 +86,17 @@ class Past:
         before: The call that it went on from in its turn, detached or not.
         states: The states that it returned; held so that their memory is not given to
             another tensor, by which a later call could be taken for its successor.
+        era: As of :class:`Capture`.
         reached: Whether a gradient has reached it.
+        lost: Steps of calls before it that no gradient can reach any more.
     """
 
     steps: int
     before: Past | None
     states: tuple[Tensor, ...]
+    era: int = 0
     reached: bool = False
+    lost: int = 0
     _call: weakref.ref[Capture] | None = None
 
     @property
@@ -106,6 +112,18 @@ class Past:
         """Take note that a gradient has reached the call."""
         self.reached = True
 
-    def forget_before(self) -> None:
-        """Forget what the call went on from: the step of that is over."""
-        self.before = None
+    def forget_before(self, era: int) -> None:
+        """Forget what the call went on from before an era: the step of that is over."""
+        if self.before is not None and self.before.era < era:
+            self.before, self.lost = None, 0
+
+    def fold(self) -> None:
+        """Keep of calls that are gone, and that no gradient has reached, their steps.
+
+        Else each of a thousand calls without a backward would hold on to the one
+        before it.
+        """
+        before = self.before
+        while before is not None and before.call is None and not before.reached:
+            self.lost += before.steps + before.lost
+            self.before = before = before.before

@@ -15,7 +15,7 @@ Chains = dict[int, list[Capture]]
 """Id of a module -> the longest chain of its calls that gradients have reached."""
 
 
-class Modules:
+class ModuleHooks:
     """Owns the probes of one watch; the modules themselves are not kept alive.
 
     Args:
@@ -64,12 +64,10 @@ class Modules:
             members.setdefault(id(recurrence.module), []).append(recurrence)
         return members
 
-    def take(self, chains: Chains) -> None:
-        """Add the calls that gradients have reached; the first of a step stand."""
-        for probe in self.probes:
-            chain, key = probe.take(), id(probe.module())
-            if chain and key not in chains:
-                chains[key] = chain
+    def take(self) -> Chains:
+        """Return the calls that gradients have reached since the last time."""
+        chains = {id(probe.module()): probe.take() for probe in self.probes}
+        return {key: chain for key, chain in chains.items() if chain}
 
     def expect(self, wanted: Wanted) -> None:
         """Have the forwards from now on show what is wanted."""
@@ -82,18 +80,25 @@ class Modules:
         """Return the ids of the modules that were called in the open step."""
         return [id(probe.module()) for probe in self.probes if probe.called]
 
+    def ended(self) -> None:
+        """Take note that a backward pass has ended: calls from now on are others."""
+        if self._looked:
+            for probe in self.probes:
+                probe.ended()
+
     def used(self) -> None:
         """Take note that an optimizer has stepped: calls from now on are others."""
         if self._looked:
             for probe in self.probes:
                 probe.used()
 
-    def forget(self, task: int = -1, *, states: bool = False) -> None:
+    def forget(
+        self, task: int = -1, *, states: tuple[bool, bool] = (False, False)
+    ) -> None:
         """Let go of what was seen of a step that is over; see :meth:`Probe.forget`."""
         if self._looked:
-            for probe in self.probes:
-                probe.forget(task, states=states)
-            self._looked = task != -1 or self.wanted is not NOTHING
+            left = [probe.forget(task, states=states) for probe in self.probes]
+            self._looked = self.wanted is not NOTHING or any(left)
 
     def close(self) -> None:
         """Take the hooks off. Safe to call twice."""

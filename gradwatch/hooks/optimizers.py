@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.hooks.listener import Listener
-from gradwatch.hooks.parameters import Parameters
+from gradwatch.hooks.parameters import ParameterHooks
 
 
 class Held(NamedTuple):
@@ -28,15 +28,21 @@ class Held(NamedTuple):
         size: How many parameters it had when this was looked up.
         optimizer: The optimizer, not kept alive.
         params: Places of the watched parameters that it holds.
+        frozen: Parameters that it holds and that cannot learn, not kept alive.
     """
 
     number: int
     size: int
     optimizer: weakref.ref[Optimizer]
     params: list[int]
+    frozen: list[weakref.ref[Tensor]]
+
+    def has_thawed(self) -> bool:
+        """Tell whether one of those that could not learn can by now."""
+        return any((p := ref()) is not None and p.requires_grad for ref in self.frozen)
 
 
-class Optimizers:
+class OptimizerHooks:
     """Owns the hooks on all optimizers, and knows those that hold watched parameters.
 
     Args:
@@ -46,13 +52,14 @@ class Optimizers:
     """
 
     def __init__(
-        self, parameters: Parameters, listener: Listener, guard: Guard
+        self, parameters: ParameterHooks, listener: Listener, guard: Guard
     ) -> None:
         self._parameters, self._guard = parameters, guard
         self._known: dict[int, Held] = {}
         self._idle: dict[frozenset[int], frozenset[int]] = {}
         self._next = 0
-        self._over: list[int] = []  # numbers whose place another one has taken
+        self.replaced: list[int] = []
+        """Numbers of those that were freed, or whose place another one has taken."""
         self._again: dict[int, Any] = {}
         # torch's registries are global: a hook must not keep the watch alive.
         own = weakref.ref(self)
@@ -89,49 +96,60 @@ class Optimizers:
     # ---- who holds what
 
     def known(self, optimizer: Optimizer) -> Held | None:
-        """Return what was looked up, unless its size has changed since."""
+        """Return what was looked up, unless it is plainly something else by now."""
         size = 0
         for group in optimizer.param_groups:
             size += len(group["params"])
         held = self._known.get(id(optimizer))
         if held is None or held.size != size or held.optimizer() is not optimizer:
             return None
-        return held
+        return None if held.frozen and held.has_thawed() else held
 
     def look_up(self, optimizer: Optimizer) -> tuple[Held, bool]:
-        """Look up what an optimizer holds.
+        """Look up what an optimizer holds; note those whose place it takes.
 
         Returns:
-            That, and whether it trains parameters that are not watched.
+            What it holds, and whether it trains parameters that are not watched.
         """
         params = [p for group in optimizer.param_groups for p in group["params"]]
         index = self._parameters.among(params)
-        before = self._known.get(id(optimizer))
-        if before is not None and before.optimizer() is optimizer:
+        before, number = self._known.get(id(optimizer)), self._next
+        is_new = before is None or before.optimizer() is not optimizer
+        if before is not None and is_new:
+            self.replaced.append(before.number)
+        elif before is not None:
             number = before.number
-        else:
-            number, self._next = self._next, self._next + 1
-            self._over += [] if before is None else [before.number]
-        held = Held(number, len(params), weakref.ref(optimizer), index)
+        frozen = [weakref.ref(p) for p in params if not p.requires_grad]
+        held = Held(number, len(params), weakref.ref(optimizer), index, frozen)
         self._known[id(optimizer)] = held
+        if is_new:
+            self._next += 1
+            self._note_replaced(held)
         self._idle.clear()
-        return held, len(index) < sum(p.requires_grad for p in params)
+        place = self._parameters.index
+        return held, any(p.requires_grad and place(p) < 0 for p in params)
 
     def look_up_again(self) -> None:
         """Look all of them up anew: the watched parameters are others now."""
-        for optimizer in self.alive():
-            self.look_up(optimizer)
+        for held in list(self._known.values()):
+            optimizer = held.optimizer()
+            if optimizer is not None:
+                self.look_up(optimizer)
 
-    def replaced_by(self, new: Held) -> list[int]:
-        """Return the numbers of those that are no more, or hold nothing beside it."""
-        params, over, self._over = set(new.params), self._over, []
+    def _note_replaced(self, new: Held) -> None:
+        """Note those that were freed, or hold nothing that a new one does not."""
+        params = set(new.params)
         for place, held in list(self._known.items()):
             if held.optimizer() is None:
                 del self._known[place]
-                over.append(held.number)
+                self.replaced.append(held.number)
             elif held.number != new.number and params.issuperset(held.params):
-                over.append(held.number)
-        return over
+                self.replaced.append(held.number)
+
+    def take_replaced(self) -> list[int]:
+        """Return the numbers of those that others have replaced, once."""
+        found, self.replaced = self.replaced, []
+        return found
 
     def idle(self, stepped: Collection[int]) -> frozenset[int]:
         """Return the parameters that only optimizers hold which have not stepped.
@@ -181,7 +199,7 @@ def _closure(args: Any, kwargs: Any) -> bool:
     return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
 
 
-def _first(own: weakref.ref[Optimizers], last: _Hook) -> _Hook:
+def _first(own: weakref.ref[OptimizerHooks], last: _Hook) -> _Hook:
     """Return the hook that comes before an optimizer's own ones."""
 
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -204,7 +222,7 @@ def _last(listener: Listener) -> _Hook:
     return hook
 
 
-def _after(own: weakref.ref[Optimizers], listener: Listener) -> _Hook:
+def _after(own: weakref.ref[OptimizerHooks], listener: Listener) -> _Hook:
     """Return the hook that reports an optimizer that has stepped."""
     ref = weakref.ref(listener)
 

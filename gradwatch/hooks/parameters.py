@@ -6,7 +6,6 @@ the gradients' identity and version: what is seen here is one gradient beside an
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 
 from gradwatch import _torch
 from gradwatch.hooks.listener import Listener
-from gradwatch.numerics.norms import Norms
 from gradwatch.recurrent import clean_path
 
 Seen = tuple[weakref.ref[Tensor], int]
 """A gradient and its version, as they were when last looked at."""
 
 
-class Parameters:
+class ParameterHooks:
     """Owns the hooks of a model's parameters.
 
     Args:
@@ -61,9 +59,12 @@ class Parameters:
         ):
             return False
         self._remove_hooks()
+        some_stay = any(id(p) in self._index for p in params)
         self.names, self.params = names, params
         self._index = {id(p): i for i, p in enumerate(params)}
         self._seen, self._used = {}, {}
+        if some_stay:  # the last backward was seen: it brought the others theirs too
+            self.note(*self.gradients())
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._trigger) for p in params
         ]
@@ -141,7 +142,8 @@ class Parameters:
     def kept(self, param: Tensor) -> bool | None:
         """Tell whether a gradient that was just added to is the one that was noted.
 
-        A clip writes it once, zeroing and adding twice.
+        Adding to it writes it once, zeroing it before that a second time; so does a
+        clip, which is then taken for zeroing.
 
         Returns:
             False where it is another object, or was written twice or more since; None
@@ -163,10 +165,13 @@ class Parameters:
 
     def untouched(self) -> bool:
         """Tell whether the gradients are exactly those that were noted."""
-        params = self.params
-        for i, (ref, version) in self._seen.items():
-            grad = params[i].grad
-            if grad is None or grad._version != version or ref() is not grad:
+        seen = self._seen
+        for i, param in enumerate(self.params):
+            grad, noted = param.grad, seen.get(i)
+            if grad is None or noted is None:
+                if grad is not None or noted is not None:
+                    return False
+            elif grad._version != noted[1] or noted[0]() is not grad:
                 return False
         return True
 
@@ -178,29 +183,29 @@ class Parameters:
                 self._used[optimizer] = i, weakref.ref(grad), grad._version
                 return
 
+    def forget_used(self, optimizer: int) -> None:
+        """Forget what an optimizer has used that is no more."""
+        self._used.pop(optimizer, None)
+
     def new(self, optimizer: int, held: Iterable[int]) -> bool:
         """Tell whether an optimizer holds gradients that no step has had.
 
-        They are new where they are other objects than those of the last step, or where
-        it has used them already and they were written since.
+        They are new where they are other objects than those that were noted last, or
+        where it has used them, and they were written but not noted since.
         """
         i, ref, version = self._used.get(optimizer, (-1, _nothing, 0))
         if i >= 0 and (grad := self.params[i].grad) is not None and ref() is grad:
-            return bool(grad._version != version)
+            noted, at = self._seen.get(i, (_nothing, 0))
+            was_noted = noted() is grad and at > version
+            return bool(grad._version != version) and not was_noted
         live, grads = self.of(held)
         seen = [self._seen.get(i) for i in live]
         return any(
             was is None or was[0]() is not g for was, g in zip(seen, grads, strict=True)
         )
 
-    def arrivals(self, read: Norms | None) -> list[int]:
-        """Return the order in which backward came by, where someone may ask for it.
-
-        Args:
-            read: The norms; nobody asks where all of them are known to be finite.
-        """
-        if isinstance(read, list) and math.isfinite(sum(read)):
-            return []
+    def arrivals(self) -> list[int]:
+        """Return the places of the parameters in the order backward came by them."""
         return self.among(self._order)
 
 

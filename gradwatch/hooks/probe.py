@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.hooks.capture import Capture, Past
-from gradwatch.hooks.rows import Rows, given_states, take_rows, tensors
+from gradwatch.hooks.sequences import Sequences, given_states, take_sequences, tensors
 from gradwatch.recurrent import shape_of, used_weights
 
 
@@ -80,18 +80,39 @@ class Wanted(NamedTuple):
 
     Attributes:
         weights: The weights that it used.
-        rows: What it was given and returned, for a few sequences.
+        sequences: What it was given and returned, for a few sequences.
         grads: What backward brings to those.
         address: Where it returns its states: the next step asks whose states it has.
     """
 
     weights: bool = False
-    rows: bool = False
+    sequences: bool = False
     grads: bool = False
     address: bool = False
 
 
 NOTHING: Final = Wanted()
+_HELD: Final = 32
+"""Calls that are gone, with their graphs, whose states are held to be known again."""
+
+
+class Returned(NamedTuple):
+    """The last states that two calls returned: held, so that their memory stays theirs.
+
+    Attributes:
+        before: Of the call before the last.
+        last: Of the last one.
+        era: Of the last one.
+    """
+
+    before: Tensor | None = None
+    last: Tensor | None = None
+    era: int = -1
+
+    def lies_at(self, state: Tensor) -> bool:
+        """Tell whether a state lies where one of these does."""
+        held = (self.before, self.last)
+        return any(t is not None and t.data_ptr() == state.data_ptr() for t in held)
 
 
 class Probe:
@@ -126,7 +147,9 @@ class Probe:
         self._copied: _Copied = (None, {}, {})
         self._computed: dict[str, Tensor] = {}
         self._rng: Tensor | None = None
-        self._returned: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._era = 0
+        self._returned = Returned()
+        self._tidy_at = 2 * _HELD
         self._handles = [
             module.register_forward_hook(ForwardHook(self), with_kwargs=True)
         ]
@@ -155,35 +178,52 @@ class Probe:
         if not self.closed:
             self.wanted = wanted
 
+    def ended(self) -> None:
+        """Take note that a backward pass has ended: calls from now on are others."""
+        self._era += 1
+
     def used(self) -> None:
         """Take note that an optimizer has stepped: calls from now on are others."""
+        self._era += 1
         self.called = False
 
-    def forget(self, task: int = -1, *, states: bool = False) -> None:
+    def forget(
+        self, task: int = -1, *, states: tuple[bool, bool] = (False, False)
+    ) -> bool:
         """Let go of what was seen of a step that is over.
 
+        What was called since its last backward pass or optimizer is of the next step.
         Calls that no gradient has reached wait for a backward pass of their own, and
         die with the graph that holds them.
 
         Args:
             task: A backward pass of the next step, whose calls are kept.
-            states: Whether the states that were returned last are held on to.
+            states: Whether the next step, and the one after it, are to know whose
+                states they are given.
+
+        Returns:
+            Whether anything is left.
         """
         for capture in list(self._captures):
-            if capture.reached and (capture.task != task or task == -1):
+            old = capture.era < self._era and (capture.task != task or task == -1)
+            if old and capture.reached:
                 capture.release()
         self._reached = [c for c in self._reached if c.weights]
         waiting = {id(c) for c in self._captures if c.weights}
-        kept = {s: p for s, p in self._by_state.items() if id(p.call) in waiting}
-        for past in kept.values():
-            past.forget_before()
-        self._by_state = kept
+        self._by_state = {
+            key: past
+            for key, past in self._by_state.items()
+            if past.era == self._era or id(past.call) in waiting
+        }
+        for past in self._by_state.values():
+            past.forget_before(self._era)
         if not waiting:
             self._copied = (None, {}, {})
         self._computed.clear()
         self._rng = None
-        if not states:
-            self._returned = (None, None)
+        if not states[self._returned.era == self._era]:
+            self._returned = Returned()
+        return bool(waiting or self._by_state)
 
     def take(self) -> list[Capture]:
         """Return the longest chain of calls that gradients reached since the last one.
@@ -218,7 +258,7 @@ class Probe:
     def before_forward(self, module: nn.Module) -> None:
         """Keep the generator's state where dropout is about to draw from it."""
         with self._guard:
-            drawn = self.wanted.rows and module.training
+            drawn = self.wanted.sequences and module.training
             self._rng = torch.get_rng_state() if drawn else None
 
     def on_forward(
@@ -241,7 +281,8 @@ class Probe:
     ) -> None:
         before, wanted = self._returned, self.wanted
         heads = [t for t in returned if _torch.holds_values(t)]
-        self._returned = (before[1], heads[-1].detach() if heads else None)
+        last = heads[-1].detach() if heads else None
+        self._returned = Returned(before.last, last, self._era)
         if not wanted.weights:
             return
         self.called = True
@@ -265,34 +306,34 @@ class Probe:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         returned: tuple[Tensor, ...],
-        before: tuple[Tensor | None, Tensor | None],
+        before: Returned,
     ) -> Capture:
         """Return a call as it is kept, joined to the one that it goes on from."""
         wanted, given = self.wanted, args[0] if args else kwargs.get("input")
-        weights, used = self._weights(module, recurrent_only=not wanted.rows)
-        shape, rows, past = shape_of(module, given), None, None
-        states = given_states(args, kwargs) if wanted.rows else ()
+        weights, used = self._weights(module, recurrent_only=not wanted.sequences)
+        shape, sequences, past = shape_of(module, given), None, None
+        states = given_states(args, kwargs) if wanted.sequences else ()
         passes = all(map(_passes_gradient, states))
         cut = not any(map(_passes_gradient, states))
         # A reverse direction begins anew in each call.
         goes_on = not isinstance(given, PackedSequence) and not getattr(
             module, "bidirectional", False
         )
-        if wanted.rows:
+        if wanted.sequences:
             rng, self._rng = self._rng, None
-            rows = take_rows(
+            sequences = take_sequences(
                 module,
                 given,
                 states,
                 returned,
                 count=self._samples,
                 rng=rng,
-                carried=bool(states) and cut and _lies_at(states[-1], before),
+                carried=bool(states) and cut and before.lies_at(states[-1]),
             )
             if goes_on and states:
                 past = self._by_state.get(_identity(states))
         own = None
-        if wanted.rows and goes_on:
+        if wanted.sequences and goes_on:
             own = self._kept(module, shape, returned, past)
         head = next(t for t in returned if t.requires_grad and not t.is_leaf)
         capture = Capture(
@@ -301,8 +342,9 @@ class Probe:
             shape=shape,
             dtype=_name(head.dtype),
             autocast=_autocast(head.device.type),
-            rows=rows,
-            wants_grads=wanted.grads and isinstance(rows, Rows),
+            era=self._era,
+            sequences=sequences,
+            wants_grads=wanted.grads and isinstance(sequences, Sequences),
             previous=past.call if past is not None and passes else None,
             cut_from=past if past is not None and cut else None,
             own=own,
@@ -321,9 +363,21 @@ class Probe:
         """Keep what the next call is known by that goes on from this one."""
         states = returned if isinstance(module, nn.RNNCellBase) else returned[1:]
         held = tuple(state.detach() for state in states)
-        kept = Past(shape[0] if shape is not None else 0, before, held)
+        kept = Past(shape[0] if shape is not None else 0, before, held, self._era)
+        kept.fold()
+        if before is not None:
+            before.fold()
         self._by_state[_identity(states)] = kept
+        if len(self._by_state) > self._tidy_at:
+            self._tidy()
         return kept
+
+    def _tidy(self) -> None:
+        """Forget all but the last calls that are gone: nobody trains on them."""
+        gone = [key for key, past in self._by_state.items() if past.call is None]
+        for key in gone[:-_HELD]:
+            del self._by_state[key]
+        self._tidy_at = 2 * max(len(self._by_state), _HELD)
 
     def _weights(
         self, module: nn.Module, *, recurrent_only: bool
@@ -358,11 +412,6 @@ _States = tuple[tuple[int, int, torch.Size], ...]
 _Copied = tuple[object, dict[str, Tensor], dict[str, Tensor]]
 """By what weights are known again, their copies, and themselves: held, so that their
 memory is given to no other while it is compared."""
-
-
-def _lies_at(state: Tensor, held: tuple[Tensor | None, ...]) -> bool:
-    """Tell whether a state lies where one of some tensors lies that are held."""
-    return any(t is not None and t.data_ptr() == state.data_ptr() for t in held)
 
 
 def _passes_gradient(state: Tensor) -> bool:

@@ -70,6 +70,10 @@ class Incidents:
         """Return the past incidents, then the open ones."""
         return [*self._past, *self._open.values()]
 
+    def mutes(self, kind: str) -> bool:
+        """Tell whether alerts of a kind are never wanted."""
+        return kind in self._mute
+
     def take(self, alert: Alert) -> tuple[Alert | None, Incident | None]:
         """Take in one alert.
 

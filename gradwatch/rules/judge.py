@@ -113,6 +113,11 @@ class Judge:
                 changed[incident.kind] = incident
         return given, list(changed.values())
 
+    def reports(self, kind: str) -> bool:
+        """Tell whether a rule of a kind is there, and the kind is not muted."""
+        known = {rule.kind for rule in self._kinds if rule is not None}
+        return kind in known and not self.incidents.mutes(kind)
+
     def wanted(self) -> set[str]:
         """Return the depths that rules ask for at the next step."""
         return _depths(rule.wants for rule in self._wanting)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.pins.families import said
+from tests.pins.families import reported
 from tests.pins.runs import RUNS, run
 from tests.pins.stored import CLOSE, DIGITS, HERE, differences, read, write
 from tests.pins.surface import calls, surface
@@ -28,7 +28,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "runs": runs,
     "surface": surface,
     "calls": calls,
-    "families": said,
+    "families": reported,
 }
 
 

@@ -1,26 +1,24 @@
-"""What is said of every family of the detection benchmark, seed 0."""
+"""What is reported of every family of the detection benchmark, seed 0."""
 
 from typing import Any
 
 import gradwatch
 from benchmarks.detection.case import FAMILIES, loop, make
-from benchmarks.detection.parallel import families, pool_of_two
-
-__all__ = ["families", "said"]
+from benchmarks.detection.parallel import pool_of_two
 
 
-def said_of(name: str) -> list[list[Any]]:
+def alerts_of(name: str) -> list[list[Any]]:
     """Train a family at fixed cadences; return its alerts, without their words."""
     case = make(name, 0)
     plain = case.loss
     with gradwatch.watch(case.model, dir=None, wandb=None, budget=None) as watch:
 
-        def told(model: Any, batch: Any) -> Any:
+        def logged(model: Any, batch: Any) -> Any:
             loss = plain(model, batch)
             watch.log(loss=loss)
             return loss
 
-        case.loss = told
+        case.loss = logged
         for _ in loop(case):
             pass
         watch.flush()
@@ -31,7 +29,7 @@ def said_of(name: str) -> list[list[Any]]:
     ]
 
 
-def said() -> dict[str, Any]:
+def reported() -> dict[str, Any]:
     """Return the alerts of all families, by family."""
     with pool_of_two() as pool:
-        return dict(zip(FAMILIES, pool.map(said_of, FAMILIES), strict=True))
+        return dict(zip(FAMILIES, pool.map(alerts_of, FAMILIES), strict=True))

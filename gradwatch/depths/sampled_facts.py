@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.hooks.capture import Capture
-from gradwatch.hooks.modules import Modules
+from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.recurrent import Recurrence, plain_weight
 
 Rates = Mapping[int, float]
@@ -65,7 +65,7 @@ def of_stream(
 
 
 def notes_of(
-    modules: Modules,
+    modules: ModuleHooks,
     seen: Mapping[str, ModuleFacts],
     left_out: Mapping[str, int],
     *,
@@ -117,7 +117,7 @@ def _steps_cut_off(first: Capture) -> int:
     """
     steps, past = 0, first.cut_from
     while past is not None and not past.reached:
-        steps, past = steps + past.steps, past.before
+        steps, past = steps + past.steps + past.lost, past.before
     return steps
 
 

@@ -23,7 +23,7 @@ _HALF: Final = (torch.float16, torch.bfloat16)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Rows:
+class Sequences:
     """What one call was given and returned, for K of its sequences.
 
     Attributes:
@@ -103,7 +103,7 @@ def given_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor,
     return () if hx is None else tuple(tensors(hx))
 
 
-def take_rows(
+def take_sequences(
     module: nn.Module,
     given: object,
     states: tuple[Tensor, ...],
@@ -112,7 +112,7 @@ def take_rows(
     count: int | None,
     rng: Tensor | None,
     carried: bool,
-) -> Rows | str:
+) -> Sequences | str:
     """Copy a few sequences of one call.
 
     Args:
@@ -125,7 +125,7 @@ def take_rows(
         carried: Whether the first states lie where an earlier call returned its own.
 
     Returns:
-        The rows; or, in words, why they cannot be had.
+        The sequences; or, in words, why they cannot be had.
     """
     data = given.data if isinstance(given, PackedSequence) else given
     if not isinstance(data, Tensor) or not _torch.holds_values(data):
@@ -149,7 +149,7 @@ def take_rows(
             "RNN_RELU",
             "relu",
         )
-        return Rows(
+        return Sequences(
             x=pick(data.detach()),
             lengths=pick.lengths,
             h0=h0,
