@@ -44,7 +44,6 @@ from gradwatch.hooks.optimizers import Held, OptimizerHooks
 from gradwatch.hooks.parameters import ParameterHooks
 from gradwatch.hooks.probe import NOTHING
 from gradwatch.intake import Intake
-from gradwatch.record import TrainingAlert
 from gradwatch.recurrent import Recurrence
 from gradwatch.schedule import DEPTHS
 from gradwatch.settings import Settings
@@ -183,7 +182,7 @@ class Engine:
             if not held.params:
                 return
             self._before(optimizer, held, closure)
-        self._raise_if_due()
+        self._intake.raise_if_due()
 
     def _before(self, optimizer: Optimizer, held: Held, closure: bool) -> None:
         state, task = self._clock, _torch.graph_task_id()
@@ -234,7 +233,7 @@ class Engine:
             if not held.params:
                 return
             self._after(optimizer, held, closure)
-        self._raise_if_due()
+        self._intake.raise_if_due()
 
     def _after(self, optimizer: Optimizer, held: Held, closure: bool) -> None:
         state, task = self._clock, _torch.graph_task_id()
@@ -246,12 +245,6 @@ class Engine:
                 self._reader.compare(held)
             self._reader.has_used(held, state.stepped)
         self._advance(OptimizerEnds(held.number, task, self._reader.refused))
-
-    def _raise_if_due(self) -> None:
-        """Stop the training where that was asked for; only an optimizer's hook may."""
-        alert = self._intake.take_alert()
-        if alert is not None:
-            raise TrainingAlert(alert)
 
     # ---- what the clock makes of it
 
@@ -388,7 +381,7 @@ class Engine:
             self._reader.read_now()
             self._modules.used()
             self._advance(CountByHand())
-        self._raise_if_due()
+        self._intake.raise_if_due()
 
     def was_remade(self, streams: Sequence[str]) -> None:
         """Take note of streams whose weights were made anew."""

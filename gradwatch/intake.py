@@ -17,7 +17,7 @@ from gradwatch.block import ROWS, Block
 from gradwatch.depths.finish import Memory, finish
 from gradwatch.depths.measured import Measured
 from gradwatch.pipeline import Pipeline
-from gradwatch.record import Alert
+from gradwatch.record import Alert, TrainingAlert
 from gradwatch.settings import Settings
 
 REFUSED = "refused"
@@ -62,12 +62,16 @@ class Intake:
         events, self._events = tuple(self._events), []
         return events
 
-    def take_alert(self) -> Alert | None:
-        """Return, once, the alert that is to stop the training; None for none."""
+    def raise_if_due(self) -> None:
+        """Stop the training where that was asked for; only an optimizer's hook may.
+
+        Raises:
+            TrainingAlert: Once for an alert that is to stop it.
+        """
         alert = self._alert
         if alert is not None:
             self._alert = None
-        return alert
+            raise TrainingAlert(alert)
 
     def resume_from(self, memory: Memory) -> None:
         """Go on with what an earlier run remembered."""
