@@ -355,7 +355,8 @@ class Engine:
     def log(self, loss: float | Tensor) -> None:
         """Take the loss of the step; of the next one, where optimizers have stepped."""
         if not self._off:
-            self._step.log(loss, used=self._clock.used)
+            with self._guard:
+                self._step.log(loss, used=self._clock.used)
 
     def pause(self) -> None:
         """Stop measuring; steps are still counted."""
