@@ -309,8 +309,8 @@ def _optimizer_begins(
     done = NOTHING
     if event.task not in (-1, state.task):  # it steps inside backward, before our hook
         state, done = _backward_begins(state, BackwardBegins(event.task))
-    anew = event.closure or (event.new and event.task == -1)
-    if anew and state.open and state.stepped:
+    brings_new = event.closure or (event.new and event.task == -1)
+    if brings_new and state.open and state.stepped:
         state, done = _close(state)
     if not state.open and event.new:
         state, done = state._replace(open=True), done._replace(opened=True)

@@ -178,7 +178,7 @@ class Engine:
         if self._off:
             return
         with self._guard:
-            held = self._reader.held(optimizer, anew=not self._clock.open)
+            held = self._reader.held(optimizer, look_up=not self._clock.open)
             if not held.params:
                 return
             self._before(optimizer, held, closure)
@@ -385,7 +385,7 @@ class Engine:
         self._intake.raise_if_due()
 
     def was_remade(self, streams: Sequence[str]) -> None:
-        """Take note of streams whose weights were made anew."""
+        """Note streams whose weights were re-initialised."""
         self._intake.note(*(f"reinit:{name}" for name in streams))
         self._reader.rescan()
 

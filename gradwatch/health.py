@@ -80,7 +80,7 @@ class Health:
             self._spent += time.perf_counter() - self._began
 
     def step(self) -> float:
-        """Take note that a training step has closed.
+        """Note that a training step has closed.
 
         Returns:
             The seconds since the one before that were not ours.

@@ -80,7 +80,7 @@ class StepRecord:
 
 
 def reinitialised(events: Collection[str]) -> list[str]:
-    """Return the streams whose weights were made anew, by the events of a step."""
+    """Return the streams whose weights were re-initialised, by the events of a step."""
     if not events:
         return []
     start = "reinit:"

@@ -115,11 +115,11 @@ class Schedule:
             self.ask(depth, step)
 
     def stepped(self, seconds: float) -> None:
-        """Take note of how long a training step took."""
+        """Note how long a training step took."""
         self._steps.append(seconds)
 
     def ran(self, depth: str, seconds: float) -> str | None:
-        """Take note of what a run of a depth cost, and adapt its cadence.
+        """Note what a run of a depth cost, and adapt its cadence.
 
         Args:
             depth: The depth that ran.

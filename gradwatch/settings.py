@@ -24,7 +24,7 @@ class Settings:
         schedule: When each depth is measured; made from ``every`` and ``budget``.
 
     Raises:
-        TypeError: If an argument is of no use.
+        TypeError: If an argument cannot be used.
         ValueError: If an argument is out of range.
     """
 

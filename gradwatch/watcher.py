@@ -1,8 +1,9 @@
 """``watch()`` and ``Watch``: the one call, and the handle that it returns.
 
-A stranger's way in: the ``engine`` measures each step by what the hooks report, and its
-``intake`` hands the steps on, in blocks of rows; the ``pipeline`` makes records, alerts
-and files of them. The watch puts the three together, and passes on what is asked of it.
+Where to start reading: the ``engine`` measures each step by what the hooks report, and
+its ``intake`` hands the steps on, in blocks of rows; the ``pipeline`` makes records,
+alerts and files of them. The watch puts the three together, and passes on what is asked
+of it.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def watch(
         The handle. It may be thrown away: the model keeps it alive.
 
     Raises:
-        TypeError: If ``model`` is no nn.Module, or another argument is of no use.
+        TypeError: If ``model`` is no nn.Module, or another argument cannot be used.
         ValueError: If the model has no recurrent module or holds no values, or a
             cadence, the budget or ``start_step`` is out of range.
     """
@@ -276,7 +277,7 @@ class Watch:
 
         It changes weights, and on a healthy net that costs: save a checkpoint first.
         The optimizer's moments of what changed are deleted, the step is marked with
-        the event ``reinit``, and what the alarms compare with begins anew.
+        the event ``reinit``, and what the alarms compare with starts again.
 
         Args:
             remedy: Its name, as typed behind ``gradwatch.``, and its arguments.

@@ -399,6 +399,18 @@ def test_settling_counts_what_was_not_finite_and_what_was_written_by_hand():
     assert [closed.skipped for closed in done.closed] == [""] and driver.state.by_hand
 
 
+def test_an_optimizer_that_began_before_the_watch_counts():
+    """The watch was attached in its closure: only its end is seen."""
+    state = ClockState()
+    for event in (BackwardBegins(1), BackwardEnds(waiting=True)):
+        state, _ = advance(state, event)
+    state, done = advance(state, OptimizerEnds(0))
+    assert [closed.number for closed in done.closed] == [0]
+    assert not state.open and state.number == 1
+    _, done = advance(state, OptimizerEnds(0))  # but of nothing that was seen
+    assert done.closed == ()
+
+
 def test_a_step_may_be_counted_by_hand():
     state, done = advance(ClockState(), CountByHand())
     assert [c.number for c in done.closed] == [0] and state.number == 1

@@ -51,7 +51,7 @@ class Memory:
         self.facts = self.facts.with_later(ongoing)
 
     def forget(self, streams: list[str]) -> None:
-        """Forget what is of the old weights of streams that were made anew."""
+        """Forget what is of the old weights of streams that were re-initialised."""
         self.gradients = dataclasses.replace(self.gradients, norms=())
         for name in streams:
             self.spectrum.rho.pop(name, None)
@@ -91,11 +91,11 @@ def finish(step: Measured, memory: Memory) -> tuple[Row, Extras | None]:
 
     Args:
         step: The step; its numbers are waited for.
-        memory: Taken along.
+        memory: Updated in place.
     """
     host = step.drain.wait()
-    if anew := reinitialised(step.events):
-        memory.forget(anew)
+    if names := reinitialised(step.events):
+        memory.forget(names)
     parts = step.parts
     row, named = gradients.finish(
         parts.gradients,

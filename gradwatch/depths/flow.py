@@ -328,7 +328,7 @@ def finish(
         host: Its numbers.
         scale: By how much a loss scaler has multiplied the gradients.
         left_out: Modules whose replay is not believed.
-        memory: Taken along.
+        memory: Updated in place.
     """
     metrics: dict[str, float] = {}
     profiles: dict[str, list[float]] = {}

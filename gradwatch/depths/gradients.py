@@ -254,7 +254,7 @@ def finish(
         step: What was read.
         host: Its numbers.
         layout: What belongs to which column.
-        memory: Taken along.
+        memory: Updated in place.
         loss: The loss that was told for the step, or None.
         overhead: Share of the time since the last step that gradwatch used.
         skipped: Whether no optimizer has used the gradients.

@@ -46,7 +46,7 @@ class Reader:
         self._begin_with_parameters()
 
     def _begin_with_parameters(self) -> None:
-        """Begin anew with the parameters as they are now."""
+        """Start again with the parameters as they are now."""
         weights = {}
         for recurrence in self._modules.alive():
             weight = plain_weight(recurrence)
@@ -56,22 +56,22 @@ class Reader:
         self._moving.clear()
 
     def rescan(self) -> None:
-        """Look for the model's parameters anew; they may have been replaced."""
+        """Look for the model's parameters again; they may have been replaced."""
         if self._parameters.rescan():
             self._begin_with_parameters()
             self._optimizers.look_up_again()
             self.gradients.forget()
 
-    def held(self, optimizer: Optimizer, *, anew: bool = False) -> Held:
+    def held(self, optimizer: Optimizer, *, look_up: bool = False) -> Held:
         """Return what an optimizer holds; look it up where that is not known.
 
         Args:
             optimizer: The optimizer.
-            anew: Whether it is looked up in any case, if it held any: where no backward
-                was seen to bring it gradients, its parameters may be others now.
+            look_up: Whether it is looked up in any case, if it held any: where no
+                backward was seen to bring gradients, its parameters may have changed.
         """
         held = self._optimizers.known(optimizer)
-        if held is not None and not (anew and held.params):
+        if held is not None and not (look_up and held.params):
             return held
         held, more = self._optimizers.look_up(optimizer)
         if more:

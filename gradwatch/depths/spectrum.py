@@ -163,7 +163,7 @@ def finish(run: Spectrum, host: Host, step: int, memory: Memory) -> dict[str, fl
         run: What was launched.
         host: Its numbers.
         step: The step that they belong to.
-        memory: Taken along.
+        memory: Updated in place.
     """
     metrics: dict[str, float] = {}
     for number, group in enumerate(run.groups):

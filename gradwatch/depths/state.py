@@ -49,7 +49,7 @@ class State:
     numbers: Numbers = field(default_factory=dict)
 
     def check(self, path: str, replayed: Trajectory | str) -> None:
-        """Take note of how far one module's replay is off; or why there is none."""
+        """Note how far one module's replay is off; or why there is none."""
         if isinstance(replayed, str):
             self.left_out[path] = replayed
             return
@@ -201,7 +201,7 @@ def finish(run: State, host: Host, scale: float, memory: Memory) -> Replays:
         run: What was launched.
         host: Its numbers.
         scale: By how much a loss scaler has multiplied the gradients.
-        memory: Taken along.
+        memory: Updated in place.
     """
     left_out, words = dict(run.left_out), dict[str, str]()
     mismatches = {}

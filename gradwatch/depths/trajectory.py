@@ -37,7 +37,7 @@ class Trajectory:
         lengths: Of each sequence, shape ``(K,)``, on the device; None where all have T
             steps.
         mismatch: Norm of the difference from the real output over its norm; one
-            element, on the device. None where a mask of dropout had to be drawn anew:
+            element, on the device. None where a mask of dropout had to be drawn again:
             the numbers are then approximate.
         tolerance: The largest mismatch of a replay that can be believed.
         largest: As in :class:`gradwatch.hooks.sequences.Sequences`, over all the calls.
@@ -88,7 +88,7 @@ def trajectory(
     lengths = None
     if first.lengths is not None and len(set(first.lengths)) > 1:
         lengths = torch.tensor(first.lengths).to(x.device, non_blocking=True)
-    masks, drawn_anew = _masks(known, len(stacked), x)
+    masks, redrawn = _masks(known, len(stacked), x)
     kind, states = members[0].stream.kind, _first_states(first, members, x)
     with torch.autocast(x.device.type, enabled=False):
         layers, output = replay(kind, x, states, stacked, lengths, masks)
@@ -104,7 +104,7 @@ def trajectory(
         layers=layers,
         weights=stacked,
         lengths=lengths,
-        mismatch=None if drawn_anew else _mismatch(output, y, lengths),
+        mismatch=None if redrawn else _mismatch(output, y, lengths),
         tolerance=_ROUNDED_TOLERANCE if rounded else _TOLERANCE,
         largest=torch.stack(largest).amax(0) if len(largest) == len(known) else None,
     )
@@ -135,7 +135,7 @@ def _first_states(
 def _masks(
     calls: Sequence[Sequences], layers: int, x: Tensor
 ) -> tuple[list[Tensor], bool]:
-    """Return the masks between layers, and whether they had to be drawn anew."""
+    """Return the masks between layers, and whether they had to be drawn again."""
     p = calls[0].dropout
     if not p or layers < 2:
         return [], False

@@ -105,11 +105,11 @@ class Past:
         return None if self._call is None else self._call()
 
     def belongs_to(self, call: Capture) -> None:
-        """Take note of the call."""
+        """Note the call."""
         self._call = weakref.ref(call)
 
     def note_reached(self) -> None:
-        """Take note that a gradient has reached the call."""
+        """Note that a gradient has reached the call."""
         self.reached = True
 
     def forget_before(self, era: int) -> None:

@@ -32,7 +32,7 @@ class Clearing:
         self._hook: Any = None
 
     def begins(self, index: int, grad: Tensor | None) -> bool | None:
-        """Take note of the first gradient of a step.
+        """Note the first gradient of a step.
 
         Args:
             index: Of its parameter.
@@ -53,7 +53,7 @@ class Clearing:
         return self._confirmed is False
 
     def used(self, params: Sequence[nn.Parameter], idle: Collection[int]) -> None:
-        """Take note of the same gradient as an optimizer leaves it.
+        """Note the same gradient as an optimizer leaves it.
 
         Args:
             params: All parameters.
@@ -70,7 +70,7 @@ class Clearing:
                 self._look_up(params[first])
 
     def unused(self) -> None:
-        """Take note that no optimizer has used the gradients of a step."""
+        """Note that no optimizer has used the gradients of a step."""
         self._used = None
 
     def _look_up(self, param: nn.Parameter) -> None:

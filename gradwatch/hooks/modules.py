@@ -81,13 +81,13 @@ class ModuleHooks:
         return [id(probe.module()) for probe in self.probes if probe.called]
 
     def ended(self) -> None:
-        """Take note that a backward pass has ended: calls from now on are others."""
+        """Note that a backward pass has ended: later calls are told apart."""
         if self._looked:
             for probe in self.probes:
                 probe.ended()
 
     def used(self) -> None:
-        """Take note that an optimizer has stepped: calls from now on are others."""
+        """Note that an optimizer has stepped: later calls are told apart."""
         if self._looked:
             for probe in self.probes:
                 probe.used()

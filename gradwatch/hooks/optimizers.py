@@ -130,7 +130,7 @@ class OptimizerHooks:
         return held, any(p.requires_grad and place(p) < 0 for p in params)
 
     def look_up_again(self) -> None:
-        """Look all of them up anew: the watched parameters are others now."""
+        """Look all of them up again: the watched parameters have changed."""
         for held in list(self._known.values()):
             optimizer = held.optimizer()
             if optimizer is not None:

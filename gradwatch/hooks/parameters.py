@@ -48,7 +48,7 @@ class ParameterHooks:
         return self._model()
 
     def rescan(self) -> bool:
-        """Look for the model's parameters anew; tell whether they have changed."""
+        """Look for the model's parameters again; tell whether they have changed."""
         model = self.model
         if model is None:
             return False
@@ -102,7 +102,7 @@ class ParameterHooks:
         return hook
 
     def begin(self, task: int, param: Tensor | None = None) -> None:
-        """Take note that a backward pass has begun, and where it came by first."""
+        """Note that a backward pass has begun, and where it came by first."""
         self._task = task
         self._order = [] if param is None else [param]
 

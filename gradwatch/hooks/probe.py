@@ -179,11 +179,11 @@ class Probe:
             self.wanted = wanted
 
     def ended(self) -> None:
-        """Take note that a backward pass has ended: calls from now on are others."""
+        """Note that a backward pass has ended: later calls are told apart."""
         self._era += 1
 
     def used(self) -> None:
-        """Take note that an optimizer has stepped: calls from now on are others."""
+        """Note that an optimizer has stepped: later calls are told apart."""
         self._era += 1
         self.called = False
 
@@ -315,7 +315,7 @@ class Probe:
         states = given_states(args, kwargs) if wanted.sequences else ()
         passes = all(map(_passes_gradient, states))
         cut = not any(map(_passes_gradient, states))
-        # A reverse direction begins anew in each call.
+        # A reverse direction starts again in each call.
         goes_on = not isinstance(given, PackedSequence) and not getattr(
             module, "bidirectional", False
         )
@@ -390,7 +390,7 @@ class Probe:
         return self._copied[1:]
 
     def reached(self, capture: Capture, name: str, grad: Tensor) -> None:
-        """Take note that a gradient reached one of a call's outputs."""
+        """Note that a gradient reached one of a call's outputs."""
         if self.closed:
             return
         with self._guard:

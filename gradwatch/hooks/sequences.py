@@ -36,7 +36,7 @@ class Sequences:
         largest: Of a ReLU module: the largest output of each unit over the whole
             batch, shape ``(directions * H,)``; else None.
         dropout: Probability of dropout between layers; 0 for none.
-        masks: Draws the masks of that dropout anew, one for each layer but the last,
+        masks: Draws the masks of that dropout again, one for each layer but the last,
             shape ``(T, K, directions * P)``; None where they cannot be known.
         rounded: Whether the call computed in less than float32.
         batch: How many sequences the call had.

@@ -18,7 +18,7 @@ _HOLD: Final = 30
 _HOLD_EXPLAINED: Final = 10
 """Steps running; fewer where the learning rate has been raised."""
 _FALLS: Final = 0.9
-"""Share of the highest median below which the loss is on its way back: wait anew."""
+"""Share of the highest median below which the loss is on its way back: wait again."""
 _BACK: Final = 3
 _RAISED: Final = 3.0
 """Times the learning rate at the best from which on it is the cause."""
@@ -166,5 +166,5 @@ class LossDivergence:
 
     def _restart(self) -> None:
         """Forget the losses of other weights."""
-        anew = LossDivergence(self._streams).state_dict()
-        self.load_state_dict({**anew, "_seen": self._seen.state_dict()})
+        fresh = LossDivergence(self._streams).state_dict()
+        self.load_state_dict({**fresh, "_seen": self._seen.state_dict()})

@@ -110,7 +110,7 @@ class _Missing:
         )
 
     def _there(self, name: str) -> None:
-        """Take note of a step in which it was there, or in which nobody could tell."""
+        """Note a step in which it was there, or in which nobody could tell."""
         self._ever[name] = True
         self._missing.pop(name, None)
         if name in self._raised:
@@ -119,7 +119,7 @@ class _Missing:
                 del self._raised[name]
 
     def _absent(self, name: str, step: int) -> int:
-        """Take note of one in which it was not; return how many running."""
+        """Note one in which it was not; return how many running."""
         if name not in self._missing:
             self._since[name] = step
         self._missing[name] = self._missing.get(name, 0) + 1

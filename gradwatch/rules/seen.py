@@ -88,7 +88,7 @@ class Seen:
         self._streams: dict[str, StreamFacts] = {}
 
     def take(self, record: StepRecord) -> None:
-        """Take in a record; forget the streams whose weights were set anew."""
+        """Take in a record; forget the streams whose weights were made again."""
         if record.events:
             for name in reinitialised(record.events):
                 self._values.pop(name, None)

@@ -144,9 +144,9 @@ class GateStuck:
         for name, facts in record.facts.modules.items():
             if facts.T is not None:
                 self._lengths[name] = facts.T
-        anew = reinitialised(record.events)
+        remade = reinitialised(record.events)
         for stream, gate, key, cause in self._watched:
-            if stream.name in anew:
+            if stream.name in remade:
                 self._levels.forget(key)
             share = record.metrics.get(key)
             if share is None:

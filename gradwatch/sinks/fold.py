@@ -25,7 +25,7 @@ class Fold:
         self.clear()
 
     def clear(self) -> None:
-        """Start anew."""
+        """Start again."""
         self.count = 0
         self._record = StepRecord(step=0)
         self._last: dict[str, float] = {}
