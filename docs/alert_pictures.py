@@ -83,7 +83,7 @@ class Picture:
     values: Values = series
 
 
-FROM: Final = gradwatch.rules.catalogue.CATALOGUE
+FROM: Final = gradwatch.kinds.catalogue.CATALOGUE
 MOVED: Final = FROM["drift"].at("moved")
 
 PICTURES: Final = {

@@ -13,13 +13,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Final
 
-from gradwatch import remedies
 from gradwatch.facts import ModuleFacts, RunFacts, StepFacts, StreamFacts
+from gradwatch.kinds.catalogue import CATALOGUE as KINDS
+from gradwatch.kinds.kind import Evidence, Kind
 from gradwatch.metrics import CATALOGUE, Metric
 from gradwatch.record import Stream
-from gradwatch.rules.catalogue import CATALOGUE as KINDS
-from gradwatch.rules.catalogue import Evidence, Kind
-from gradwatch.rules.incidents import CONSEQUENCES, PRECEDENCE, UNDECIDED
 
 DOCS = Path(__file__).parent
 BEGIN: Final = "<!-- catalogue -->"
@@ -135,10 +133,10 @@ def plain(do: str) -> str:
     return "".join(parts)
 
 
-def named(kind: str, cause: str | None) -> list[str]:
+def named(kind: Kind, cause: str | None) -> list[str]:
     """Return the remedies that an alert may name: of a gated net, then of others."""
-    if (kind, cause) in _BY_RULE:
-        return [_BY_RULE[kind, cause]]
+    if (kind.name, cause) in _BY_RULE:
+        return [_BY_RULE[kind.name, cause]]
     found = []
     # Only a gated net has a cause that is a gate.
     for mode, gates in _NETS[:1] if str(cause).endswith("_gate") else _NETS:
@@ -152,14 +150,14 @@ def named(kind: str, cause: str | None) -> list[str]:
             hidden_size=1,
             gates=gates,
         )
-        remedy = remedies.against(kind, cause, stream) if cause is not None else None
+        remedy = kind.remedy(cause, stream)
         found += [remedy.name] if remedy is not None else []
     return list(dict.fromkeys(found))
 
 
 def help_against(kind: Kind, cause: str | None) -> str:
     """Return what the message says to do."""
-    names = [f"[`gradwatch.{n}`](../remedies.md)" for n in named(kind.name, cause)]
+    names = [f"[`gradwatch.{n}`](../remedies.md)" for n in named(kind, cause)]
     if names:
         return "; of a vanilla net ".join(names)
     return f"`{plain(kind.causes[cause].do)}`"
@@ -209,17 +207,18 @@ def _number_row(evidence: Evidence) -> list[str]:
 
 def explained_by(name: str) -> str:
     """Return the kinds that explain one while they are open, or nothing."""
-    rank = PRECEDENCE.index(name) if name in PRECEDENCE else 0
+    row = KINDS[name]
+    ranks = {kind: KINDS[kind].rank for kind in KINDS if KINDS[kind].rank is not None}
     # An open error explains also what ranks above it.
     ranked = [
         kind
-        for at, kind in enumerate(PRECEDENCE)
-        if name in PRECEDENCE and kind != name
-        if at < rank or KINDS[kind].severity == "error"
+        for kind in sorted(ranks, key=ranks.__getitem__)
+        if row.rank is not None and kind != name
+        if ranks[kind] < row.rank or KINDS[kind].severity == "error"
     ]
-    always = dict.fromkeys((*ranked, *CONSEQUENCES.get(name, ())))
+    always = dict.fromkeys((*ranked, *row.explained_by))
     cells = [f"`{kind}`" for kind in always]
-    cells += [f"`{kind}` if it names no cause" for kind in UNDECIDED.get(name, ())]
+    cells += [f"`{kind}` if it names no cause" for kind in row.undecided_by]
     return ", ".join(cells)
 
 

@@ -25,6 +25,8 @@ from gradwatch.checkpoint import (
     tensors_of,
     unreadable,
 )
+from gradwatch.kinds.exploding import EXPLODING
+from gradwatch.kinds.vanishing import VANISHING
 from gradwatch.numerics.singular import launch_gram
 from gradwatch.numerics.spectral import spectral_radius
 from gradwatch.record import Remedy, Stream
@@ -331,11 +333,11 @@ def _power(rate: float, steps: int) -> float:
 
 def _remedy(stream: Stream, verdict: str, steps: int) -> Remedy | None:
     if verdict == "grows":
-        kind = "large_recurrent_weights" if stream.gates else "large_radius"
-        return remedies.against("exploding", kind, stream)
+        cause = "large_recurrent_weights" if stream.gates else "large_radius"
+        return EXPLODING.remedy(cause, stream)
     if verdict == "fades":
-        kind = "forget_gate" if stream.gates else "small_radius"
-        return remedies.against("vanishing", kind, stream, steps)
+        cause = "forget_gate" if stream.gates else "small_radius"
+        return VANISHING.remedy(cause, stream, steps)
     return None
 
 

@@ -12,8 +12,10 @@ from typing import Any
 from gradwatch import console
 from gradwatch.block import Block
 from gradwatch.health import Health
+from gradwatch.kinds.catalogue import CATALOGUE
+from gradwatch.kinds.incidents import Incidents
+from gradwatch.kinds.judge import Judge, Rule
 from gradwatch.record import Alert, Incident, Records, StepRecord
-from gradwatch.rules import Judge, Rule
 from gradwatch.settings import Settings
 from gradwatch.sinks import Holding, Seldom, Sink
 from gradwatch.sinks.jsonl import Jsonl
@@ -46,7 +48,7 @@ class Pipeline:
         self.records = Records()
         self.latest: dict[str, float] = {}
         self.alerts: list[Alert] = []
-        self.judge = Judge(rules, settings.mute)
+        self.judge = Judge(rules, Incidents(CATALOGUE, settings.mute))
         self.steps = 0
         self.notices = 0
         on_alert = None if quiet else settings.on_alert

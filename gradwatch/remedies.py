@@ -1,6 +1,7 @@
-"""The catalogue of remedies: what helps against which cause, and how it is applied.
+"""The catalogue of remedies: what there is, and how it is applied.
 
-Which remedy cures which cause, and which does not, was measured: docs/remedies.md.
+Which of them helps against which cause stands in the rows of the kinds; that it does
+was measured: docs/remedies.md.
 """
 
 from __future__ import annotations
@@ -19,47 +20,19 @@ from gradwatch.rewrite import holders
 _ORTHOGONAL: Final = "init.orthogonal_"
 _CHRONO: Final = "init.chrono_"
 _ZERO_BIAS: Final = "init.zero_bias_"
-_HELD: Final = "parametrize.orthogonal"
 _CLIPPED: Final = "clip.NormClip"
 _SHORTEST: Final = 3
 """Least longest lag that chrono initialisation can spread memories up to."""
 
-_AGAINST: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
-    {
-        ("vanishing", "small_radius"): _ORTHOGONAL,
-        ("vanishing", "large_weights"): _ORTHOGONAL,
-        ("vanishing", "forget_gate"): _CHRONO,
-        ("vanishing", "update_gate"): _CHRONO,
-        ("vanishing", "horizon_too_long"): _CHRONO,  # of a vanilla net: orthogonal
-        ("vanishing", "drift"): _HELD,
-        ("exploding", "large_radius"): _ORTHOGONAL,
-        ("exploding", "nonnormal"): _ORTHOGONAL,
-        ("exploding", "chaos"): _ORTHOGONAL,
-        ("exploding", "active_subnetwork"): _ORTHOGONAL,
-        ("exploding", "large_recurrent_weights"): _ORTHOGONAL,
-        ("exploding", "drift"): _HELD,
-        ("dead_units", "dead_relu"): _ORTHOGONAL,
-        ("gate_stuck", "input_gate"): _CHRONO,
-        ("gate_stuck", "output_gate"): _ZERO_BIAS,
-        ("gate_stuck", "update_gate"): _CHRONO,
-        ("drift", "drift"): _HELD,
-    }
-)
-"""Kind and cause -> the remedy; what is not here is not for a program to mend."""
 
-
-def against(kind: str, cause: str, stream: Stream, length: int = 0) -> Remedy | None:
-    """Return what helps against a cause in a stream, or None.
+def fitted(name: str, stream: Stream, length: int = 0) -> Remedy:
+    """Return a remedy with the arguments that fit one stream.
 
     Args:
-        kind: Kind of the alert.
-        cause: Its cause.
-        stream: The stream that shows it.
+        name: Name of the remedy, such as ``init.chrono_``.
+        stream: The stream that shows what it helps against.
         length: Steps of the sequence, the longest lag there can be; 0 if unknown.
     """
-    name = _AGAINST.get((kind, cause))
-    if name is None:
-        return None
     args: dict[str, Any] = {"streams": [stream.name]}
     if name == _CHRONO and not stream.gates:
         name = _ORTHOGONAL

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from gradwatch.kinds.judge import Rule
 from gradwatch.record import Alert
-from gradwatch.rules import Rule
 from gradwatch.schedule import Schedule
 from gradwatch.sinks import Sink, Wandb
 

@@ -25,12 +25,13 @@ from gradwatch.folder import FORMAT, meta, open_folder
 from gradwatch.health import Health
 from gradwatch.hooks.probe import ForwardHook
 from gradwatch.intake import Intake
+from gradwatch.kinds.catalogue import default_rules
+from gradwatch.kinds.judge import Rule
 from gradwatch.pipeline import Pipeline
 from gradwatch.processes import processes, rank
 from gradwatch.record import Alert, Incident, Records, Remedy, Stream
 from gradwatch.recurrent import Recurrence, recurrences
 from gradwatch.rewrite import Optimizers, several
-from gradwatch.rules import Rule, default_rules
 from gradwatch.settings import DIR, OnAlert, Settings
 from gradwatch.sinks import Sink
 from gradwatch.sinks.wandb import destination

@@ -214,9 +214,10 @@ def test_rules_replayed_on_the_file_give_the_alerts_of_the_run(tmp_path):
         learn(model, **setup)
         alerts = watch.alerts
     run = gradwatch.load(tmp_path / "run")
-    from gradwatch.rules import Incidents, default_rules
+    from gradwatch.kinds.catalogue import CATALOGUE, default_rules
+    from gradwatch.kinds.incidents import Incidents
 
-    rules, incidents, replayed = default_rules(run.streams), Incidents(), []
+    rules, incidents, replayed = default_rules(run.streams), Incidents(CATALOGUE), []
     for record in run.records:
         for rule in rules:
             for alert in rule.update(record):

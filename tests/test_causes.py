@@ -5,10 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from gradwatch import remedies
+from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.recurrent import recurrences
 from gradwatch.rules import replay
-from gradwatch.rules.catalogue import CATALOGUE
 from tests.causes import exploding, loop, units, vanishing
 from tests.causes.run import trained
 
@@ -62,7 +61,7 @@ def test_a_cause_is_told(name):
     named = alert.remedy.name if alert.remedy is not None else None
     assert named == case.remedy
     if case.stream is not None and case.cause is not None:
-        known = remedies.against(case.kind, case.cause, streams[case.stream])
+        known = CATALOGUE[case.kind].remedy(case.cause, streams[case.stream])
         assert named == (known.name if known is not None else None)
     first, *rest = alert.message.split("\n")
     assert first.startswith(f"{case.kind.replace('_', ' ')} at step {alert.step}: ")

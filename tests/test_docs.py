@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gradwatch import remedies
-from gradwatch.rules.catalogue import CATALOGUE
+from gradwatch.kinds.catalogue import CATALOGUE
 
 SOURCE = Path(__file__).parent.parent / "docs" / "generate.py"
 BY_HAND = "\n## What it means\n\nThis was written by hand.\n"
@@ -55,11 +55,13 @@ def test_a_page_has_all_that_the_catalogue_knows(generate, name):
 def test_a_page_names_the_remedy_of_a_cause(generate):
     for name, kind in CATALOGUE.items():
         for cause in kind.causes:
-            for remedy in generate.named(name, cause):
+            for remedy in generate.named(kind, cause):
                 assert remedy in remedies.REMEDIES
-    assert generate.named("vanishing", "small_radius") == ["init.orthogonal_"]
-    assert generate.named("vanishing", "forget_gate") == ["init.chrono_"]
-    assert generate.named("nonfinite", "nan_data") == []
+    assert generate.named(CATALOGUE["vanishing"], "small_radius") == [
+        "init.orthogonal_"
+    ]
+    assert generate.named(CATALOGUE["vanishing"], "forget_gate") == ["init.chrono_"]
+    assert generate.named(CATALOGUE["nonfinite"], "nan_data") == []
 
 
 def test_placeholders_are_shown_and_braces_are_not_doubled(generate):

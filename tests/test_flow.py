@@ -8,8 +8,9 @@ from torch import nn
 
 import gradwatch
 from gradwatch.facts import NO_FACTS, Facts, ModuleFacts
+from gradwatch.kinds.growth import Growth
+from gradwatch.kinds.vanishing import Vanishing
 from gradwatch.record import StepRecord
-from gradwatch.rules import Growth, Vanishing
 from tests.test_kinds import stream
 from tests.training import classifier, digit_batches
 

@@ -9,17 +9,15 @@ from torch import nn
 
 import gradwatch
 from gradwatch.facts import NO_FACTS, Facts, ModuleFacts
+from gradwatch.kinds.catalogue import CATALOGUE, default_rules
+from gradwatch.kinds.dead_units import DeadUnits
+from gradwatch.kinds.drift import Drift
+from gradwatch.kinds.gate_stuck import GateStuck
+from gradwatch.kinds.incidents import Incidents
+from gradwatch.kinds.latch import Hysteresis
+from gradwatch.kinds.no_gradient import NoGradient
+from gradwatch.kinds.not_updating import NotUpdating
 from gradwatch.record import Alert, StepRecord, Stream
-from gradwatch.rules import (
-    DeadUnits,
-    Drift,
-    GateStuck,
-    Incidents,
-    NoGradient,
-    NotUpdating,
-    default_rules,
-)
-from gradwatch.rules.hysteresis import Hysteresis
 from tests.models import Tagger
 from tests.training import classifier, digit_batches, learn
 
@@ -398,12 +396,12 @@ def test_what_a_broken_net_shows_is_evidence_of_what_broke_it():
     def alert(kind, severity="warning"):
         return Alert(kind=kind, severity=severity, step=1, since=1, message="")
 
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     incidents.take(alert("exploding", "error"))
     for kind in ("dead_units", "gate_stuck", "no_gradient", "not_updating"):
         out, incident = incidents.take(alert(kind))
         assert out is None and incident.kind == "exploding"
-    calm = Incidents()
+    calm = Incidents(CATALOGUE)
     calm.take(alert("spike"))
     assert calm.take(alert("dead_units"))[1].kind == "dead_units"
 

@@ -17,10 +17,10 @@ WINGS = {
     "remedies": "rewrite init parametrize clip remedies",
     "hooks": "hooks",
     "depths": "depths",
-    "rules": "rules",
+    "kinds": "kinds",
     "sinks": "sinks",
     "run": "settings folder pipeline intake engine watcher",
-    "beside": "runs checkpoint inspection plot cli __main__",
+    "beside": "rules runs checkpoint inspection plot cli __main__",
 }
 """Each wing with its rooms and folders, from the ground up."""
 MAY_IMPORT = {
@@ -33,11 +33,11 @@ MAY_IMPORT = {
     "remedies": "values numerics model house",
     "hooks": "values numerics model house",
     "depths": "values clock numerics catalogue model house hooks",
-    "rules": "values numerics catalogue remedies",
-    "sinks": "values catalogue rules",
-    "run": "values clock numerics catalogue model house remedies hooks depths rules "
+    "kinds": "values numerics catalogue remedies",
+    "sinks": "values catalogue kinds",
+    "run": "values clock numerics catalogue model house remedies hooks depths kinds "
     "sinks",
-    "beside": "values numerics catalogue model house remedies",
+    "beside": "values numerics catalogue model house remedies kinds",
 }
 """What a wing may import beside itself. Down once, up never."""
 

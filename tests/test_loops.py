@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch.kinds.catalogue import CATALOGUE
+from gradwatch.kinds.growth import Growth
+from gradwatch.kinds.incidents import Incidents
+from gradwatch.kinds.lr_too_high import LrTooHigh
 from gradwatch.record import Alert, StepRecord, Stream
-from gradwatch.rules import Growth, Incidents, LrTooHigh
 
 STREAM = Stream(
     name="rnn.l0",
@@ -122,7 +125,7 @@ def alert(kind, severity="warning", cause=None, step=0):
 
 
 def test_what_was_explained_is_told_once_the_explanation_is_over():
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     assert incidents.take(alert("nonfinite", "error"))[0] is not None
     assert incidents.take(alert("exploding", "error", "chaos"))[0] is None
     assert incidents.left_behind({"exploding": True}) == []
@@ -133,7 +136,7 @@ def test_what_was_explained_is_told_once_the_explanation_is_over():
 
 
 def test_what_was_explained_and_is_over_stays_untold():
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     incidents.take(alert("nonfinite", "error"))
     incidents.take(alert("exploding", "error", "chaos"))
     incidents.end(30, {})
@@ -141,7 +144,7 @@ def test_what_was_explained_and_is_over_stays_untold():
 
 
 def test_an_explanation_counts_also_where_a_notice_is_open():
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     incidents.take(alert("vanishing", "info", "small_radius"))
     incidents.take(alert("dead_units", "warning", "dead_relu"))
     assert incidents.take(alert("vanishing", "warning", "small_radius"))[0] is None

@@ -10,8 +10,14 @@ from torch import nn
 import gradwatch
 from gradwatch import remedies
 from gradwatch.facts import NO_FACTS, Facts, ModuleFacts
+from gradwatch.kinds.catalogue import CATALOGUE
+from gradwatch.kinds.dead_units import DeadUnits
+from gradwatch.kinds.exploding import Exploding
+from gradwatch.kinds.gate_stuck import GateStuck
+from gradwatch.kinds.growth import Growth
+from gradwatch.kinds.spike import Spike
+from gradwatch.kinds.vanishing import Vanishing
 from gradwatch.record import Remedy, StepRecord, Stream, dump_line, parse
-from gradwatch.rules import DeadUnits, Exploding, GateStuck, Growth, Spike, Vanishing
 from tests.models import Tagger
 
 LSTM = Stream(
@@ -51,10 +57,18 @@ def test_every_remedy_is_what_users_type(name):
     assert callable(getattr(getattr(gradwatch, room), function))
 
 
-@pytest.mark.parametrize(("kind", "cause"), remedies._AGAINST)
+MENDED = [
+    (name, cause)
+    for name, row in CATALOGUE.items()
+    for cause in row.causes
+    if row.causes[cause].remedy
+]
+
+
+@pytest.mark.parametrize(("kind", "cause"), MENDED)
 @pytest.mark.parametrize("stream", [LSTM, RELU], ids=lambda s: s.kind)
 def test_the_line_to_paste_does_what_apply_does(kind, cause, stream):
-    remedy = remedies.against(kind, cause, stream, 20)
+    remedy = CATALOGUE[kind].remedy(cause, stream, 20)
     assert stream.gates or "chrono" not in remedy.name
 
     def made():
@@ -78,12 +92,12 @@ def test_the_line_to_paste_does_what_apply_does(kind, cause, stream):
 
 
 def test_what_a_program_cannot_mend_has_no_remedy():
-    assert remedies.against("vanishing", "truncation", LSTM) is None
-    assert remedies.against("vanishing", "padding", LSTM) is None
+    assert CATALOGUE["vanishing"].remedy("truncation", LSTM) is None
+    assert CATALOGUE["vanishing"].remedy("padding", LSTM) is None
 
 
 def test_chrono_gets_the_length_of_the_sequence():
-    remedy = remedies.against("vanishing", "forget_gate", LSTM, 40)
+    remedy = CATALOGUE["vanishing"].remedy("forget_gate", LSTM, 40)
     assert remedy == Remedy(
         name="init.chrono_", args={"t_max": 40, "streams": ["rnn.l0"]}
     )
@@ -91,7 +105,7 @@ def test_chrono_gets_the_length_of_the_sequence():
         "gradwatch.init.chrono_(model, t_max=40, streams=['rnn.l0'], "
         "optimizer=optimizer)"
     )
-    assert remedies.against("vanishing", "forget_gate", LSTM, 0).args["t_max"] == 3
+    assert CATALOGUE["vanishing"].remedy("forget_gate", LSTM, 0).args["t_max"] == 3
 
 
 # ---- watch.apply

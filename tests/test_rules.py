@@ -6,16 +6,14 @@ import math
 import pytest
 
 from gradwatch.facts import NO_FACTS, Facts, StepFacts
+from gradwatch.kinds.catalogue import CATALOGUE, default_rules
+from gradwatch.kinds.exploding import Exploding
+from gradwatch.kinds.incidents import Incidents
+from gradwatch.kinds.lr_too_high import LrTooHigh
+from gradwatch.kinds.nonfinite import Nonfinite
+from gradwatch.kinds.spike import Spike
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
-from gradwatch.rules import (
-    Exploding,
-    Incidents,
-    LrTooHigh,
-    Nonfinite,
-    Spike,
-    default_rules,
-)
 
 STREAM = Stream(
     name="rnn.l0",
@@ -188,7 +186,7 @@ def alert(kind, severity="error", step=5, stream=None, **more):
 
 
 def test_lower_kinds_are_evidence_while_a_higher_one_is_open():
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     assert incidents.take(alert("nonfinite"))[0] is not None
     for kind in ("exploding", "lr_too_high", "loss_divergence", "spike"):
         assert incidents.take(alert(kind))[0] is None
@@ -198,18 +196,18 @@ def test_lower_kinds_are_evidence_while_a_higher_one_is_open():
 
 
 def test_an_explosion_explains_the_nan_it_ends_in():
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     incidents.take(alert("exploding"))
     out, incident = incidents.take(alert("nonfinite", evidence={"n": (3.0, 1.0)}))
     assert out is None
     assert incident.kind == "exploding" and incident.evidence == {"n": (3.0, 1.0)}
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     incidents.take(alert("spike", "warning"))
     assert incidents.take(alert("nonfinite"))[0] is not None
 
 
 def test_an_incident_takes_in_streams_and_rises():
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     incidents.take(alert("vanishing", "info", stream="a", streams=("a",)))
     assert (
         incidents.take(alert("vanishing", "info", stream="b", streams=("b",)))[0]
@@ -222,14 +220,14 @@ def test_an_incident_takes_in_streams_and_rises():
 
 
 def test_muted_kinds_and_streams_are_silent():
-    incidents = Incidents(["spike", ("dead_units", "a")])
+    incidents = Incidents(CATALOGUE, ["spike", ("dead_units", "a")])
     assert incidents.take(alert("spike")) == (None, None)
     assert incidents.take(alert("dead_units", stream="a")) == (None, None)
     assert incidents.take(alert("dead_units", stream="b"))[0] is not None
 
 
 def test_notices_are_at_most_three_a_stream():
-    incidents, out = Incidents(), []
+    incidents, out = Incidents(CATALOGUE), []
     for step in range(6):
         out.append(incidents.take(alert("drift", "info", step, stream="a"))[0])
         incidents.end(step, {})
@@ -248,9 +246,9 @@ def test_states_are_plain_and_go_on_where_they_were():
         rule.load_state_dict(state)
     last = record(22, 2e4)
     assert [r.update(last) for r in fresh] == [r.update(last) for r in rules]
-    incidents = Incidents()
+    incidents = Incidents(CATALOGUE)
     incidents.take(alert("nonfinite", evidence={"n": (math.nan, None)}))
-    again = Incidents()
+    again = Incidents(CATALOGUE)
     again.load_state_dict(incidents.state_dict())
     assert again.take(alert("nonfinite", step=9))[0] is None
     assert again.all()[0].alerts[0].kind == "nonfinite"

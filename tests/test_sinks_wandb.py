@@ -17,10 +17,9 @@ from torch import nn
 
 import gradwatch
 from gradwatch.facts import Facts, ModuleFacts
+from gradwatch.kinds.catalogue import CATALOGUE, title
 from gradwatch.metrics import STEP_KEY, headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
-from gradwatch.rules.catalogue import CATALOGUE
-from gradwatch.rules.text import title
 from gradwatch.sinks import Wandb
 from gradwatch.sinks.fold import Fold
 from tests.models import batches, lstm

@@ -11,9 +11,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
+from gradwatch.kinds.catalogue import title
 from gradwatch.metrics import PREFIX, STEP_KEY
 from gradwatch.record import Alert, StepRecord
-from gradwatch.rules.text import title
 from gradwatch.sinks.fold import Fold
 
 LEVELS: Final = {"warning": "WARN", "error": "ERROR"}

@@ -9,8 +9,10 @@ from gradwatch.record import Stream
 
 CONTEXT: Final = ("rho", "rho_total_drift", "act_deriv", "growth_log10")
 """Metrics that decide it."""
+
 GROWN: Final = 0.1
 """Logarithm of rho over its start from which on it has grown or fallen."""
+
 _ON: Final = 0.75
 """Share of active ReLU units from which on what they leave out decides nothing."""
 

@@ -6,11 +6,37 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch import remedies
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.latch import Hysteresis
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
-from gradwatch.rules import text
-from gradwatch.rules.catalogue.flow import DRIFT
-from gradwatch.rules.hysteresis import Hysteresis
+
+DRIFT = Kind(
+    name="drift",
+    title="gradwatch: the spectral radius has drifted",
+    severity="info",
+    meaning="rho of a vanilla net is far from where it began.",
+    evidence={
+        "moved": Evidence(
+            "`rho_total_drift`, in size, twice running",
+            0.5,
+            0.35,
+            "healthy runs reach .92: a notice, and no alarm",
+        )
+    },
+    warm_up="20 steps after the first measurement",
+    confirmed="by two measurements running",
+    over="after 3 measurements at .35 or below",
+    excused="the gates of an LSTM or GRU, which move by 1.05 in healthy runs",
+    causes={
+        "drift": Cause(
+            "by measurement",
+            "gradients through time now {way}; no fault by itself",
+            remedy="parametrize.orthogonal",
+        )
+    },
+)
 
 _WARM_UP: Final = 20
 """Steps after the first measurement; the first updates move rho most."""
@@ -67,7 +93,7 @@ class Drift:
         if trend is not None:
             shown += f", trend {trend:+.2g} a step"
         way = "last longer and explode sooner" if moved > 0 else "die out sooner"
-        remedy = remedies.against(self.kind, "drift", stream)
+        remedy = DRIFT.remedy("drift", stream)
         assert remedy is not None
         return text.alert(
             DRIFT,

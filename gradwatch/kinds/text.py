@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 from gradwatch import remedies
+from gradwatch.kinds.kind import Kind
 from gradwatch.record import Alert, Remedy, Severity, StepRecord, Stream
-from gradwatch.rules.catalogue import CATALOGUE, Kind
 
-
-def title(kind: str) -> str:
-    """Return the constant title of a kind."""
-    row = CATALOGUE.get(kind)
-    return row.title if row is not None else f"gradwatch: {kind}"[:64]
+HIDDEN: Final = "clipping would hide that, not cure it"
+LOWER_RATE: Final = "for group in optimizer.param_groups: group['lr'] /= 10"
+BEFORE: Final = "  # from a checkpoint before step {since}"
+"""What several kinds say: behind a cause, and what to do."""
 
 
 def alert(

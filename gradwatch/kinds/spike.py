@@ -6,18 +6,73 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.seen import Losses
 from gradwatch.metrics import run_key
 from gradwatch.numerics.streaming import Window, median, push, robust_z
 from gradwatch.record import Alert, Remedy, StepRecord, Stream, reinitialised
-from gradwatch.rules import text
-from gradwatch.rules.catalogue.loop import SPIKE
-from gradwatch.rules.seen import Losses
+
+SPIKE = Kind(
+    name="spike",
+    title="gradwatch: a spike in the gradient norm",
+    severity="warning",
+    meaning="One gradient norm stood out, and is back within three steps.",
+    evidence={
+        "z": Evidence(
+            "robust z-score of ln(`grad_norm`) in the last 25",
+            10.0,
+            None,
+            "healthy nets that have learnt reach 32: alone it decides nothing",
+        ),
+        "ratio": Evidence(
+            "`grad_norm` over the median of the last 25",
+            25.0,
+            None,
+            "healthy nets that have learnt reach 565: alone it decides nothing",
+        ),
+        "record": Evidence(
+            "`grad_norm` over the largest that was no spike itself",
+            30.0,
+            None,
+            "nets that have learnt reach 14 when they meet a hard batch; a batch of "
+            "broken targets 1,500",
+        ),
+        "record_with_loss": Evidence(
+            "the same, where a loss is logged that has never been as large",
+            3.0,
+            None,
+            "a loss that stands out too tells a bad batch from a hard one",
+        ),
+        "loss": Evidence(
+            "loss over the largest so far, where it is logged",
+            2.0,
+            None,
+            "nets that have learnt reach 1.5",
+        ),
+    },
+    warm_up="50 norms: a net that opens to its gradients jumps once",
+    confirmed="once the norm is back: a longer one belongs to another kind",
+    over="at once",
+    causes={
+        "bad_batch": Cause(
+            "by measurement",
+            "a batch unlike the others, most likely: a long sequence, a bad label, "
+            "an outlier in the input",
+        )
+    },
+    rank=5,
+    explained_by=("not_cleared",),
+)
 
 _WARM_UP: Final = 50
 """Norms before any is judged: a net that opens to its gradients jumps once."""
+
 _WINDOW: Final = 25
 """Logarithms of norms that a norm is compared with."""
+
 _FAR: Final = math.log(SPIKE.at("ratio"))
+
 _WITHIN: Final = 3
 """Steps after which a norm has to be back."""
 

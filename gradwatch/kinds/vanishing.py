@@ -1,46 +1,197 @@
-"""Gradients that do not reach the first steps, and states that are cut off."""
+"""Gradients that do not reach the first steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from gradwatch import remedies
+from gradwatch.kinds import text
+from gradwatch.kinds.growth_cause import GROWN
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.seen import Losses, Seen
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
-from gradwatch.rules import text
-from gradwatch.rules.catalogue.flow import TRUNCATED, VANISHING
-from gradwatch.rules.causes import GROWN
-from gradwatch.rules.seen import Losses, Seen
+
+VANISHING = Kind(
+    name="vanishing",
+    title="gradwatch: vanishing gradients",
+    severity="warning",
+    meaning=(
+        "No gradient reaches the first steps of the sequence, it has lasted longer "
+        "than what opens by itself, and the task is not being learnt without them."
+    ),
+    evidence={
+        "reach": Evidence(
+            "`adjoint_log10`, the median of the last 5 probes",
+            -6.0,
+            -4.5,
+            "float32 sums lose what is below a millionth; who remembers stays above -2",
+        ),
+        "demand": Evidence(
+            "`demand`, at most",
+            0.5,
+            None,
+            "with a loss at half of the steps nobody can tell whether memory is wanted",
+        ),
+        "learnt": Evidence(
+            "`signal`, at least",
+            0.6,
+            0.5,
+            "nets that learn a near target fall below it; those that never learn a far "
+            "one stay above .65",
+        ),
+        "loss": Evidence(
+            "loss over its start, where it is logged, at least",
+            0.9,
+            0.5,
+            "in runs that never learn a far target it stays above .98; down to .5 the "
+            "loss has to go on falling, or the read-out alone has learnt",
+        ),
+        "travel": Evidence(
+            "sum of `update_ratio` since the first probe, with the loss logged",
+            1.0,
+            None,
+            "healthy nets that begin without reach open at .3 to .7",
+        ),
+        "travel_padded": Evidence(
+            "the same, behind padding",
+            0.5,
+            None,
+            "padding does not go away by itself; a blank input that is meant may open",
+        ),
+        "travel_alone": Evidence(
+            "the same, without a logged loss",
+            1.5,
+            None,
+            "nets that learn a near target pass 1.3 before their signal falls",
+        ),
+        "opening": Evidence(
+            "decades by which the reach has grown since, at most",
+            1.5,
+            None,
+            "nets that open rise by more than that first",
+        ),
+        "rising": Evidence(
+            "beside it, with the loss logged: decades in the last 10 probes, at most",
+            0.5,
+            None,
+            "a reach that has grown and stays where it is opens nothing",
+        ),
+    },
+    warm_up="100 steps since the first probe that showed it, or 3,000 whatever moved",
+    confirmed=(
+        "after 100 steps alone (300 where the loss is not logged) where the cause does "
+        "not go away by itself: saturation, a shut gate, a state cut off; after five "
+        "probes where gradients had reached the first steps before; else by the way "
+        "that the weights have gone"
+    ),
+    over="after 3 probes at -4.5 or above, or with `signal` below .5",
+    excused="sequences of 5 steps or fewer; a task that is being learnt",
+    causes={
+        "truncation": Cause(
+            "the state is detached between calls, in mid-sequence",
+            "the state is detached: no gradient passes to an earlier call",
+            "a longer piece of the sequence in each call; no detach() in between",
+        ),
+        "padding": Cause(
+            "the input is all zeros in the last third of the steps or more",
+            "the state is read behind the padding: what is wanted has died out by then",
+            "pack_padded_sequence(x, lengths, enforce_sorted=False), or read out at "
+            "each length",
+        ),
+        "input_scale": Cause(
+            "mean slope of the tanh below .35; the input's part of it is twice that of "
+            "the state or more",
+            "the inputs are so large that the tanh is saturated: slope below .35",
+            "inputs = 0.1 * inputs  # or normalise them; then from the start",
+        ),
+        "large_weights": Cause(
+            "the same, and the state's part is twice that of the input or more",
+            "the recurrent weights hold the tanh saturated: its slope is below .35",
+            remedy="init.orthogonal_",
+        ),
+        "saturation": Cause(
+            "the same, and neither is",
+            "the activations are saturated: their slope is below .35",
+            "inputs = 0.1 * inputs  # or normalise them; then from the start",
+        ),
+        "forget_gate": Cause(
+            "f is below .05 in 90 % of units and steps",
+            "the forget gate is shut: the cell keeps nothing",
+            remedy="init.chrono_",
+        ),
+        "update_gate": Cause(
+            "z is below .05 in 90 % of units and steps",
+            "the update gate is shut: the state keeps nothing",
+            remedy="init.chrono_",
+        ),
+        "drift": Cause(
+            "rho has fallen by a tenth since the start",
+            "rho has fallen by a tenth or more since the start",
+            remedy="parametrize.orthogonal",
+        ),
+        "horizon_too_long": Cause(
+            "a gated net; or more than 70 steps with rho above .5",
+            "the sequence is longer than what the cell remembers",
+            remedy="init.chrono_",
+        ),
+        "small_radius": Cause(
+            "none of these",
+            "the recurrent weights shrink what goes through them",
+            remedy="init.orthogonal_",
+        ),
+    },
+    explained_by=("nonfinite", "exploding", "lr_too_high", "dead_units", "gate_stuck"),
+)
 
 _LOW: Final = VANISHING.at("reach")
+
 _HIGH: Final = VANISHING.clear("reach")
+
 _FLOOR: Final = -45.0
 """Decades that stand for an adjoint of 0: the least that float32 tells from it."""
+
 _PROBES: Final = 5
+
 _TREND: Final = 10
 """Probes that a median is taken over, and that tell whether it still rises."""
+
 _CLEAR: Final = 3
+
 _SHORTEST: Final = 5
+
 _HOLD: Final = 100
+
 _HOLD_ALONE: Final = 300
 """Steps that a cause which stays has to last; more where no loss tells of progress."""
+
 _LONG: Final = 3000
 """Steps after which a net will not open by itself, however little it has moved."""
+
 _OFTEN: Final = 10
+
 _SELDOM: Final = 100
+
 _OFTEN_FOR: Final = 1000
 """Steps between probes while an incident is open, at first and later."""
+
 _SATURATED: Final = 0.35
+
 _FOR_GOOD: Final = 0.2
 """Mean slope of the tanh that is the cause; that does not go away by itself."""
+
 _SHUT: Final = 0.9
+
 _PADDED: Final = 0.3
 """Share of the steps, at the end, whose input is all zeros."""
+
 _STALLED: Final = 150
 """Steps without progress after which a loss has been learnt as far as it goes."""
+
 _LASTING: Final = ("forget_gate", "update_gate", "truncation")
+
 _CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
+
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
 
 
@@ -254,7 +405,7 @@ class Vanishing:
             cause=cause,
             evidence={keys["adjoint_log10"]: (reach, _LOW)},
             stream=stream,
-            remedy=remedies.against(self.kind, cause, stream, length),
+            remedy=VANISHING.remedy(cause, stream, length),
             why=f"{why}; it is a fault where the task needs the first steps",
         )
 
@@ -292,52 +443,3 @@ class Vanishing:
         self._losses.load_state_dict(state["losses"])
         own = {k: v for k, v in state.items() if k not in ("seen", "losses")}
         vars(self).update(own)
-
-
-class Truncated:
-    """The first states are those of an earlier call, and no gradient passes: a notice.
-
-    Known by structure: they lie where an earlier call returned them, are not 0, and
-    have no graph. Said once a stream.
-    """
-
-    kind = TRUNCATED.name
-    active = False
-
-    def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self._streams = tuple(streams)
-        self._said: list[str] = []
-
-    def update(self, record: StepRecord) -> list[Alert]:
-        """Judge one record."""
-        found = []
-        modules = record.facts.modules
-        for stream in self._streams if modules else ():
-            facts = modules.get(stream.module)
-            if facts is None or not facts.state_detached:
-                continue
-            if stream.name not in self._said:
-                self._said.append(stream.name)
-                found.append(self._alert(record, stream, facts.T or 0))
-        return found
-
-    def _alert(self, record: StepRecord, stream: Stream, length: int) -> Alert:
-        return text.alert(
-            TRUNCATED,
-            record,
-            since=record.step,
-            what=f"the state of {stream.name} is detached every {length} steps",
-            shown="it begins with the state of an earlier call, which has no graph",
-            cause="truncation",
-            evidence={},
-            stream=stream,
-            why=TRUNCATED.causes["truncation"].why.format(length=length),
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {"said": list(self._said)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._said = list(state["said"])

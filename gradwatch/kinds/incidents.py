@@ -4,45 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from gradwatch.kinds.kind import Kind
 from gradwatch.record import Alert, Incident, parse
 
-PRECEDENCE: Final = (
-    "nonfinite",
-    "exploding",
-    "lr_too_high",
-    "loss_divergence",
-    "spike",
-)
-_BROKEN: Final = ("nonfinite", "exploding")
-CONSEQUENCES: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
-    {
-        "dead_units": _BROKEN,
-        "gate_stuck": _BROKEN,
-        "no_gradient": _BROKEN,
-        "underflow": _BROKEN,
-        "vanishing": (*_BROKEN, "lr_too_high", "dead_units", "gate_stuck"),
-        "cleared_early": _BROKEN,  # a clip to a norm that overflows leaves zeros
-        "over_clipping": (*_BROKEN, "cleared_early"),
-        "not_updating": (*_BROKEN, "cleared_early", "over_clipping"),
-        "lr_too_high": ("not_cleared",),
-        "nonfinite": ("lr_too_high",),  # and it raises that to an error
-        "loss_divergence": ("not_cleared",),
-        "spike": ("not_cleared",),
-    }
-)
-"""Kind -> the open errors and alarms that explain it: it is evidence of theirs."""
-UNDECIDED: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
-    {
-        "no_gradient": ("dead_units", "gate_stuck", "underflow"),
-        "not_updating": ("dead_units", "gate_stuck", "underflow"),
-        "exploding": ("lr_too_high",),
-    }
-)
-"""The same for an alert that could name no cause of its own."""
 _RANK: Final = {"info": 0, "warning": 1, "error": 2}
 _NOTICES: Final = 3
 """Notices that one stream may give in a run, per kind."""
@@ -52,10 +19,16 @@ class Incidents:
     """The open and past incidents of a run.
 
     Args:
+        kinds: The catalogue: kind -> its row, which tells what explains it.
         mute: Kinds, or ``(kind, stream)`` pairs, that are not wanted.
     """
 
-    def __init__(self, mute: Iterable[str | tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, kinds: Mapping[str, Kind], mute: Iterable[str | tuple[str, str]] = ()
+    ) -> None:
+        self._kinds = kinds
+        ranks = {name: row.rank for name, row in kinds.items() if row.rank is not None}
+        self._ranks = dict(sorted(ranks.items(), key=lambda ranked: ranked[1]))
         self._mute = set(mute)
         self._open: dict[str, Incident] = {}
         self._past: list[Incident] = []
@@ -123,23 +96,22 @@ class Incidents:
         own = self._open.get(alert.kind)
         if own is not None and "info" not in (own.severity, alert.severity):
             return own
-        explained = [*CONSEQUENCES.get(alert.kind, ())]
-        if alert.cause is None:
-            explained += UNDECIDED.get(alert.kind, ())
+        row = self._kinds.get(alert.kind)
+        explained = [*row.explained_by] if row is not None else []
+        if row is not None and alert.cause is None:
+            explained += row.undecided_by
         for kind in explained:
             known = self._open.get(kind)
             if known is not None and known.severity != "info":
                 return known
-        if own is not None or alert.kind not in PRECEDENCE:
+        if own is not None or alert.kind not in self._ranks:
             return own
-        for kind in PRECEDENCE:
+        for kind, rank in self._ranks.items():
             known = self._open.get(kind)
             # An open error explains also what ranks above it: an explosion ends in NaN.
             if known is None or known.severity == "info":
                 continue
-            if known.severity == "error" or PRECEDENCE.index(kind) < PRECEDENCE.index(
-                alert.kind
-            ):
+            if known.severity == "error" or rank < self._ranks[alert.kind]:
                 return known
         return None
 

@@ -6,24 +6,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from gradwatch import remedies
+from gradwatch.kinds import text
+from gradwatch.kinds.exploding import EXPLODING
+from gradwatch.kinds.growth_cause import CONTEXT, growth_cause
+from gradwatch.kinds.latch import Hysteresis
+from gradwatch.kinds.seen import Seen
 from gradwatch.metrics import stream_key
 from gradwatch.numerics.streaming import theil_sen
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
-from gradwatch.rules import text
-from gradwatch.rules.catalogue.flow import EXPLODING
-from gradwatch.rules.causes import CONTEXT, growth_cause
-from gradwatch.rules.hysteresis import Hysteresis
-from gradwatch.rules.seen import Seen
 
 _OFTEN: Final = 10
 """Steps between probes while an incident is open, or growth rises."""
+
 _AGAIN: Final = (0, 1, 2)
 """Steps to the next probe after one and two that counted: a burst is over by then."""
+
 _SAMPLES: Final = 8
 """Probes that a slope is taken over."""
+
 _LOST: Final = 300
 """Steps without a measurement after which a stream's level is forgotten."""
+
 _SOON: Final = 50
 """Steps within which a rising growth has to cross the threshold to be told of."""
 
@@ -145,7 +148,7 @@ class Growth:
             cause=cause,
             evidence={key: (growth, EXPLODING.at("growth"))},
             stream=stream,
-            remedy=remedies.against(self.kind, cause, stream),
+            remedy=EXPLODING.remedy(cause, stream),
         )
 
     def _alert(
@@ -166,7 +169,7 @@ class Growth:
             cause=cause,
             evidence={key: (growth, levels.raise_at)},
             stream=stream,
-            remedy=remedies.against(self.kind, cause, stream),
+            remedy=EXPLODING.remedy(cause, stream),
         )
 
     def state_dict(self) -> dict[str, Any]:

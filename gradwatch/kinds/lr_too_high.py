@@ -6,17 +6,74 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.latch import Running
+from gradwatch.kinds.seen import Losses
+from gradwatch.kinds.text import BEFORE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
-from gradwatch.rules import text
-from gradwatch.rules.catalogue.loop import LR_TOO_HIGH
-from gradwatch.rules.hysteresis import Running
-from gradwatch.rules.seen import Losses
+
+LR_TOO_HIGH = Kind(
+    name="lr_too_high",
+    title="gradwatch: the learning rate is too high",
+    severity="warning",
+    meaning="Updates are so large beside the recurrent weights that nothing settles.",
+    evidence={
+        "ratio": Evidence(
+            "`update_ratio`, the median of 5 steps",
+            0.25,
+            0.15,
+            "healthy runs reach .09, in their first steps",
+        ),
+        "jump": Evidence(
+            "`update_ratio`, at 2 of 5 steps",
+            1.0,
+            None,
+            "an update as large as the weights; the largest healthy one was .17",
+        ),
+        "leap": Evidence(
+            "`update_ratio`, once",
+            3.0,
+            None,
+            "nothing of the weights that were there is left",
+        ),
+        "faster": Evidence(
+            "beside either: times by which the update has grown more than the gradient",
+            10.0,
+            None,
+            "an update that is large because its gradient is, is an explosion's",
+        ),
+        "loss": Evidence(
+            "median of 5 losses over the loss at the start, where it is logged, at "
+            "least; not asked for a jump",
+            0.8,
+            None,
+            "who learns at such a rate is left alone",
+        ),
+    },
+    warm_up="10 steps",
+    confirmed="by 4 such medians running, by 2 jumps, or by one leap",
+    over="after 25 medians at .15 or below, after 100 where there was a jump",
+    excused="a loss that has fallen by a fifth",
+    causes={
+        "lr": Cause(
+            "by measurement",
+            "each step moves the recurrent weights by a quarter of their norm or more",
+            LOWER_RATE + BEFORE,
+        )
+    },
+    rank=3,
+    explained_by=("not_cleared",),
+)
 
 _JUMPS: Final = 2
+
 _BACK: Final = 25
+
 _BACK_FROM_JUMP: Final = 100
 """Steps running without a sign after which it is over, and after which a jump is."""
+
 _NORM: Final = run_key("grad_norm")
 
 

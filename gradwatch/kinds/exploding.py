@@ -1,4 +1,4 @@
-"""Exploding gradients, as far as the total norm and the updates alone can decide."""
+"""Exploding gradients: the kind, and its rule of the total norm."""
 
 from __future__ import annotations
 
@@ -7,19 +7,115 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch import remedies
+from gradwatch.kinds import text
+from gradwatch.kinds.growth_cause import CONTEXT, GROWN, growth_cause
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.seen import Seen
+from gradwatch.kinds.text import BEFORE, HIDDEN, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import Window, median, push
 from gradwatch.record import Alert, Remedy, StepRecord, Stream, reinitialised
-from gradwatch.rules import text
-from gradwatch.rules.catalogue.flow import BEFORE, EXPLODING, HIDDEN, LOWER_RATE
-from gradwatch.rules.causes import CONTEXT, GROWN, growth_cause
-from gradwatch.rules.seen import Seen
+
+EXPLODING = Kind(
+    name="exploding",
+    title="gradwatch: exploding gradients",
+    severity="error",
+    meaning=(
+        "A gradient grows on its way back through the sequence, or the norm of all "
+        "gradients stays far above what was usual."
+    ),
+    evidence={
+        "growth": Evidence(
+            "`growth_log10`, at 3 probes running",
+            2.7,
+            1.7,
+            "healthy chrono LSTMs reach 3.0 at one probe as they learn, never at "
+            "three; sick ones 4.7 and more",
+        ),
+        "growth_at_once": Evidence(
+            "`growth_log10`, once", 4.0, 1.7, "no healthy run came near it"
+        ),
+        "norm": Evidence(
+            "`grad_norm` over its running median, at 3 steps running",
+            1e4,
+            10.0,
+            "healthy orthogonal ReLU nets reached 263",
+        ),
+        "lasting": Evidence(
+            "the same, at 25 steps running",
+            100.0,
+            10.0,
+            "healthy bursts of more than 100 are over within 25 steps",
+        ),
+        "peak": Evidence(
+            "these norms over the largest median so far, beside either",
+            10.0,
+            None,
+            "a net that had learnt and moves again only returns to its early norms",
+        ),
+        "rising": Evidence(
+            "`growth_log10` that rises, with rho: an early notice",
+            1.2,
+            1.0,
+            "a line through the last 8 values crosses the threshold within 50 steps",
+        ),
+    },
+    warm_up="12 norms for what is compared with their median; none for growth",
+    confirmed=(
+        "by the third probe, of which two are asked for within 3 steps, or by the "
+        "steps that stand with each number"
+    ),
+    over="after 3 probes, or 3 norms, at the clear value or below",
+    causes={
+        "large_recurrent_weights": Cause(
+            "a gated net",
+            "the recurrent weights are too large for the gates to hold back; " + HIDDEN,
+            remedy="init.orthogonal_",
+        ),
+        "drift": Cause(
+            "rho has grown by a tenth since the start",
+            "rho has grown by a tenth or more since the start; " + HIDDEN,
+            remedy="parametrize.orthogonal",
+        ),
+        "nonnormal": Cause(
+            "rho is below 1, in a ReLU net three quarters of the units are on",
+            "rho is below 1, but powers of W_hh grow before they shrink",
+            remedy="init.orthogonal_",
+        ),
+        "active_subnetwork": Cause(
+            "a ReLU net with rho below 1 of which fewer units are on",
+            "rho is below 1, but the part of the net that is active is not: only the "
+            "units that fire count",
+            remedy="init.orthogonal_",
+        ),
+        "large_radius": Cause(
+            "a ReLU net with rho at 1 or above",
+            "rho is 1 or above, and a ReLU does not hold it back",
+            remedy="init.orthogonal_",
+        ),
+        "chaos": Cause(
+            "a tanh net with rho at 1 or above",
+            "rho is 1 or above and the activation does not hold it back: chaos",
+            remedy="init.orthogonal_",
+        ),
+        None: Cause(
+            "the norm exploded, and nothing was seen to grow through time",
+            "undecided: a changed input or growing weights; rho of the recurrent "
+            "weights had not grown by a tenth when last measured",
+        ),
+    },
+    rank=2,
+    undecided_by=("lr_too_high",),
+)
 
 WARM_UP: Final = 12
 """Finite norms that a running median needs before anything is compared with it."""
+
 _WINDOW: Final = 25
+
 _LOOKS: Final = (1, 2, 4, 8, 12, 16, 20, 24)
 """Steps of a high norm after which it is asked what grows through time."""
+
 _GROWS: Final = EXPLODING.clear("growth")
 
 _NORM = run_key("grad_norm")
@@ -175,7 +271,7 @@ class Exploding:
             return bearer, None, None, None, remedies.clipping(5 * usual)
         seen = self._seen.of(grows)
         cause = growth_cause(grows, seen)
-        remedy = remedies.against(self.kind, cause, grows)
+        remedy = EXPLODING.remedy(cause, grows)
         if cause != "drift":
             return grows, cause, None, None, remedy
         now, moved = seen.get("rho", math.nan), seen["rho_total_drift"]

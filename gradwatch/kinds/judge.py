@@ -6,8 +6,8 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from gradwatch.kinds.incidents import Incidents
 from gradwatch.record import Alert, Incident, StepRecord
-from gradwatch.rules.incidents import Incidents
 
 
 @runtime_checkable
@@ -72,17 +72,15 @@ class Judge:
 
     Args:
         rules: The rules, in their order.
-        mute: Kinds, or ``(kind, stream)`` pairs, that are not wanted.
+        incidents: What they have found so far: mostly nothing.
     """
 
-    def __init__(
-        self, rules: Sequence[Rule], mute: Iterable[str | tuple[str, str]] = ()
-    ) -> None:
+    def __init__(self, rules: Sequence[Rule], incidents: Incidents) -> None:
         self.rules = list(rules)
         self._kinds = [rule if isinstance(rule, OfKind) else None for rule in rules]
         self._wanting = [rule for rule in rules if isinstance(rule, Wanting)]
         self._wishing = [rule for rule in rules if isinstance(rule, Wishing)]
-        self.incidents = Incidents(mute)
+        self.incidents = incidents
 
     def take(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
         """Judge one record.

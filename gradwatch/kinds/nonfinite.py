@@ -6,16 +6,69 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
-from gradwatch.rules import text
-from gradwatch.rules.catalogue.loop import NONFINITE
+
+_ANOMALY = "torch.autograd.set_detect_anomaly(True)  # then run that step again"
+
+NONFINITE = Kind(
+    name="nonfinite",
+    title="gradwatch: NaN or Inf in gradients",
+    severity="error",
+    meaning="A gradient, or the loss given to `watch.log`, holds NaN or Inf.",
+    evidence={
+        "tensors": Evidence(
+            "`nonfinite`, gradient tensors with NaN or Inf", 1, 0, "exact"
+        ),
+        "skips": Evidence(
+            "skipped steps in a row that are excused, at most",
+            10,
+            None,
+            "a loss scaler that begins too high halves itself this often",
+        ),
+    },
+    warm_up="none",
+    confirmed="at once",
+    over="after 25 finite steps",
+    excused="what a GradScaler or a refusing clipper skips, up to 10 steps in a row",
+    causes={
+        "nan_data": Cause(
+            "the logged loss, or the input, is not finite",
+            "the loss was already not finite: the input, the target or the forward",
+            "assert torch.isfinite(batch).all(), 'NaN or Inf in the input'",
+        ),
+        "nan_backward": Cause(
+            "the logged loss is finite",
+            "the loss was finite, so backward made it: sqrt, log or a division at 0",
+            _ANOMALY,
+        ),
+        "fp16_overflow": Cause(
+            "the scaler has skipped more than 10 steps in a row though the input is "
+            "finite; or the net computes in float16 and the loss is finite",
+            "float16 overflows; where a loss scaler halves for ever, its scale is not "
+            "what is too large",
+            "scaler = torch.amp.GradScaler(enabled=False)  # and autocast to bfloat16",
+        ),
+        None: Cause(
+            "no loss was logged",
+            "undecided without the loss: watch.log(loss=...) tells data from backward",
+            _ANOMALY,
+        ),
+    },
+    rank=1,
+    explained_by=("lr_too_high",),  # and it raises that to an error
+)
 
 _SKIPS_ALLOWED: Final = int(NONFINITE.at("skips"))
+
 _QUIET_STEPS: Final = 25
 
 _NORM = run_key("grad_norm")
+
 _NONFINITE = run_key("nonfinite")
+
 _LOSS = run_key("loss")
 
 

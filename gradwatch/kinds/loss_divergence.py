@@ -6,28 +6,96 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.lr_too_high import LR_TOO_HIGH
+from gradwatch.kinds.seen import Losses, Seen
+from gradwatch.kinds.text import BEFORE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import median
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
-from gradwatch.rules import text
-from gradwatch.rules.catalogue.loop import LOSS_DIVERGENCE, LR_TOO_HIGH
-from gradwatch.rules.seen import Losses, Seen
+
+LOSS_DIVERGENCE = Kind(
+    name="loss_divergence",
+    title="gradwatch: the loss has gone up and stays up",
+    severity="warning",
+    meaning="The loss given to `watch.log` has left its best far behind, and stays.",
+    evidence={
+        "best": Evidence(
+            "median of 20 losses over the lowest such median",
+            2.2,
+            1.5,
+            "near 0 a healthy loss multiplies by 8: the next two decide there",
+        ),
+        "start": Evidence(
+            "the same over the median of the first 20",
+            0.35,
+            None,
+            "a healthy net that has learnt does not come back to a third of its start",
+        ),
+        "spread": Evidence(
+            "median deviations of the best 20 above their median",
+            6.0,
+            None,
+            "a noisy loss is not judged by its luck",
+        ),
+    },
+    warm_up="60 logged losses",
+    confirmed=(
+        "by 30 steps running in which the loss does not fall by a tenth (healthy nets "
+        "lose half of what they have learnt, and are on their way back by then), by 10 "
+        "where the learning rate has been raised"
+    ),
+    over="after 3 steps at 1.5 times the best or below",
+    excused="losses that are not positive throughout",
+    causes={
+        "bad_batch": Cause(
+            "it began with a spike of the gradient norm",
+            "it began at one batch with a gradient norm far above all others",
+            "torch.save(batch, 'batch.pt')  # look at the batch of step {since}",
+        ),
+        "lr": Cause(
+            "the learning rate is three times what it was at the best, or updates are "
+            "large beside the weights",
+            "the learning rate, or the updates, are far larger than they were when the "
+            "loss was at its best",
+            LOWER_RATE + BEFORE,
+        ),
+        "data": Cause(
+            "else",
+            "the learning rate is as it was, so the data are not: other targets, "
+            "another order, another source",
+            "print(batch)  # of step {since} and of one before it",
+        ),
+    },
+    rank=4,
+    explained_by=("not_cleared",),
+)
 
 _WARM_UP: Final = 60
+
 _HOLD: Final = 30
+
 _HOLD_EXPLAINED: Final = 10
 """Steps running; fewer where the learning rate has been raised."""
+
 _FALLS: Final = 0.9
 """Share of the highest median below which the loss is on its way back: wait again."""
+
 _BACK: Final = 3
+
 _RAISED: Final = 3.0
 """Times the learning rate at the best from which on it is the cause."""
+
 _BURST: Final = 100.0
 """Times the usual gradient norm from which on one batch is."""
+
 _FEW: Final = 5
 """Most such batches; where there are more, the data have changed."""
+
 _AFTER: Final = 100
 """Steps behind such a batch in which what it has done can show."""
+
 _LOSS, _NORM = map(run_key, ("loss", "grad_norm"))
 
 

@@ -1,0 +1,71 @@
+"""Gradients that are gone before the optimizer steps."""
+
+from __future__ import annotations
+
+import math
+
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.of_steps import CLIPPED, NORM, OfSteps
+from gradwatch.record import Alert, StepRecord
+
+CLEARED_EARLY = Kind(
+    name="cleared_early",
+    title="gradwatch: gradients are cleared before the step",
+    severity="warning",
+    meaning="backward() gives a gradient, and the optimizer finds none, or zeros.",
+    evidence={
+        "steps": Evidence(
+            "steps running with `grad_norm` above 0 and nothing left of it",
+            10,
+            None,
+            "exact: clipping leaves something",
+        )
+    },
+    warm_up="none",
+    confirmed="by the number of steps",
+    over="after 3 steps in which something was left",
+    excused="what a refusing clipper takes away: those gradients are not finite",
+    causes={
+        "zero_grad": Cause(
+            "by measurement",
+            "zero_grad() stands between backward() and step()",
+            "optimizer.zero_grad(); loss.backward(); optimizer.step()  # in this order",
+        )
+    },
+    explained_by=(
+        "nonfinite",
+        "exploding",
+    ),  # a clip to a norm that overflows leaves zeros
+)
+
+
+class ClearedEarly(OfSteps):
+    """A gradient at the end of backward, and none as the optimizer steps."""
+
+    kind = CLEARED_EARLY.name
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        norm = record.metrics.get(NORM, 0.0)
+        if not norm > 0 or not math.isfinite(norm) or "skipped_step" in record.events:
+            return []
+        gone = record.metrics.get(CLIPPED, 0.0) == 0
+        # A weight that was compared before and after: an optimizer has stepped.
+        there = gone and self._moved(record) is not None
+        if not self._running.take(record.step, there, CLEARED_EARLY.at("steps")):
+            return []
+        return [
+            text.alert(
+                CLEARED_EARLY,
+                record,
+                since=self._running.since,
+                what="the optimizer finds no gradients",
+                shown=(
+                    f"norm {norm:.3g} at the end of backward, and nothing left at the "
+                    f"optimizer's step, in {self._running.steps} steps running"
+                ),
+                cause="zero_grad",
+                evidence={NORM: (norm, 0.0)},
+            )
+        ]

@@ -1,0 +1,127 @@
+"""ReLU units that never fire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.facts import Facts, ModuleFacts
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.latch import Hysteresis
+from gradwatch.metrics import stream_key
+from gradwatch.record import Alert, StepRecord, Stream, reinitialised
+
+DEAD_UNITS = Kind(
+    name="dead_units",
+    title="gradwatch: dead ReLU units",
+    severity="warning",
+    meaning=(
+        "Half or more of a ReLU layer's units are 0 at every step of every sequence "
+        "looked at: they pass no gradient and cannot come back."
+    ),
+    evidence={
+        "dead": Evidence(
+            "`dead`, twice running", 0.5, 0.3, "largest share in healthy runs: .21"
+        )
+    },
+    warm_up="40 states (steps times sequences): of fewer, half are 0 by chance",
+    confirmed="by two measurements running; the second is asked for at once",
+    over="after 3 measurements at .3 or below",
+    causes={
+        "dead_relu": Cause(
+            "by measurement",
+            "a ReLU that is 0 everywhere passes no gradient and cannot come back: "
+            "a step that was too large, or biases that hold it down",
+            remedy="init.orthogonal_",
+        )
+    },
+    explained_by=("nonfinite", "exploding"),
+)
+
+_STATES: Final = 40
+"""Fewest states from which a unit that was 0 in all of them is called dead."""
+
+_REPLAYED: Final = 4
+"""Sequences that stand for the batch below the uppermost layer."""
+
+
+class DeadUnits:
+    """Half of the ReLU units are 0 at every step of every sequence looked at.
+
+    Raised at .5, at two measurements running (the second is asked for at once),
+    cleared at .3. In healthy runs the largest share was .21.
+    """
+
+    kind = DEAD_UNITS.name
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self.wants: str | None = None
+        self._watched = [
+            (stream, stream_key(stream, "dead"))
+            for stream in streams
+            if stream.kind == "RNN_RELU"
+        ]
+        self._top = {s.module: s.layer for s in sorted(streams, key=lambda s: s.layer)}
+        self._facts: dict[str, ModuleFacts] = {}
+        self._levels = Hysteresis(DEAD_UNITS.at("dead"), DEAD_UNITS.clear("dead"))
+
+    @property
+    def active(self) -> bool:
+        """Whether a stream is still below its clear value."""
+        return self._levels.active
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self.wants, found = None, []
+        self._facts.update(record.facts.modules)
+        for name in reinitialised(record.events):
+            self._levels.forget(name)
+        for stream, key in self._watched:
+            share = record.metrics.get(key)
+            if share is None or not self._enough(stream):
+                continue
+            change = self._levels.update(stream.name, record.step, share)
+            if change == "suspected":
+                self.wants = "state"
+            elif change == "raised":
+                found.append(self._alert(record, stream, share))
+        return found
+
+    def _enough(self, stream: Stream) -> bool:
+        """Tell whether enough states were seen: of few, half are 0 by chance."""
+        facts = self._facts.get(stream.module, ModuleFacts())
+        length, batch = facts.T or 0, facts.B or 0
+        if stream.layer < self._top[stream.module]:
+            batch = min(batch, _REPLAYED)
+        return bool(length * batch >= _STATES)
+
+    def _alert(self, record: StepRecord, stream: Stream, share: float) -> Alert:
+        since = self._levels.since(stream.name)
+        active = record.metrics.get(stream_key(stream, "act_deriv"))
+        shown = (
+            f"dead {share:.2f} in {stream.name} (alarm from {self._levels.raise_at})"
+        )
+        if active is not None:
+            shown += f"; share of active units at a step {active:.2f}"
+        return text.alert(
+            DEAD_UNITS,
+            record,
+            since=since,
+            what=f"{100 * share:.0f} % of the units of {stream.name} never fire",
+            shown=shown,
+            cause="dead_relu",
+            evidence={stream_key(stream, "dead"): (share, self._levels.raise_at)},
+            stream=stream,
+            remedy=DEAD_UNITS.remedy("dead_relu", stream),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        facts = Facts(modules=self._facts).to_plain()
+        return {"levels": self._levels.state_dict(), "facts": facts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._levels.load_state_dict(state["levels"])
+        self._facts = dict(Facts.from_plain(state["facts"]).modules)

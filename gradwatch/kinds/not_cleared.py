@@ -1,0 +1,66 @@
+"""Gradients that pile up: zero_grad() was forgotten."""
+
+from __future__ import annotations
+
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.of_steps import NORM, OfSteps
+from gradwatch.record import Alert, StepRecord
+
+NOT_CLEARED = Kind(
+    name="not_cleared",
+    title="gradwatch: gradients are never cleared",
+    severity="warning",
+    meaning=(
+        "Each backward adds to the gradients that the optimizer has used already: "
+        "zero_grad() was forgotten."
+    ),
+    evidence={
+        "steps": Evidence(
+            "steps running that began with used gradients",
+            10,
+            None,
+            "exact: the same tensor, written once since the optimizer's step",
+        )
+    },
+    warm_up="none",
+    confirmed="by 10 steps running: a few may be meant",
+    over="after 3 steps that began with cleared gradients",
+    causes={
+        "zero_grad": Cause(
+            "by structure",
+            "the gradients of all steps so far pile up: nobody clears them",
+            "optimizer.zero_grad()  # before each backward",
+        )
+    },
+)
+
+
+class NotCleared(OfSteps):
+    """Each backward adds to gradients that have been used already."""
+
+    kind = NOT_CLEARED.name
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self._note(record)
+        if NORM not in record.metrics:
+            return []
+        there, hold = self._run.cleared is False, NOT_CLEARED.at("steps")
+        if not self._running.take(record.step, there, hold):
+            return []
+        norm = record.metrics[NORM]
+        return [
+            text.alert(
+                NOT_CLEARED,
+                record,
+                since=self._running.since,
+                what="gradients pile up from step to step",
+                shown=(
+                    f"{self._running.steps} steps running began with gradients that an "
+                    f"optimizer had used; their norm is now {norm:.3g}"
+                ),
+                cause="zero_grad",
+                evidence={NORM: (norm, None)},
+            )
+        ]

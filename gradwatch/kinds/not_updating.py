@@ -1,0 +1,99 @@
+"""Recurrent weights that have a gradient and do not change."""
+
+from __future__ import annotations
+
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.missing import Keys, Missing
+from gradwatch.record import Alert, StepRecord, Stream
+
+NOT_UPDATING = Kind(
+    name="not_updating",
+    title="gradwatch: recurrent weights do not change",
+    severity="warning",
+    meaning="The recurrent weights of a stream have a gradient and do not change.",
+    evidence={
+        "still": Evidence(
+            "steps whose `update_ratio` is exactly 0, of a weight in an optimizer",
+            10,
+            None,
+            "warm-ups begin with a step or two at a rate of 0",
+        ),
+        "unheld": Evidence(
+            "steps in which no optimizer was seen that holds the weight",
+            25,
+            None,
+            "some optimizers step rarely",
+        ),
+        "rate_zero": Evidence(
+            "steps at a learning rate of 0",
+            50,
+            None,
+            "a phase in which a group rests is meant; who freezes for good says "
+            "requires_grad_(False), and pays no backward for it",
+        ),
+    },
+    warm_up="none",
+    confirmed="by the number of steps",
+    over="after 3 steps with a change",
+    causes={
+        "not_in_optimizer": Cause(
+            "no optimizer that has stepped holds the weight",
+            "no optimizer that has stepped holds this weight",
+            "optimizer.add_param_group({{'params': [{weight}]}})",
+        ),
+        "frozen": Cause(
+            "its learning rate is 0",
+            "its learning rate is 0, and still its gradient is computed; if that is "
+            "meant, requires_grad_(False) is cheaper",
+            "print([group['lr'] for group in optimizer.param_groups])",
+        ),
+        None: Cause(
+            "the optimizer holds it at a rate that is not 0",
+            "the optimizer holds it and its gradient is not 0: the update is lost, "
+            "below the weight's precision or cut off",
+            "print([group['lr'] for group in optimizer.param_groups])",
+        ),
+    },
+    explained_by=("nonfinite", "exploding", "cleared_early", "over_clipping"),
+    undecided_by=("dead_units", "gate_stuck", "underflow"),
+)
+
+
+class NotUpdating(Missing):
+    """W_hh has a gradient and does not change."""
+
+    kind = NOT_UPDATING.name
+
+    def _cause(self, record: StepRecord, stream: Stream, keys: Keys) -> str | None:
+        if record.metrics.get(keys.ratio) is None:
+            return "not_in_optimizer"
+        return "frozen" if self._seen.stream(stream).lr == 0 else None
+
+    def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
+        ratio = record.metrics.get(keys.ratio)
+        unheld = ratio is None and self._seen.stream(stream).in_optimizer is False
+        if not record.metrics.get(keys.hh) or (ratio != 0 and not unheld):
+            return None
+        cause = self._cause(record, stream, keys)
+        level = {"not_in_optimizer": "unheld", "frozen": "rate_zero"}
+        return int(NOT_UPDATING.at(level.get(cause or "", "still")))
+
+    def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
+        cause = self._cause(record, stream, keys)
+        norm, steps = record.metrics[keys.hh], self._missing[stream.name]
+        return [
+            text.alert(
+                NOT_UPDATING,
+                record,
+                since=self._since[stream.name],
+                what=f"the recurrent weights of {stream.name} do not change",
+                shown=(
+                    f"no change in {steps} steps running, with a gradient of norm "
+                    f"{norm:.3g}"
+                ),
+                cause=cause,
+                evidence={} if cause == "not_in_optimizer" else {keys.ratio: (0.0, 0)},
+                stream=stream,
+            )
+        ]

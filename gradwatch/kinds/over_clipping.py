@@ -1,0 +1,108 @@
+"""A clip that leaves nothing of the gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.of_steps import CLIP, NORM, OfSteps
+from gradwatch.numerics.streaming import median
+from gradwatch.record import Alert, StepRecord, Stream
+
+OVER_CLIPPING = Kind(
+    name="over_clipping",
+    title="gradwatch: the clip leaves nothing of the gradients",
+    severity="warning",
+    meaning="The clip is so tight that the weights hardly move.",
+    evidence={
+        "clip_ratio": Evidence(
+            "`clip_ratio`, at most",
+            0.01,
+            0.1,
+            "alone it decides nothing: Adam does not mind, and a net that explodes "
+            "is clipped as much",
+        ),
+        "update": Evidence(
+            "largest `update_ratio`, at most",
+            1e-4,
+            None,
+            "healthy runs move by 1e-3; sick ones by 1e-5",
+        ),
+    },
+    warm_up="none",
+    confirmed="by 20 steps running",
+    over="after 3 steps with a `clip_ratio` above .1, or larger updates",
+    excused="while gradients explode: the clip then does what it is for",
+    causes={
+        "scaled_gradients": Cause(
+            "a loss scaler is at work",
+            "the clip acts on gradients that the loss scaler has multiplied: it comes "
+            "before they are unscaled",
+            "scaler.unscale_(optimizer)  # before clip_grad_norm_",
+        ),
+        "clip": Cause(
+            "else",
+            "the clip is far below the usual norm of the gradients",
+            "torch.nn.utils.clip_grad_norm_(model.parameters(), {usual:.2g})  # the "
+            "usual norm",
+        ),
+    },
+    explained_by=("nonfinite", "exploding", "cleared_early"),
+)
+
+
+class OverClipping(OfSteps):
+    """The clip leaves a hundredth or less, and the weights hardly move."""
+
+    kind = OVER_CLIPPING.name
+    _hold: Final = 20
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        super().__init__(streams)
+        self._norms: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {**super().state_dict(), "norms": list(self._norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._norms = list(state["norms"])
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        self._note(record)
+        ratio, norm = record.metrics.get(CLIP), record.metrics.get(NORM, math.nan)
+        if ratio is None or not math.isfinite(norm):
+            return []
+        level = OVER_CLIPPING.clear if self.active else OVER_CLIPPING.at
+        tight = 0 < ratio <= level("clip_ratio")
+        moved = self._moved(record) if tight else None
+        there = moved is not None and 0 < moved <= OVER_CLIPPING.at("update")
+        self._norms = [*self._norms[1 - self._hold :], norm] if there else []
+        if not self._running.take(record.step, there, self._hold):
+            return []
+        cause = "scaled_gradients" if self._run.scaled else "clip"
+        usual, since = median(tuple(self._norms)), self._running.since
+        line = OVER_CLIPPING.causes[cause].do
+        return [
+            text.alert(
+                OVER_CLIPPING,
+                record,
+                since=since,
+                what="the clip leaves nothing of the gradients",
+                shown=(
+                    f"clip_ratio {ratio:.2g} (alarm from "
+                    f"{OVER_CLIPPING.at('clip_ratio')} down), largest update_ratio "
+                    f"{moved:.2g} (from {OVER_CLIPPING.at('update'):.0e} down), for "
+                    f"{self._running.steps} steps"
+                ),
+                cause=cause,
+                evidence={CLIP: (ratio, OVER_CLIPPING.at("clip_ratio"))},
+                do=line.format(usual=usual),
+            )
+        ]

@@ -1,0 +1,82 @@
+"""The same batch again and again: a notice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gradwatch.kinds import text
+from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.record import Alert, StepRecord, Stream
+
+REPEATED_BATCH = Kind(
+    name="repeated_batch",
+    title="gradwatch: the same batch again and again",
+    severity="info",
+    meaning="The sequences looked at were the same, bit for bit, at every look.",
+    evidence={
+        "looks": Evidence(
+            "looks running at the same sequences",
+            8,
+            None,
+            "by then at least 50 steps lie between the first and the last",
+        )
+    },
+    warm_up="none",
+    confirmed="by the number of looks",
+    over="with the first other batch",
+    causes={
+        "data": Cause(
+            "by measurement",
+            "one batch is served at each step; no fault if it is all the data, or to "
+            "be fitted on purpose",
+            "for batch in loader: ...  # not next(iter(loader)) at each step",
+        )
+    },
+)
+
+
+class RepeatedBatch:
+    """The sequences looked at are the same, bit for bit, at every look: a notice."""
+
+    kind = REPEATED_BATCH.name
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        self._modules = tuple(dict.fromkeys(s.module for s in streams))
+        self._same: dict[str, int] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether they still are."""
+        return any(n >= REPEATED_BATCH.at("looks") for n in self._same.values())
+
+    def update(self, record: StepRecord) -> list[Alert]:
+        """Judge one record."""
+        modules = record.facts.modules
+        for module in self._modules if modules else ():
+            looks = modules[module].same_batch if module in modules else None
+            if looks is None:
+                continue
+            before, self._same[module] = self._same.get(module, 0), looks
+            if before < REPEATED_BATCH.at("looks") <= looks:
+                return [self._alert(record, module, looks)]
+        return []
+
+    def _alert(self, record: StepRecord, module: str, looks: int) -> Alert:
+        return text.alert(
+            REPEATED_BATCH,
+            record,
+            since=record.step,
+            what=f"{module} is given the same batch at every step",
+            shown=f"its input was the same, bit for bit, at {looks} looks running",
+            cause="data",
+            evidence={},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        return {"same": dict(self._same)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._same = dict(state["same"])

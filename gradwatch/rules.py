@@ -1,0 +1,36 @@
+"""Judging records again, by the rules of the catalogue or by your own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from gradwatch.kinds.catalogue import CATALOGUE, default_rules
+from gradwatch.kinds.incidents import Incidents
+from gradwatch.kinds.judge import Judge, Rule
+from gradwatch.record import Alert, StepRecord, Stream
+
+__all__ = ["Rule", "default_rules", "replay"]
+
+
+def replay(
+    records: Iterable[StepRecord],
+    streams: Sequence[Stream],
+    *,
+    rules: Sequence[Rule] | None = None,
+    mute: Iterable[str | tuple[str, str]] = (),
+) -> list[Alert]:
+    """Judge the records of a run again, with no model.
+
+    Args:
+        records: One a step, in their order, such as ``gradwatch.load(dir).records``.
+        streams: The streams that they are of: ``gradwatch.load(dir).streams``.
+        rules: In place of the catalogue's.
+        mute: Kinds, or ``(kind, stream)`` pairs, that are not wanted.
+
+    Returns:
+        The alerts that the watch gave in that run, where its file still holds a row for
+        each step and the run was not resumed.
+    """
+    incidents = Incidents(CATALOGUE, mute)
+    judge = Judge(default_rules(streams) if rules is None else rules, incidents)
+    return [alert for record in records for alert in judge.take(record)[0]]
