@@ -8,7 +8,7 @@ Run: make docs
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Final
@@ -124,6 +124,11 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.6g}"
 
 
+def values(value: float | Sequence[float]) -> str:
+    """Return a number, or several, as they are read."""
+    return ", ".join(map(number, value if isinstance(value, Sequence) else [value]))
+
+
 def plain(do: str) -> str:
     """Return a line of the catalogue with its placeholders in angle brackets."""
     parts = [
@@ -180,11 +185,16 @@ def alert_head(kind: Kind) -> str:
     if kind.evidence:
         head = ["evidence", "raised at", "cleared at", "why there"]
         evidence = table(head, [_number_row(e) for e in kind.evidence.values()])
+    others = [
+        [other.what, values(other.value), other.reason]
+        for other in kind.numbers.values()
+    ]
     return (
         f"{BEGIN}\n# {title(kind)}\n\n"
         + fill(f"`{kind.name}`, {_SEVERITY[kind.severity]}. {kind.meaning}")
         + f"\n{evidence}\n"
         + "".join(fill(f"- *{name}*: {text}", indent="  ") for name, text in decided)
+        + (f"\n{table(['other numbers', 'value', 'why'], others)}" if others else "")
         + f"\n{table(why, causes)}\n{END}\n"
     )
 

@@ -53,7 +53,7 @@ def test_a_page_has_all_that_the_catalogue_knows(generate, name):
 
 
 def test_a_page_names_the_remedy_of_a_cause(generate):
-    for name, kind in CATALOGUE.items():
+    for kind in CATALOGUE.values():
         for cause in kind.causes:
             for remedy in generate.named(kind, cause):
                 assert remedy in remedies.REMEDIES

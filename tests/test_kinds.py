@@ -315,7 +315,7 @@ def records(metric, values, **facts):
 
 
 def test_a_level_is_confirmed_held_and_cleared():
-    level = Hysteresis(raise_at=0.5, clear_at=0.3)
+    level = Hysteresis(raise_at=0.5, clear_at=0.3, running=2, calm=3)
     values = [0.6, 0.4, 0.5, 0.7, 0.4, 0.2, 0.31, 0.3, 0.2, 0.1, 0.9, 0.9]
     changes = [level.update("a", i, v) for i, v in enumerate(values)]
     assert changes[:4] == ["suspected", "", "suspected", "raised"]
@@ -325,7 +325,7 @@ def test_a_level_is_confirmed_held_and_cleared():
 
 
 def test_a_level_survives_a_resumption():
-    level, again = Hysteresis(0.5, 0.3), Hysteresis(0.5, 0.3)
+    level, again = [Hysteresis(0.5, 0.3, running=2, calm=3) for _ in range(2)]
     level.update("a", 3, 0.6)
     again.load_state_dict(level.state_dict())
     assert again.update("a", 4, 0.6) == "raised" and again.since("a") == 3

@@ -55,6 +55,9 @@ _RULES: Final[Sequence[tuple[Kind, Sequence[_Make]]]] = (
 )
 """Each kind with its rules; what explains comes before what it explains."""
 
+_TITLE: Final = 64
+"""Characters of a title: W&B takes no longer one."""
+
 CATALOGUE: Final[Mapping[str, Kind]] = MappingProxyType(
     {kind.name: kind for kind, _ in _RULES}
 )
@@ -68,4 +71,4 @@ def default_rules(streams: Sequence[Stream]) -> list[Rule]:
 def title(kind: str) -> str:
     """Return the constant title of a kind."""
     row = CATALOGUE.get(kind)
-    return row.title if row is not None else f"gradwatch: {kind}"[:64]
+    return row.title if row is not None else f"gradwatch: {kind}"[:_TITLE]

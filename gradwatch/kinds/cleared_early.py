@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.of_steps import CLIPPED, NORM, OfSteps
 from gradwatch.record import Alert, StepRecord
 
@@ -33,6 +33,13 @@ CLEARED_EARLY = Kind(
             "optimizer.zero_grad(); loss.backward(); optimizer.step()  # in this order",
         )
     },
+    numbers={
+        "back": Number(
+            3,
+            "consecutive steps in which something was left after which it is over",
+            "one or two may be chance",
+        ),
+    },
     explained_by=(
         "nonfinite",
         "exploding",
@@ -43,7 +50,7 @@ CLEARED_EARLY = Kind(
 class ClearedEarly(OfSteps):
     """A gradient at the end of backward, and none as the optimizer steps."""
 
-    kind = CLEARED_EARLY.name
+    kind, _row = CLEARED_EARLY.name, CLEARED_EARLY
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

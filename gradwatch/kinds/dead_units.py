@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from gradwatch.facts import Facts, ModuleFacts
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Hysteresis
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -36,14 +36,31 @@ DEAD_UNITS = Kind(
             remedy="init.orthogonal_",
         )
     },
+    numbers={
+        "confirm": Number(
+            2,
+            "consecutive measurements that confirm it; the second is asked for at once",
+            "one may be a batch",
+        ),
+        "calm": Number(
+            3,
+            "consecutive measurements at the clear value or below after which it is "
+            "over",
+            "one or two may be chance",
+        ),
+        "states": Number(
+            40,
+            "states (steps times sequences) to be judged, at least",
+            "of fewer, half are 0 by chance",
+        ),
+        "replayed": Number(
+            4,
+            "sequences that stand for the batch below the uppermost layer",
+            "as many are replayed",
+        ),
+    },
     explained_by=("nonfinite", "exploding"),
 )
-
-_STATES: Final = 40
-"""Fewest states from which a unit that was 0 in all of them is called dead."""
-
-_REPLAYED: Final = 4
-"""Sequences that stand for the batch below the uppermost layer."""
 
 
 class DeadUnits:
@@ -64,7 +81,7 @@ class DeadUnits:
         ]
         self._top = {s.module: s.layer for s in sorted(streams, key=lambda s: s.layer)}
         self._facts: dict[str, ModuleFacts] = {}
-        self._levels = Hysteresis(DEAD_UNITS.at("dead"), DEAD_UNITS.clear("dead"))
+        self._levels = Hysteresis.of(DEAD_UNITS, "dead")
 
     @property
     def active(self) -> bool:
@@ -93,8 +110,8 @@ class DeadUnits:
         facts = self._facts.get(stream.module, ModuleFacts())
         length, batch = facts.T or 0, facts.B or 0
         if stream.layer < self._top[stream.module]:
-            batch = min(batch, _REPLAYED)
-        return bool(length * batch >= _STATES)
+            batch = min(batch, DEAD_UNITS.count("replayed"))
+        return bool(length * batch >= DEAD_UNITS.number("states"))
 
     def _alert(self, record: StepRecord, stream: Stream, share: float) -> Alert:
         since = self._levels.since(stream.name)
@@ -108,7 +125,7 @@ class DeadUnits:
             DEAD_UNITS,
             record,
             since=since,
-            what=f"{100 * share:.0f} % of the units of {stream.name} never fire",
+            what=f"{text.percent(share)} of the units of {stream.name} never fire",
             shown=shown,
             cause="dead_relu",
             evidence={stream_key(stream, "dead"): (share, self._levels.raise_at)},

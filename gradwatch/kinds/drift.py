@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from gradwatch import remedies
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Hysteresis
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -36,10 +36,25 @@ DRIFT = Kind(
             remedy="parametrize.orthogonal",
         )
     },
+    numbers={
+        "confirm": Number(
+            2, "consecutive measurements that confirm it", "one may be chance"
+        ),
+        "calm": Number(
+            3,
+            "consecutive measurements at the clear value or below after which it is "
+            "over",
+            "one or two may be chance",
+        ),
+        "warm_up": Number(
+            20,
+            "steps after the first measurement before any is judged",
+            "the first updates move rho most",
+        ),
+    },
 )
 
-_WARM_UP: Final = 20
-"""Steps after the first measurement; the first updates move rho most."""
+_WARM_UP: Final = DRIFT.count("warm_up")
 
 
 class Drift:
@@ -58,7 +73,7 @@ class Drift:
             for stream in streams
             if not stream.gates
         ]
-        self._levels = Hysteresis(DRIFT.at("moved"), DRIFT.clear("moved"))
+        self._levels = Hysteresis.of(DRIFT, "moved")
         self._began: int | None = None
 
     @property

@@ -8,8 +8,7 @@ from typing import Any, Final
 
 from gradwatch import remedies
 from gradwatch.kinds import text
-from gradwatch.kinds.growth_cause import CONTEXT, GROWN, growth_cause
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.seen import Seen
 from gradwatch.kinds.text import BEFORE, HIDDEN, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
@@ -62,8 +61,8 @@ EXPLODING = Kind(
     },
     warm_up="12 norms for what is compared with their median; none for growth",
     confirmed=(
-        "by the third probe, of which two are asked for within 3 steps, or by the "
-        "steps that stand with each number"
+        "by the third probe, of which two are asked for at once, or by the steps that "
+        "stand with each number"
     ),
     over="after 3 probes, or 3 norms, at the clear value or below",
     causes={
@@ -104,18 +103,98 @@ EXPLODING = Kind(
             "weights had not grown by a tenth when last measured",
         ),
     },
+    numbers={
+        "calm": Number(
+            3,
+            "consecutive probes at the clear value or below after which a growth is "
+            "over",
+            "one or two may be chance",
+        ),
+        "grown": Number(
+            0.1, "logarithm of rho over its start from which on it has grown"
+        ),
+        "on": Number(
+            0.75,
+            "share of active ReLU units from which on what they leave out decides "
+            "nothing",
+        ),
+        "warm_up": Number(
+            12,
+            "finite norms before anything is compared with their median",
+            "a median of fewer follows single batches",
+        ),
+        "window": Number(
+            25,
+            "usual norms that the median is taken over",
+            "healthy bursts are over within as many",
+        ),
+        "running": Number(
+            3,
+            "consecutive steps far above the median; and back, after which it is over",
+            "one or two are a batch, which is a spike",
+        ),
+        "lasting_for": Number(
+            25,
+            "consecutive steps of the lasting kind",
+            "healthy bursts are over by then",
+        ),
+        "before_nonfinite": Number(
+            10000.0,
+            "times the median right before a NaN or Inf that is an explosion's",
+            "as far as a norm that counts by itself",
+        ),
+        "leap": Number(
+            10.0,
+            "times the usual update that the last one before it was, which is then "
+            "the cause",
+        ),
+        "looks": Number(
+            (1, 2, 4, 8, 12, 16, 20, 24),
+            "steps of a high norm at which the probe groups are asked for",
+            "early while it rises, then while it stays",
+        ),
+        "clip_at": Number(
+            5,
+            "times the usual norm that the remedy clips at",
+            "what is usual passes unclipped",
+        ),
+        "confirm": Number(3, "consecutive probes of growth", "a burst is over by then"),
+        "often": Number(
+            10, "steps between probes while an incident is open, or growth rises"
+        ),
+        "again": Number(
+            (0, 1, 2),
+            "steps to the next probe after none, one and two that counted",
+            "a burst is over by then",
+        ),
+        "slope_over": Number(
+            8,
+            "probes that a slope of growth is taken over",
+            "fewer follow single probes",
+        ),
+        "lost": Number(
+            300,
+            "steps without a measurement after which a stream is forgotten",
+            "frozen or unused since: nobody can tell",
+        ),
+        "soon": Number(
+            50,
+            "steps within which a rising growth has to cross the threshold to be a "
+            "notice",
+        ),
+    },
     rank=2,
     undecided_by=("lr_too_high",),
 )
 
-WARM_UP: Final = 12
-"""Finite norms that a running median needs before anything is compared with it."""
+_WARM_UP: Final = EXPLODING.count("warm_up")
+_WINDOW: Final = EXPLODING.count("window")
+_LOOKS: Final = EXPLODING.counts("looks")
+CONTEXT: Final = ("rho", "rho_total_drift", "act_deriv", "growth_log10")
+"""Metrics that decide it."""
 
-_WINDOW: Final = 25
-
-_LOOKS: Final = (1, 2, 4, 8, 12, 16, 20, 24)
-"""Steps of a high norm after which it is asked what grows through time."""
-
+GROWN: Final = EXPLODING.number("grown")
+_ON: Final = EXPLODING.number("on")
 _GROWS: Final = EXPLODING.clear("growth")
 
 _NORM = run_key("grad_norm")
@@ -130,13 +209,13 @@ class Exploding:
 
     kind = EXPLODING.name
     factor: Final = EXPLODING.at("norm")
-    running: Final = 3
+    running: Final = EXPLODING.count("running")
     lasting_factor: Final = EXPLODING.at("lasting")
-    lasting: Final = 25
+    lasting: Final = EXPLODING.count("lasting_for")
     above_peak: Final = EXPLODING.at("peak")
     clear: Final = EXPLODING.clear("norm")
-    leap: Final = 10.0
-    before_nonfinite: Final = 1e4
+    leap: Final = EXPLODING.number("leap")
+    before_nonfinite: Final = EXPLODING.number("before_nonfinite")
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.active = False
@@ -165,7 +244,7 @@ class Exploding:
         if norm is None:
             return []
         usual = median(self._norms)
-        warm = len(self._norms) >= WARM_UP and usual > 0
+        warm = len(self._norms) >= _WARM_UP and usual > 0
         if not math.isfinite(norm):
             burst = bool(self._high) and self._high[-1] >= self.before_nonfinite
             self._high = []
@@ -203,7 +282,7 @@ class Exploding:
         ratios = [record.metrics.get(key, 0.0) for key in self._keys]
         self._updates = push(self._updates, max(ratios, default=0.0), _WINDOW)
         self._norms = push(self._norms, norm, _WINDOW)
-        if usual > self._peak and len(self._norms) > WARM_UP:
+        if usual > self._peak and len(self._norms) > _WARM_UP:
             self._peak = usual
         self._high = []
         self._calm += 1
@@ -221,7 +300,7 @@ class Exploding:
                 f"total norm {norm}, right after a burst; its median was {usual:.3g}"
             )
         if self._carriers:
-            parts = (f"{100 * v:.0f} % {name}" for name, v in self._carriers.items())
+            parts = (f"{text.percent(v)} {name}" for name, v in self._carriers.items())
             shown += f"; carried by {', '.join(parts)}"
         stream, cause, why, do, remedy = self._judgement(usual)
         evidence: dict[str, tuple[float, float | None]] = {
@@ -268,7 +347,13 @@ class Exploding:
             )
         grows = self._grows()
         if grows is None:
-            return bearer, None, None, None, remedies.clipping(5 * usual)
+            return (
+                bearer,
+                None,
+                None,
+                None,
+                remedies.clipping(EXPLODING.number("clip_at") * usual),
+            )
         seen = self._seen.of(grows)
         cause = growth_cause(grows, seen)
         remedy = EXPLODING.remedy(cause, grows)
@@ -312,3 +397,21 @@ def _belongs(parameter: str, stream: Stream) -> bool:
     own = stream.name.removeprefix(stream.module)[1:]
     within = path == stream.module or path.startswith(f"{stream.module}.") or not path
     return within and (f"_{own}" in f"{last}." or own in path if own else True)
+
+
+def growth_cause(stream: Stream, seen: Mapping[str, float]) -> str:
+    """Return the first cause that the evidence names.
+
+    Args:
+        stream: The stream that shows growth.
+        seen: Metric -> its last value; of :data:`CONTEXT`, as far as it was measured.
+    """
+    if stream.gates:
+        return "large_recurrent_weights"
+    if seen.get("rho_total_drift", 0.0) > GROWN:
+        return "drift"
+    relu = stream.kind == "RNN_RELU"
+    if seen.get("rho", 1.0) < 1:
+        partly = relu and seen.get("act_deriv", 1.0) < _ON
+        return "active_subnetwork" if partly else "nonnormal"
+    return "large_radius" if relu else "chaos"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Hysteresis
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -62,6 +62,25 @@ GATE_STUCK = Kind(
             remedy="init.chrono_",
         ),
     },
+    numbers={
+        "confirm": Number(
+            2,
+            "consecutive measurements that confirm it; the second is asked for at once",
+            "one may be a batch",
+        ),
+        "calm": Number(
+            3,
+            "consecutive measurements at the clear value or below after which it is "
+            "over",
+            "one or two may be chance",
+        ),
+        "held": Number(
+            0.5,
+            "`open/f` of the forget gate beside which a shut input gate is meant, at "
+            "least",
+            "the cell then keeps more than it renews",
+        ),
+    },
     explained_by=("nonfinite", "exploding"),
 )
 
@@ -97,7 +116,7 @@ class GateStuck:
             for stream in streams
             for gate, (metric, cause) in _GATES.get(stream.kind, {}).items()
         ]
-        self._levels = Hysteresis(GATE_STUCK.at("share"), GATE_STUCK.clear("share"))
+        self._levels = Hysteresis.of(GATE_STUCK, "share")
         self._lengths: dict[str, int] = {}
 
     @property
@@ -134,7 +153,7 @@ class GateStuck:
         lasting = steps <= GATE_STUCK.at("meant") * length
         if cause == "input_gate":
             held = record.metrics.get(stream_key(stream, "open", "f"), 0.0)
-            return lasting and held >= 0.5
+            return lasting and held >= GATE_STUCK.number("held")
         return lasting and cause == "update_gate"
 
     def _alert(
@@ -148,8 +167,8 @@ class GateStuck:
             since=since,
             what=f"gate {gate} of {stream.name} is stuck",
             shown=(
-                f"{_SIDES[cause]} in {100 * share:.0f} % of units and steps "
-                f"(alarm from {100 * self._levels.raise_at:.0f} %)"
+                f"{_SIDES[cause]} in {text.percent(share)} of units and steps "
+                f"(alarm from {text.percent(self._levels.raise_at)})"
             ),
             cause=cause,
             evidence={key: (share, self._levels.raise_at)},

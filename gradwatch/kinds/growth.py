@@ -7,28 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.kinds import text
-from gradwatch.kinds.exploding import EXPLODING
-from gradwatch.kinds.growth_cause import CONTEXT, growth_cause
+from gradwatch.kinds.exploding import CONTEXT, EXPLODING, growth_cause
 from gradwatch.kinds.latch import Hysteresis
 from gradwatch.kinds.seen import Seen
 from gradwatch.metrics import stream_key
 from gradwatch.numerics.streaming import theil_sen
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
-_OFTEN: Final = 10
-"""Steps between probes while an incident is open, or growth rises."""
-
-_AGAIN: Final = (0, 1, 2)
-"""Steps to the next probe after one and two that counted: a burst is over by then."""
-
-_SAMPLES: Final = 8
-"""Probes that a slope is taken over."""
-
-_LOST: Final = 300
-"""Steps without a measurement after which a stream's level is forgotten."""
-
-_SOON: Final = 50
-"""Steps within which a rising growth has to cross the threshold to be told of."""
+_OFTEN: Final = EXPLODING.count("often")
+_AGAIN: Final = EXPLODING.counts("again")
+_SAMPLES: Final = EXPLODING.count("slope_over")
+_LOST: Final = EXPLODING.count("lost")
+_SOON: Final = EXPLODING.count("soon")
 
 
 class Growth:
@@ -46,11 +36,8 @@ class Growth:
         self._watched = [(s, stream_key(s, "growth_log10")) for s in streams]
         self._names = [s.name for s in streams]
         self._seen = Seen(streams, (*CONTEXT, "rho_trend"))
-        self._levels = Hysteresis(
-            EXPLODING.at("growth"),
-            EXPLODING.clear("growth"),
-            EXPLODING.at("growth_at_once"),
-            running=3,
+        self._levels = Hysteresis.of(
+            EXPLODING, "growth", at_once=EXPLODING.at("growth_at_once")
         )
         self._past: dict[str, list[list[float]]] = {}  # stream: [step, growth], ...
         self._rising: dict[str, int] = {}  # stream: since which step
@@ -132,6 +119,7 @@ class Growth:
     ) -> Alert:
         cause = growth_cause(stream, self._seen.of(stream))
         trend = self._seen.of(stream)["rho_trend"]
+        rounded = max(_OFTEN * math.ceil(left / _OFTEN), _OFTEN)
         return text.alert(
             EXPLODING,
             record,
@@ -139,7 +127,7 @@ class Growth:
             since=self._rising[stream.name],
             what=(
                 f"growth through time in {stream.name} is rising; at this pace over "
-                f"the threshold within about {max(10 * math.ceil(left / 10), 10)} steps"
+                f"the threshold within about {rounded} steps"
             ),
             shown=(
                 f"growth_log10 {growth:.1f}, up in {_SAMPLES} probes (alarm from "

@@ -10,7 +10,7 @@ from typing import Any, Final
 from gradwatch.kinds.kind import Kind
 from gradwatch.record import Alert, Incident, parse
 
-_RANK: Final = {"info": 0, "warning": 1, "error": 2}
+_SEVERITIES: Final = ("info", "warning", "error")
 _NOTICES: Final = 3
 """Notices that one stream may give in a run, per kind."""
 
@@ -74,7 +74,7 @@ class Incidents:
             )
             self._open[alert.kind] = opened
             return alert, opened
-        rises = _RANK[alert.severity] > _RANK[known.severity]
+        rises = _SEVERITIES.index(alert.severity) > _SEVERITIES.index(known.severity)
         if alert.kind != known.kind:
             self._explained[alert.kind] = (known.kind, alert)
             # What is explained is evidence, however bad; but a NaN is told.

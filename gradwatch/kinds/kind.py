@@ -49,14 +49,14 @@ class Number(NamedTuple):
     """One number more that a rule uses: a count, a span, or a share.
 
     Attributes:
-        value: The number.
+        value: The number; several where it is a sequence of them.
         what: What it is, for the alert's page.
         reason: Why it is what it is: what was measured, or what it is for.
     """
 
-    value: float
+    value: float | Sequence[float]
     what: str
-    reason: str
+    reason: str = "chosen: no measurement is on record"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +108,19 @@ class Kind:
 
     def number(self, name: str) -> float:
         """Return one of the other numbers of the rule."""
-        return self.numbers[name].value
+        value = self.numbers[name].value
+        assert isinstance(value, int | float)
+        return value
 
     def count(self, name: str) -> int:
         """Return one of them that counts something."""
-        return int(self.numbers[name].value)
+        return int(self.number(name))
+
+    def counts(self, name: str) -> tuple[int, ...]:
+        """Return one of them that is a sequence."""
+        values = self.numbers[name].value
+        assert isinstance(values, Sequence)
+        return tuple(int(value) for value in values)
 
     def remedy(
         self, cause: str | None, stream: Stream, length: int = 0

@@ -1,17 +1,14 @@
-"""What is raised and cleared: a level over measurements, a sign over steps running."""
+"""What is raised and cleared: a level over measurements, a sign over steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, Literal
+
+from gradwatch.kinds.kind import Kind
 
 Change = Literal["suspected", "raised", ""]
-
-_CALM: Final = 3
-"""Measurements running, at the clear value or below, after which a level is over."""
-_BACK: Final = 3
-"""Steps running without a sign after which it is over."""
 
 
 class Hysteresis:
@@ -21,7 +18,9 @@ class Hysteresis:
         raise_at: Value from which on a measurement counts.
         clear_at: Value up to which it counts as calm.
         at_once: Value from which on one measurement is enough.
-        running: How many measurements running are needed else.
+        running: How many consecutive measurements are needed else.
+        calm: Consecutive measurements at the clear value or below after which it is
+            over.
     """
 
     def __init__(
@@ -29,12 +28,25 @@ class Hysteresis:
         raise_at: float,
         clear_at: float,
         at_once: float = math.inf,
-        running: int = 2,
+        *,
+        running: int,
+        calm: int,
     ) -> None:
         self.raise_at, self.clear_at, self.at_once = raise_at, clear_at, at_once
-        self.running = running
+        self.running, self.calm = running, calm
         self._over: dict[str, list[int]] = {}  # key: times over, since which step
         self._raised: dict[str, int] = {}  # key: calm measurements running
+
+    @classmethod
+    def of(cls, row: Kind, evidence: str, at_once: float = math.inf) -> Hysteresis:
+        """Return the levels of a row's evidence, with its ``confirm`` and ``calm``."""
+        return cls(
+            row.at(evidence),
+            row.clear(evidence),
+            at_once,
+            running=row.count("confirm"),
+            calm=row.count("calm"),
+        )
 
     def update(self, key: str, step: int, value: float) -> Change:
         """Take in one measurement.
@@ -46,7 +58,7 @@ class Hysteresis:
         if key in self._raised:
             calm = self._raised[key] + 1 if value <= self.clear_at else 0
             self._raised[key] = calm
-            if calm >= _CALM:
+            if calm >= self.calm:
                 del self._raised[key]
                 self._over.pop(key, None)
             return ""
@@ -92,7 +104,10 @@ class Hysteresis:
 
 
 class Running:
-    """Counts the steps running that show something, and when that began.
+    """Counts the consecutive steps that show something, and when that began.
+
+    Args:
+        back: Consecutive steps without, after which it is over.
 
     Attributes:
         steps: How many so far.
@@ -101,9 +116,10 @@ class Running:
         back: Steps without, after which it is over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, back: int) -> None:
         self.steps = self.since = self._back = 0
-        self.raised, self.back = False, _BACK
+        self.raised, self.back = False, back
+        self._least = back
 
     def take(self, step: int, there: bool, hold: float) -> bool:
         """Take in one step; tell whether it has just been there for long enough."""
@@ -114,7 +130,7 @@ class Running:
         else:
             self._back += 1
             if self._back >= self.back or not self.raised:
-                self.steps, self.raised, self.back = 0, False, _BACK
+                self.steps, self.raised, self.back = 0, False, self._least
         if self.raised or self.steps < hold:
             return False
         self.raised = True
@@ -122,7 +138,7 @@ class Running:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        return dict(vars(self))
+        return {k: v for k, v in vars(self).items() if k != "_least"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""

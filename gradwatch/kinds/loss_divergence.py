@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.lr_too_high import LR_TOO_HIGH
 from gradwatch.kinds.seen import Losses, Seen
 from gradwatch.kinds.text import BEFORE, LOWER_RATE
@@ -68,33 +68,64 @@ LOSS_DIVERGENCE = Kind(
             "print(batch)  # of step {since} and of one before it",
         ),
     },
+    numbers={
+        "warm_up": Number(
+            60,
+            "logged losses before any is judged",
+            "three times the losses that a median is taken over",
+        ),
+        "hold": Number(
+            30,
+            "consecutive steps that it lasts",
+            "healthy nets lose half of what they have learnt, and are on their way "
+            "back by then",
+        ),
+        "hold_explained": Number(
+            10, "the same where the learning rate has been raised", "the cause is known"
+        ),
+        "falls": Number(
+            0.9,
+            "share of the highest median below which the loss is on its way back: it "
+            "waits again",
+            "a loss that comes back by itself is none",
+        ),
+        "back": Number(
+            3,
+            "steps at the clear value or below after which it is over",
+            "one may be a lucky batch",
+        ),
+        "raised": Number(
+            3.0, "times the learning rate at the best from which on it is the cause"
+        ),
+        "burst": Number(
+            100.0, "times the usual gradient norm from which on one batch is the cause"
+        ),
+        "few": Number(
+            5, "such batches at most", "where there are more, the data have changed"
+        ),
+        "after": Number(
+            100, "steps behind such a batch in which what it has done can show"
+        ),
+        "keeps": Number(
+            0.9,
+            "share of the old value in the running means of update ratio and norm",
+            "about the last 10 steps",
+        ),
+    },
     rank=4,
     explained_by=("not_cleared",),
 )
 
-_WARM_UP: Final = 60
-
-_HOLD: Final = 30
-
-_HOLD_EXPLAINED: Final = 10
-"""Steps running; fewer where the learning rate has been raised."""
-
-_FALLS: Final = 0.9
-"""Share of the highest median below which the loss is on its way back: wait again."""
-
-_BACK: Final = 3
-
-_RAISED: Final = 3.0
-"""Times the learning rate at the best from which on it is the cause."""
-
-_BURST: Final = 100.0
-"""Times the usual gradient norm from which on one batch is."""
-
-_FEW: Final = 5
-"""Most such batches; where there are more, the data have changed."""
-
-_AFTER: Final = 100
-"""Steps behind such a batch in which what it has done can show."""
+_WARM_UP: Final = LOSS_DIVERGENCE.count("warm_up")
+_HOLD: Final = LOSS_DIVERGENCE.count("hold")
+_HOLD_EXPLAINED: Final = LOSS_DIVERGENCE.count("hold_explained")
+_FALLS: Final = LOSS_DIVERGENCE.number("falls")
+_BACK: Final = LOSS_DIVERGENCE.count("back")
+_RAISED: Final = LOSS_DIVERGENCE.number("raised")
+_BURST: Final = LOSS_DIVERGENCE.number("burst")
+_FEW: Final = LOSS_DIVERGENCE.count("few")
+_AFTER: Final = LOSS_DIVERGENCE.count("after")
+_KEEPS: Final = LOSS_DIVERGENCE.number("keeps")
 
 _LOSS, _NORM = map(run_key, ("loss", "grad_norm"))
 
@@ -178,7 +209,7 @@ class LossDivergence:
             return
         if norm >= _BURST * self._usual[1] > 0:
             self._bursts = [*self._bursts[-_FEW:], record.step]
-        old = 0.9 if self._taken > 1 else 0.0
+        old = _KEEPS if self._taken > 1 else 0.0
         self._now = [
             old * before + (1 - old) * value
             for before, value in zip(self._now, (ratio, norm), strict=True)
@@ -195,7 +226,7 @@ class LossDivergence:
                 f"median of the last 20 losses {loss:.3g}; at best {best:.3g}, at "
                 f"first {start:.3g}; update_ratio {self._now[0]:.2g}, at the best "
                 f"{self._usual[0]:.2g}; learning rate about {self._rate():.2g}, at the "
-                f"best {self._usual[2]:.2g}"
+                f"best {self._usual[-1]:.2g}"
             ),
             cause=cause,
             evidence={_LOSS: (loss, LOSS_DIVERGENCE.at("best") * best)},
@@ -207,7 +238,7 @@ class LossDivergence:
         return max(rates, default=0.0)
 
     def _rate_raised(self) -> bool:
-        return self._rate() >= _RAISED * self._usual[2] > 0
+        return self._rate() >= _RAISED * self._usual[-1] > 0
 
     def _cause(self) -> str:
         if self._rate_raised() or self._now[0] >= LR_TOO_HIGH.clear("ratio"):

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Running
 from gradwatch.kinds.seen import Losses
 from gradwatch.kinds.text import BEFORE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
+from gradwatch.numerics.streaming import upper_median
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
 LR_TOO_HIGH = Kind(
@@ -63,17 +64,40 @@ LR_TOO_HIGH = Kind(
             LOWER_RATE + BEFORE,
         )
     },
+    numbers={
+        "least_back": Number(
+            3,
+            "consecutive steps after which what was not reported is forgotten",
+            "one or two may be chance",
+        ),
+        "medians_of": Number(
+            5, "update ratios that a median is taken over", "one large update is none"
+        ),
+        "warm_up": Number(
+            10,
+            "steps before any is judged",
+            "the first updates of an adaptive optimizer are its largest",
+        ),
+        "hold": Number(4, "such medians, consecutive"),
+        "jumps": Number(2, "jumps among the last updates", "one may be a batch's"),
+        "back": Number(
+            25, "medians at the clear value or below after which it is over"
+        ),
+        "back_from_jump": Number(100, "the same after a jump"),
+        "keeps": Number(
+            0.9,
+            "share of the old value in running means, and of a large norm that fades",
+            "momentum keeps the update of one large gradient up",
+        ),
+    },
     rank=3,
     explained_by=("not_cleared",),
 )
 
-_JUMPS: Final = 2
-
-_BACK: Final = 25
-
-_BACK_FROM_JUMP: Final = 100
-"""Steps running without a sign after which it is over, and after which a jump is."""
-
+_JUMPS: Final = LR_TOO_HIGH.count("jumps")
+_BACK: Final = LR_TOO_HIGH.count("back")
+_BACK_FROM_JUMP: Final = LR_TOO_HIGH.count("back_from_jump")
+_KEEPS: Final = LR_TOO_HIGH.number("keeps")
 _NORM: Final = run_key("grad_norm")
 
 
@@ -81,15 +105,17 @@ class LrTooHigh:
     """Updates of a quarter of the recurrent weights and more, and nothing learnt."""
 
     kind = LR_TOO_HIGH.name
-    _last: Final = 5
-    _warm_up: Final = 10
-    _hold: Final = 4
+    _last: Final = LR_TOO_HIGH.count("medians_of")
+    _warm_up: Final = LR_TOO_HIGH.count("warm_up")
+    _hold: Final = LR_TOO_HIGH.count("hold")
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._watched = [(s, stream_key(s, "update_ratio")) for s in streams]
         self._ratios: dict[str, list[float]] = {}
         self._usual: dict[str, tuple[float, float]] = {}  # update ratio, norm: means
-        self._running = {s.name: Running() for s in streams}
+        self._running = {
+            s.name: Running(LR_TOO_HIGH.count("least_back")) for s in streams
+        }
         self._losses = Losses()
         self._taken = 0
         self._burst = 0.0  # the largest norm lately, fading
@@ -107,7 +133,7 @@ class LrTooHigh:
         self._taken += 1
         found, norm = [], record.metrics.get(_NORM, math.nan)
         if math.isfinite(norm):  # momentum keeps the update of one large gradient up
-            self._burst = max(norm, 0.9 * self._burst)
+            self._burst = max(norm, _KEEPS * self._burst)
         for stream, key in self._watched:
             ratio = record.metrics.get(key)
             if ratio is None:
@@ -122,7 +148,7 @@ class LrTooHigh:
             level = "clear" if running.raised else "at"
             if ratio < LR_TOO_HIGH.clear("ratio") and not running.steps:
                 continue  # nearly always
-            size = sorted(last)[len(last) // 2]
+            size = upper_median(last)
             there = size >= getattr(LR_TOO_HIGH, level)("ratio")
             there = there and (running.raised or self._can_be_judged(len(last)))
             jumps = self._jumps(stream, last)
@@ -148,8 +174,8 @@ class LrTooHigh:
         if math.isfinite(norm):
             usual, before = self._usual.get(stream.name, (ratio, norm))
             self._usual[stream.name] = (
-                0.9 * usual + 0.1 * ratio,
-                0.9 * before + 0.1 * norm,
+                _KEEPS * usual + (1 - _KEEPS) * ratio,
+                _KEEPS * before + (1 - _KEEPS) * norm,
             )
 
     def _can_be_judged(self, known: int) -> bool:

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
+from gradwatch.kinds.kind import Kind
 from gradwatch.kinds.seen import Seen
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
-
-_BACK: Final = 3
-"""Steps with it again before an incident is over."""
-
-_ALL_DEAD: Final = 0.95
-"""Share of dead units from which on their alarm says why there is no gradient."""
 
 NORM = run_key("grad_norm")
 
@@ -42,6 +37,8 @@ class Missing:
 
     A subclass tells of one step whether it is, and what is said when it has lasted.
     """
+
+    _row: Kind
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
@@ -103,7 +100,7 @@ class Missing:
     def _all_dead(self, stream: Stream) -> bool:
         """Tell whether no gradient passes because units are dead, here or above."""
         return any(
-            self._seen.of(other).get("dead", 0.0) >= _ALL_DEAD
+            self._seen.of(other).get("dead", 0.0) >= self._row.number("all_dead")
             for other, _ in self._watched
             if other.module == stream.module and other.layer >= stream.layer
         )
@@ -114,7 +111,7 @@ class Missing:
         self._missing.pop(name, None)
         if name in self._raised:
             self._raised[name] += 1
-            if self._raised[name] >= _BACK:
+            if self._raised[name] >= self._row.count("back"):
                 del self._raised[name]
 
     def _absent(self, name: str, step: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.missing import NORM, Keys, Missing
 from gradwatch.record import Alert, StepRecord, Stream
 
@@ -67,6 +67,19 @@ NO_GRADIENT = Kind(
             "watch.probe_now()  # then look at shut, open, dead in print(watch)",
         ),
     },
+    numbers={
+        "all_dead": Number(
+            0.95,
+            "share of dead units from which on their alarm says why there is no "
+            "gradient",
+            "no gradient passes where nearly all are dead",
+        ),
+        "back": Number(
+            3,
+            "steps with a gradient after which it is over",
+            "one or two may be chance",
+        ),
+    },
     explained_by=("nonfinite", "exploding"),
     undecided_by=("dead_units", "gate_stuck", "underflow"),
 )
@@ -75,7 +88,7 @@ NO_GRADIENT = Kind(
 class NoGradient(Missing):
     """W_hh has no gradient at all, or one that is 0 in every entry."""
 
-    kind = NO_GRADIENT.name
+    kind, _row = NO_GRADIENT.name, NO_GRADIENT
 
     def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
         norm = record.metrics.get(keys.hh)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
 
@@ -57,13 +57,15 @@ NONFINITE = Kind(
             _ANOMALY,
         ),
     },
+    numbers={
+        "quiet": Number(25, "finite steps after which it is over"),
+    },
     rank=1,
     explained_by=("lr_too_high",),  # and it raises that to an error
 )
 
 _SKIPS_ALLOWED: Final = int(NONFINITE.at("skips"))
-
-_QUIET_STEPS: Final = 25
+_QUIET_STEPS: Final = NONFINITE.count("quiet")
 
 _NORM = run_key("grad_norm")
 

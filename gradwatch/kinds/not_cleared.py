@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.of_steps import NORM, OfSteps
 from gradwatch.record import Alert, StepRecord
 
@@ -33,13 +33,20 @@ NOT_CLEARED = Kind(
             "optimizer.zero_grad()  # before each backward",
         )
     },
+    numbers={
+        "back": Number(
+            3,
+            "consecutive steps with cleared gradients after which it is over",
+            "one or two may be chance",
+        ),
+    },
 )
 
 
 class NotCleared(OfSteps):
     """Each backward adds to gradients that have been used already."""
 
-    kind = NOT_CLEARED.name
+    kind, _row = NOT_CLEARED.name, NOT_CLEARED
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.missing import Keys, Missing
 from gradwatch.record import Alert, StepRecord, Stream
 
@@ -55,6 +55,11 @@ NOT_UPDATING = Kind(
             "print([group['lr'] for group in optimizer.param_groups])",
         ),
     },
+    numbers={
+        "back": Number(
+            3, "steps with a change after which it is over", "one or two may be chance"
+        ),
+    },
     explained_by=("nonfinite", "exploding", "cleared_early", "over_clipping"),
     undecided_by=("dead_units", "gate_stuck", "underflow"),
 )
@@ -63,7 +68,7 @@ NOT_UPDATING = Kind(
 class NotUpdating(Missing):
     """W_hh has a gradient and does not change."""
 
-    kind = NOT_UPDATING.name
+    kind, _row = NOT_UPDATING.name, NOT_UPDATING
 
     def _cause(self, record: StepRecord, stream: Stream, keys: Keys) -> str | None:
         if record.metrics.get(keys.ratio) is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradwatch.facts import RUN_SCOPE, Facts, RunFacts
+from gradwatch.kinds.kind import Kind
 from gradwatch.kinds.latch import Running
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import StepRecord, Stream
@@ -18,11 +19,13 @@ CLIP = run_key("clip_ratio")
 class OfSteps:
     """A kind that is decided on whole steps, and on how many run."""
 
+    _row: Kind
+
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._streams = tuple(streams)
         self._ratios = [stream_key(s, "update_ratio") for s in streams]
         self._run = RunFacts()
-        self._running = Running()
+        self._running = Running(self._row.count("back"))
 
     @property
     def active(self) -> bool:

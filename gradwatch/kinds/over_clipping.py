@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.of_steps import CLIP, NORM, OfSteps
 from gradwatch.numerics.streaming import median
 from gradwatch.record import Alert, StepRecord, Stream
@@ -50,6 +50,14 @@ OVER_CLIPPING = Kind(
             "usual norm",
         ),
     },
+    numbers={
+        "back": Number(
+            3,
+            "consecutive steps that are not clipped so after which it is over",
+            "one or two may be chance",
+        ),
+        "hold": Number(20, "consecutive steps"),
+    },
     explained_by=("nonfinite", "exploding", "cleared_early"),
 )
 
@@ -57,8 +65,8 @@ OVER_CLIPPING = Kind(
 class OverClipping(OfSteps):
     """The clip leaves a hundredth or less, and the weights hardly move."""
 
-    kind = OVER_CLIPPING.name
-    _hold: Final = 20
+    kind, _row = OVER_CLIPPING.name, OVER_CLIPPING
+    _hold: Final = OVER_CLIPPING.count("hold")
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(streams)

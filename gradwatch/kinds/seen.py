@@ -12,7 +12,11 @@ from gradwatch.numerics.streaming import median
 from gradwatch.record import StepRecord, Stream, reinitialised
 
 _SPAN: Final = 20
-"""Losses that a median is taken over."""
+"""Losses that a median is taken over: one bad batch is not what the loss is."""
+_RECENT: Final = 5
+"""Losses that the median of now is taken over; chosen, not measured."""
+_IMPROVED: Final = 0.95
+"""Share of the lowest median below which it has improved; chosen, not measured."""
 _LOSS: Final = run_key("loss")
 _NO_MODULE: Final = ModuleFacts()
 _NO_STREAM: Final = StreamFacts()
@@ -50,7 +54,7 @@ class Losses:
             self.signed, self.start = True, None
         self.largest = max(self.largest, loss)
         # The loss itself first: a median costs as much as all the rest.
-        if self.start is not None and loss < 0.95 * self.best > self.usual:
+        if self.start is not None and loss < _IMPROVED * self.best > self.usual:
             self.best, self.improved = self.usual, record.step
         return loss
 
@@ -62,7 +66,7 @@ class Losses:
     @property
     def recent(self) -> float | None:
         """The median of the last 5 over the start; None where that cannot be told."""
-        return median(tuple(self.last[-5:])) / self.start if self.start else None
+        return median(tuple(self.last[-_RECENT:])) / self.start if self.start else None
 
     @property
     def share(self) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.seen import Losses
 from gradwatch.metrics import run_key
 from gradwatch.numerics.streaming import Window, median, push, robust_z
@@ -61,20 +61,37 @@ SPIKE = Kind(
             "an outlier in the input",
         )
     },
+    numbers={
+        "warm_up": Number(
+            50,
+            "norms before any is judged",
+            "a net that opens to its gradients jumps once",
+        ),
+        "window": Number(
+            25,
+            "logarithms of norms that a norm is compared with",
+            "what was usual lately",
+        ),
+        "within": Number(
+            3,
+            "steps within which a norm has to be back",
+            "a longer one belongs to another kind",
+        ),
+        "floor": Number(
+            0.1,
+            "least deviation of ln(`grad_norm`) in the z-score",
+            "norms that hardly differ make no score infinite",
+        ),
+    },
     rank=5,
     explained_by=("not_cleared",),
 )
 
-_WARM_UP: Final = 50
-"""Norms before any is judged: a net that opens to its gradients jumps once."""
-
-_WINDOW: Final = 25
-"""Logarithms of norms that a norm is compared with."""
-
+_WARM_UP: Final = SPIKE.count("warm_up")
+_WINDOW: Final = SPIKE.count("window")
 _FAR: Final = math.log(SPIKE.at("ratio"))
-
-_WITHIN: Final = 3
-"""Steps after which a norm has to be back."""
+_WITHIN: Final = SPIKE.count("within")
+_FLOOR: Final = SPIKE.number("floor")
 
 _NORM, _LOSS = map(run_key, ("grad_norm", "loss"))
 
@@ -113,7 +130,7 @@ class Spike:
             self._take_usual(record, log)
             return found
         if self._raised is None:
-            z = robust_z(self._logs, log, floor=0.1)
+            z = robust_z(self._logs, log, floor=_FLOOR)
             if z >= SPIKE.at("z"):
                 self._raised = [record.step, norm, math.exp(log - usual), z]
                 loss = record.metrics.get(_LOSS, -math.inf)

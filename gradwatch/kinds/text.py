@@ -102,3 +102,8 @@ def path_of(stream: Stream, weight: str) -> str:
     layer = stream.name.removeprefix(stream.module)[1:]
     module = f"model.{stream.module}"
     return module + (f".{weight}" + (f"_{layer}" if layer else "") if weight else "")
+
+
+def percent(share: float) -> str:
+    """Return a share as a message shows it."""
+    return f"{share:.0%}".replace("%", " %")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradwatch.kinds import text
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.missing import NORM, Keys, Missing
 from gradwatch.record import Alert, StepRecord, Stream
 
@@ -31,6 +31,19 @@ UNDERFLOW = Kind(
             "scaler = torch.amp.GradScaler()  # or autocast to bfloat16",
         )
     },
+    numbers={
+        "all_dead": Number(
+            0.95,
+            "share of dead units from which on their alarm says why there is no "
+            "gradient",
+            "no gradient passes where nearly all are dead",
+        ),
+        "back": Number(
+            3,
+            "steps with a gradient after which it is over",
+            "one or two may be chance",
+        ),
+    },
     explained_by=("nonfinite", "exploding"),
 )
 
@@ -38,7 +51,7 @@ UNDERFLOW = Kind(
 class Underflow(Missing):
     """W_hh has a gradient of zeros, and the net computes in float16."""
 
-    kind = UNDERFLOW.name
+    kind, _row = UNDERFLOW.name, UNDERFLOW
 
     def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
         if not self._half(stream) or record.metrics.get(keys.hh) != 0:

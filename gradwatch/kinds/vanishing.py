@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.kinds import text
-from gradwatch.kinds.growth_cause import GROWN
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.seen import Losses, Seen
 from gradwatch.metrics import stream_key
+from gradwatch.numerics.streaming import upper_median
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
 VANISHING = Kind(
@@ -141,57 +141,84 @@ VANISHING = Kind(
             remedy="init.orthogonal_",
         ),
     },
+    numbers={
+        "fallen": Number(
+            0.1, "logarithm of rho's start over rho from which on it has fallen"
+        ),
+        "floor": Number(
+            -45.0,
+            "decades that stand for an adjoint of 0",
+            "the least that float32 tells from it",
+        ),
+        "probes": Number(
+            5, "probes that the median is taken over", "one or two are a batch"
+        ),
+        "trend": Number(
+            10, "medians that tell whether it still rises", "fewer follow single probes"
+        ),
+        "clear_after": Number(
+            3, "consecutive probes after which it is over", "one may be a batch"
+        ),
+        "shortest": Number(5, "steps of a sequence at most that is left alone"),
+        "hold": Number(100, "steps that a cause which stays has to last"),
+        "hold_alone": Number(
+            300, "the same, where no loss is logged", "no loss tells of progress"
+        ),
+        "long": Number(
+            3000,
+            "steps after which a net will not open by itself, however little it has "
+            "moved",
+        ),
+        "often": Number(10, "steps between probes while an incident is open, at first"),
+        "often_for": Number(1000, "steps for which they are as frequent"),
+        "seldom": Number(100, "steps between probes later", "as without an incident"),
+        "saturated": Number(0.35, "mean slope of the tanh that is the cause"),
+        "for_good": Number(0.2, "mean slope that does not go away by itself"),
+        "shut": Number(
+            0.9,
+            "share of units and steps in which a gate is below .05, to be the cause",
+        ),
+        "padded": Number(
+            0.3,
+            "share of the steps, at the end, whose input is all zeros, to be the cause",
+        ),
+        "stalled": Number(
+            150,
+            "steps without progress after which a loss has been learnt as far as it "
+            "goes",
+            "what the read-out alone can learn is learnt soon, and then no more",
+        ),
+        "lasts": Number(0.5, "`rho` above which a long sequence is the cause"),
+        "long_sequence": Number(
+            70, "steps of a sequence that is long for a vanilla net, more than"
+        ),
+    },
     explained_by=("nonfinite", "exploding", "lr_too_high", "dead_units", "gate_stuck"),
 )
 
 _LOW: Final = VANISHING.at("reach")
-
 _HIGH: Final = VANISHING.clear("reach")
-
-_FLOOR: Final = -45.0
-"""Decades that stand for an adjoint of 0: the least that float32 tells from it."""
-
-_PROBES: Final = 5
-
-_TREND: Final = 10
-"""Probes that a median is taken over, and that tell whether it still rises."""
-
-_CLEAR: Final = 3
-
-_SHORTEST: Final = 5
-
-_HOLD: Final = 100
-
-_HOLD_ALONE: Final = 300
-"""Steps that a cause which stays has to last; more where no loss tells of progress."""
-
-_LONG: Final = 3000
-"""Steps after which a net will not open by itself, however little it has moved."""
-
-_OFTEN: Final = 10
-
-_SELDOM: Final = 100
-
-_OFTEN_FOR: Final = 1000
-"""Steps between probes while an incident is open, at first and later."""
-
-_SATURATED: Final = 0.35
-
-_FOR_GOOD: Final = 0.2
-"""Mean slope of the tanh that is the cause; that does not go away by itself."""
-
-_SHUT: Final = 0.9
-
-_PADDED: Final = 0.3
-"""Share of the steps, at the end, whose input is all zeros."""
-
-_STALLED: Final = 150
-"""Steps without progress after which a loss has been learnt as far as it goes."""
-
+_FALLEN: Final = VANISHING.number("fallen")
+_FLOOR: Final = VANISHING.number("floor")
+_PROBES: Final = VANISHING.count("probes")
+_TREND: Final = VANISHING.count("trend")
+_CLEAR_AFTER: Final = VANISHING.count("clear_after")
+_SHORTEST: Final = VANISHING.count("shortest")
+_HOLD: Final = VANISHING.count("hold")
+_HOLD_ALONE: Final = VANISHING.count("hold_alone")
+_LONG: Final = VANISHING.count("long")
+_OFTEN: Final = VANISHING.count("often")
+_OFTEN_FOR: Final = VANISHING.count("often_for")
+_SELDOM: Final = VANISHING.count("seldom")
+_SATURATED: Final = VANISHING.number("saturated")
+_FOR_GOOD: Final = VANISHING.number("for_good")
+_SHUT: Final = VANISHING.number("shut")
+_PADDED: Final = VANISHING.number("padded")
+_STALLED: Final = VANISHING.count("stalled")
+_LASTS: Final = VANISHING.number("lasts")
+_LONG_SEQUENCE: Final = VANISHING.count("long_sequence")
 _LASTING: Final = ("forget_gate", "update_gate", "truncation")
-
 _CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
-
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
 
 
@@ -266,7 +293,7 @@ class Vanishing:
         if known is not None:
             calm = reach >= _HIGH or learnt
             known["calm"] = known["calm"] + 1 if calm else 0
-            if known["calm"] >= _CLEAR:
+            if known["calm"] >= _CLEAR_AFTER:
                 del self._open[name]
                 self._learnt[name] = self._learnt.get(name, False) or learnt
                 self._reached[name] = self._reached.get(name, False) or reach >= _HIGH
@@ -322,7 +349,7 @@ class Vanishing:
     ) -> list[Alert]:
         """Return the alarm where a notice has lasted what opens by itself."""
         lasted = record.step - known["since"]
-        middle = sorted(past)[len(past) // 2]
+        middle = upper_median(past)
         low = middle <= _LOW and max(past) <= _HIGH and len(past) >= _PROBES
         if known["raised"] or not low or self._progress(record, stream, keys):
             return []
@@ -424,9 +451,9 @@ class Vanishing:
             return "forget_gate"
         if seen.get("shut/z", 0.0) > _SHUT:
             return "update_gate"
-        if not stream.gates and seen.get("rho_total_drift", 0.0) <= -GROWN:
+        if not stream.gates and seen.get("rho_total_drift", 0.0) <= -_FALLEN:
             return "drift"
-        if stream.gates or (length > 70 and seen.get("rho", 0.0) > 0.5):
+        if stream.gates or (length > _LONG_SEQUENCE and seen.get("rho", 0.0) > _LASTS):
             return "horizon_too_long"
         return "small_radius"
 

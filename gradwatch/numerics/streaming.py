@@ -39,6 +39,11 @@ def median(window: Window) -> float:
     return 0.5 * (ranked[middle - 1] + ranked[middle])
 
 
+def upper_median(values: Sequence[float]) -> float:
+    """Return the median; of an even number of values, the larger of the two."""
+    return sorted(values)[len(values) // 2]
+
+
 def robust_z(window: Window, value: float, floor: float = 0.0) -> float:
     r"""Return how far a value lies from a window, in robust standard deviations.
 
