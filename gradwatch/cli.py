@@ -12,10 +12,13 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 from gradwatch import console
 from gradwatch._version import __version__
 from gradwatch.inspection import inspect
+from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.record import dump_line
 
 _INSPECT = """\
@@ -25,6 +28,12 @@ net keeps its state, and by what factor a small signal has grown or died out at 
 of a sequence; with a verdict and the remedy. Nothing in the file is executed.
 
 example: gradwatch inspect model.pt --steps 200
+"""
+_EXPLAIN = """\
+Print the page of a kind of alert: what it means, the numbers that decide it, its causes
+and what helps against each. Without a kind: all kinds, with a line on each.
+
+example: gradwatch explain vanishing
 """
 
 
@@ -42,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name may be beyond its encoding
             stream.reconfigure(errors="backslashreplace")
     try:
-        found = inspect(given.checkpoint, given.steps)
-        whole = {**dataclasses.asdict(found), "verdict": found.verdict}
-        print(dump_line(whole) if given.json else found, flush=True)
+        print(_ANSWERS[given.verb](given), flush=True)
     except BrokenPipeError:  # "| head": what was wanted has been read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
@@ -52,6 +59,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gradwatch: {words}", file=sys.stderr)
         return 2
     return 0
+
+
+def _inspected(given: argparse.Namespace) -> str:
+    found = inspect(given.checkpoint, given.steps)
+    whole = {**dataclasses.asdict(found), "verdict": found.verdict}
+    return dump_line(whole) if given.json else str(found)
+
+
+def _explained(given: argparse.Namespace) -> str:
+    if given.kind is None:
+        return "\n".join(f"{k.name:16} {k.meaning}" for k in CATALOGUE.values())
+    if given.kind not in CATALOGUE:
+        raise ValueError(
+            f"no kind of alert is called {given.kind!r}; there are "
+            f"{', '.join(CATALOGUE)}."
+        )
+    package = Path(__file__).parent
+    shipped, written = package / "pages", package.parent / "docs" / "alerts"
+    folder = shipped if shipped.is_dir() else written  # of an installation from source
+    page = (folder / f"{given.kind}.md").read_text(encoding="utf-8")
+    return "\n".join(line for line in page.splitlines() if line not in _MARKS)
+
+
+_MARKS: Final = ("<!-- catalogue -->", "<!-- by hand -->")
+"""Lines of a page that are no part of what it says."""
+_ANSWERS: Final = {"inspect": _inspected, "explain": _explained}
+"""Verb -> what it prints."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,4 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=int, default=100, help="length of the sequences (default 100)"
     )
     verb.add_argument("--json", action="store_true", help="one JSON object instead")
+    verb = verbs.add_parser(
+        "explain",
+        help="print the page of a kind of alert",
+        description=_EXPLAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("kind", nargs="?", help="such as vanishing; none: list them")
     return parser

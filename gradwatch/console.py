@@ -15,11 +15,14 @@ from gradwatch.record import Incident, Stream
 log: Final = logging.getLogger("gradwatch")
 
 _ROWS: Final = 30
+_SHOWN: Final = 6
+_SHOWN_NOTICES: Final = 3
+"""Incidents, and open notices, that the closing lines name."""
 _COLUMNS: Final = ("rho", "drift", "sigma'", "saturated", "grad_hh", "update")
 _WIDTH: Final = 100
 _SHORTEST: Final = 12
 _LEGEND: Final = (
-    "reach: how many of T steps back gradients go; rho, drift: spectral radius of "
+    "horizon: how many of T steps back gradients go; rho, drift: spectral radius of "
     "W_hh, its change by\none update (?: not sure); sigma': mean slope of the "
     "activation; saturated: its share below .05;\ngrad_hh: norm of W_hh's gradient; "
     "update: its relative change"
@@ -98,6 +101,18 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def derived(value: float | None, source: float | None) -> str:
+    """Return a number as :func:`number` does; a dash for a NaN that another explains.
+
+    Args:
+        value: The number.
+        source: What it was computed from, which is shown beside it.
+    """
+    if value is None or source is None or not math.isnan(value):
+        return number(value)
+    return number(value) if math.isfinite(source) else "-"
+
+
 def table(
     streams: Sequence[Stream],
     latest: Mapping[str, float],
@@ -112,7 +127,7 @@ def table(
         notes: Stream -> what is not measured and why.
         seen: Path of a module -> its facts when last sampled.
     """
-    head = ("stream", "kind", "size", "reach", *_COLUMNS)
+    head = ("stream", "kind", "size", "horizon", *_COLUMNS)
     rows = [head] + [_row(stream, latest, seen) for stream in streams[:_ROWS]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     room = max(_WIDTH - sum(widths[1:]) - 2 * len(widths[1:]), _SHORTEST)
@@ -129,9 +144,11 @@ def table(
         lines.append(f"... {len(streams) - _ROWS} more")
     for name, note in list(notes.items())[:5]:
         lines.append(f"{shown(name)}: {note}")
-    run = [
-        f"{name} {number(latest[run_key(name)])}"
-        for name in ("grad_norm", "grad_norm_clipped", "clip_ratio", "skipped")
+    norm = latest.get(run_key("grad_norm"))
+    run = [f"grad_norm {number(norm)}"] if norm is not None else []
+    run += [
+        f"{name} {derived(latest[run_key(name)], norm)}"
+        for name in ("grad_norm_clipped", "clip_ratio", "skipped")
         if run_key(name) in latest
     ]
     if run:
@@ -147,32 +164,47 @@ def _row(
     def of(metric: str) -> float | None:
         return latest.get(stream_key(stream, metric))
 
-    rho, drift = number(of("rho")), number(of("rho_drift"))
+    rho, drift = number(of("rho")), derived(of("rho_drift"), of("rho"))
     rho += "?" * (of("rho_certified") == 0.0 and rho != "-")
     drift += "?" * (of("rho_drift_reliable") == 0.0 and drift != "-")
-    flat = number(of("saturated"))
+    slope = of("act_deriv")
+    flat = derived(of("saturated"), slope)
     if stream.kind == "RNN_RELU":
-        flat = f"dead {number(of('dead'))}"
-    length, reached = seen.get(stream.module, ModuleFacts()).T, of("horizon")
-    reach = "-" if length is None else str(length)
-    if length is not None and reached is not None:
-        reach = f"{reached:.0f}/{length}"
+        flat = f"dead {derived(of('dead'), slope)}"
+    length, steps = seen.get(stream.module, ModuleFacts()).T, of("horizon")
+    horizon = "-" if length is None else str(length)
+    if length is not None and steps is not None:
+        horizon = f"{steps:.0f}/{length}"
     return (
         shown(stream.name),
         stream.kind.lower(),
         f"{stream.input_size}->{stream.hidden_size}",
-        reach,
+        horizon,
         rho,
         drift,
-        number(of("act_deriv")),
+        number(slope),
         flat,
         number(of("grad_norm_hh")),
-        number(of("update_ratio")),
+        derived(of("update_ratio"), of("grad_norm_hh")),
     )
 
 
 def _short(name: str, room: int) -> str:
     return name if len(name) <= room else f"..{name[2 - room :]}"
+
+
+def _incident(incident: Incident) -> str:
+    """Return a line on an incident: since when, where, why, and by which numbers."""
+    until = "open" if incident.until is None else f"until step {incident.until}"
+    at = f" in {', '.join(incident.streams[:3])}" if incident.streams else ""
+    cause = f", cause {incident.cause}" if incident.cause else ""
+    shown_numbers = ", ".join(
+        f"{key.rpartition('/')[2]} {number(value)}"
+        + ("" if threshold is None else f" (threshold {number(threshold)})")
+        for key, (value, threshold) in list(incident.evidence.items())[:2]
+    )
+    numbers = f": {shown_numbers}" if shown_numbers else ""
+    return f"  {incident.kind} since step {incident.since}, {until}{at}{cause}{numbers}"
 
 
 def verdict(
@@ -182,8 +214,20 @@ def verdict(
     lost: Sequence[str],
     folder: object,
 ) -> str:
-    """Return the closing line: nothing, or what was wrong, in at most 12 lines."""
+    """Return the closing lines: nothing, or what was wrong, and what still is.
+
+    Args:
+        steps: How many were measured.
+        incidents: Past and open ones, those of notices too.
+        notices: How many were given.
+        lost: What failed or did not arrive, in words.
+        folder: Where the records are; None for memory alone.
+
+    Returns:
+        At most 15 lines.
+    """
     alarms = [i for i in incidents if i.severity != "info"]
+    open_notices = [i for i in incidents if i.severity == "info" and i.until is None]
     where = f"records in {folder}" if folder else "records in memory only"
     if steps == 0:
         head = (
@@ -191,23 +235,19 @@ def verdict(
             "this watch, with loss.backward()?"
         )
     elif not alarms:
-        head = f"{steps} steps, no alarm; {where}"
+        head = f"{steps} steps, no alarm"
     else:
         first = min(i.since for i in alarms)
-        count = f"{len(alarms)} problem{'s' if len(alarms) > 1 else ''}"
-        head = f"{count} in {steps} steps, first at step {first}; {where}"
-    lines = [head]
-    for incident in alarms[:6]:
-        until = "open" if incident.until is None else f"until step {incident.until}"
-        at = f" in {', '.join(incident.streams[:3])}" if incident.streams else ""
-        cause = f", cause {incident.cause}" if incident.cause else ""
-        lines.append(
-            f"  {incident.kind} since step {incident.since}, {until}{at}{cause}"
-        )
-    if len(alarms) > 6:
-        lines.append(f"  ... {len(alarms) - 6} more")
-    if notices:
-        lines.append(f"  {notices} notices, in watch.alerts")
+        head = f"{steps} steps, {_count(len(alarms), 'alarm')}, first at step {first}"
+    if steps:
+        if notices:
+            still = f", {len(open_notices)} still open" if open_notices else ""
+            head += f", {_count(notices, 'notice')}{still}"
+        head += f"; {where}"
+    lines = [head, *map(_incident, alarms[:_SHOWN])]
+    if len(alarms) > _SHOWN:
+        lines.append(f"  ... {len(alarms) - _SHOWN} more")
+    lines += [f"{_incident(i)} (notice)" for i in open_notices[:_SHOWN_NOTICES]]
     lines += [f"  {line}" for line in lost[:2]]
     if alarms and folder:
         lines.append(f"  next: gradwatch.load({str(folder)!r}).alerts")

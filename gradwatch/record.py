@@ -8,6 +8,7 @@ for them.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from collections import deque
@@ -165,6 +166,16 @@ class TrainingAlert(RuntimeError):
     def __reduce__(self) -> tuple[type[TrainingAlert], tuple[Alert]]:
         """Pickle with the alert, so that it can cross processes."""
         return TrainingAlert, (self.alert,)
+
+
+class Latest(dict[str, float]):
+    """The last value of every key; a key that is missing names those that are near."""
+
+    def __missing__(self, key: str) -> float:
+        """Raise a KeyError that names the nearest keys, or how many there are."""
+        near = difflib.get_close_matches(str(key), self, n=3)
+        there = f"near it: {', '.join(near)}" if near else f"there are {len(self)} keys"
+        raise KeyError(f"{key!r} has not been measured; {there}")
 
 
 class Records(Sequence[StepRecord]):

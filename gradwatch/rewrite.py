@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from gradwatch.numerics.spectral import spectral_radius
 from gradwatch.record import Stream
 from gradwatch.recurrent import Recurrence, gate_matrices, stored_weights
 
+_KEEPS: Final = {"LSTM": "f", "GRU": "z"}
+"""Kind of net -> the gate that keeps the state: 1 / (1 - sigmoid(b)) = 1 + exp(b)."""
 Optimizers = Optimizer | Iterable[Optimizer] | None
 
 
@@ -34,20 +36,27 @@ class Changed:
         before: Spectral radius of each gate before, by the gate's letter; by the empty
             string for a vanilla net. NaN where the weights held NaN or Inf.
         after: The same, after.
+        memory: Median memory of the units in steps, before and after, by the biases of
+            the forget or update gate alone: 1 + exp(b). None where no bias of a gated
+            net was written.
     """
 
     stream: str
     weights: tuple[str, ...]
     before: Mapping[str, float]
     after: Mapping[str, float]
+    memory: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        """Return one line: what was changed, and rho before and after."""
+        """Return one line: what was changed, with rho and memory before and after."""
         rho = ", ".join(
             f"{gate} {self.before[gate]:.3g} -> {self.after[gate]:.3g}".strip()
             for gate in self.after
         )
-        return f"{self.stream}: {', '.join(self.weights)}; rho {rho}"
+        line = f"{self.stream}: {', '.join(self.weights)}; rho {rho}"
+        if self.memory is None:
+            return line
+        return f"{line}; memory {self.memory[0]:.3g} -> {self.memory[1]:.3g} steps"
 
 
 class _Written(NamedTuple):
@@ -77,7 +86,7 @@ def write(
     planned = _plan(found, new)
     behind = [tensor for written in planned for tensor in written.behind]
     held = holders(optimizer, behind)
-    before = [radii(r) for r in found]
+    before = [(radii(r), _memory(r)) for r in found]
     with ExitStack() as undo:
         for written in planned:
             undo.callback(_restorer(written))
@@ -92,11 +101,31 @@ def write(
         Changed(
             stream=r.stream.name,
             weights=n,
-            before=b,
-            after=b if _keeps_rho(n) else radii(r),
+            before=rho,
+            after=rho if _keeps_rho(n) else radii(r),
+            memory=_both(memory, _memory(r)) if _has_bias(n) else None,
         )
-        for r, n, b in zip(found, names, before, strict=True)
+        for r, n, (rho, memory) in zip(found, names, before, strict=True)
     ]
+
+
+def _memory(recurrence: Recurrence) -> float | None:
+    """Return the median memory in steps, by the gate's biases; None without one."""
+    stream, weights = recurrence.stream, stored_weights(recurrence)
+    gate = _KEEPS.get(stream.kind)
+    if gate is None or "bias_ih" not in weights:
+        return None
+    bias = (weights["bias_ih"].double() + weights["bias_hh"].double()).detach()
+    of_gate = bias.chunk(len(stream.gates))[stream.gates.index(gate)]
+    return float((1 + of_gate.exp()).median())
+
+
+def _both(before: float | None, after: float | None) -> tuple[float, float] | None:
+    return None if before is None or after is None else (before, after)
+
+
+def _has_bias(names: Sequence[str]) -> bool:
+    return any(name.startswith("bias") for name in names)
 
 
 def _keeps_rho(names: Sequence[str]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from gradwatch.kinds.catalogue import CATALOGUE, default_rules
 from gradwatch.kinds.incidents import Incidents
-from gradwatch.kinds.judge import Judge, Rule
+from gradwatch.kinds.judge import Judge, Rule, check_mute
 from gradwatch.record import Alert, StepRecord, Stream
 
 __all__ = ["Rule", "default_rules", "replay"]
@@ -30,7 +30,12 @@ def replay(
     Returns:
         The alerts that the watch gave in that run, where its file still holds a row for
         each step and the run was not resumed.
+
+    Raises:
+        ValueError: If a kind or a stream that is to be muted does not exist.
     """
-    incidents = Incidents(CATALOGUE, mute)
-    judge = Judge(default_rules(streams) if rules is None else rules, incidents)
+    judged_by = default_rules(streams) if rules is None else rules
+    mute = list(mute)
+    check_mute(mute, judged_by, [stream.name for stream in streams])
+    judge = Judge(judged_by, Incidents(CATALOGUE, mute))
     return [alert for record in records for alert in judge.take(record)[0]]

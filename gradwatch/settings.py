@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -32,7 +32,7 @@ class Settings:
     budget: float | None = 0.03
     flow_samples: int | None = 4
     rules: Sequence[Rule] | None = None
-    mute: tuple[str | tuple[str, str], ...] = ()
+    mute: Iterable[str | tuple[str, str]] = ()
     on_alert: OnAlert = None
     sinks: tuple[Sink, ...] = ()
     wandb: Any = None
@@ -46,6 +46,11 @@ class Settings:
         """Check what the types cannot."""
         self.schedule = Schedule(self.every, self.budget)
         self.wandb = _wandb_sink(self.wandb)
+        if isinstance(self.mute, str):
+            raise TypeError(
+                f"mute is {self.mute!r}; expected several: mute=[{self.mute!r}]."
+            )
+        self.mute = tuple(self.mute)
         if not (
             self.on_alert is None or self.on_alert == "raise" or callable(self.on_alert)
         ):

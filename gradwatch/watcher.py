@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -26,15 +26,19 @@ from gradwatch.health import Health
 from gradwatch.hooks.probe import ForwardHook
 from gradwatch.intake import Intake
 from gradwatch.kinds.catalogue import default_rules
-from gradwatch.kinds.judge import Rule
+from gradwatch.kinds.judge import Rule, check_mute
 from gradwatch.pipeline import Pipeline
 from gradwatch.processes import processes, rank
-from gradwatch.record import Alert, Incident, Records, Remedy, Stream
+from gradwatch.record import Alert, Incident, Latest, Records, Remedy, Stream
 from gradwatch.recurrent import Recurrence, recurrences
 from gradwatch.rewrite import Optimizers, several
 from gradwatch.settings import DIR, OnAlert, Settings
 from gradwatch.sinks import Sink
 from gradwatch.sinks.wandb import destination
+
+_YES: Final = ("1", "true", "yes", "on")
+_NO: Final = ("", "0", "false", "no", "off")
+"""What ``GRADWATCH_DISABLED`` may say."""
 
 
 def watch(
@@ -84,10 +88,11 @@ def watch(
 
     Raises:
         TypeError: If ``model`` is no nn.Module, or another argument cannot be used.
-        ValueError: If the model has no recurrent module or holds no values, or a
-            cadence, the budget or ``start_step`` is out of range.
+        ValueError: If the model has no recurrent module or holds no values, a cadence,
+            the budget or ``start_step`` is out of range, or a kind or a stream that is
+            to be muted does not exist.
     """
-    if os.environ.get("GRADWATCH_DISABLED") == "1":
+    if _disabled():
         return Watch(None, Settings())
     found = recurrences(model)
     if (known := _watching(found)) is not None:
@@ -101,7 +106,7 @@ def watch(
         budget=budget,
         flow_samples=flow_samples,
         rules=rules,
-        mute=tuple(mute),
+        mute=mute,
         on_alert=on_alert,
         sinks=tuple(sinks),
         wandb=wandb,
@@ -110,7 +115,21 @@ def watch(
         scaler=scaler,
         start_step=start_step,
     )
+    named = default_rules([]) if rules is None else rules
+    check_mute(settings.mute, named, [r.stream.name for r in found])
     return Watch(model, settings, found)
+
+
+def _disabled() -> bool:
+    """Tell whether the environment turns every watch into one that does nothing."""
+    given = os.environ.get("GRADWATCH_DISABLED", "")
+    word = given.strip().lower()
+    if word not in (*_YES, *_NO):
+        console.report(
+            f"GRADWATCH_DISABLED is {given!r}; expected 1, true, yes or on, or 0, "
+            "false, no or off. The watch stays on."
+        )
+    return word in _YES
 
 
 class Watch:
@@ -198,7 +217,7 @@ class Watch:
     def latest(self) -> Mapping[str, float]:
         """The last value of every key ever measured."""
         self._bring_up_to_date()
-        return dict(self._pipeline.latest)
+        return Latest(self._pipeline.latest)
 
     @property
     def alerts(self) -> list[Alert]:

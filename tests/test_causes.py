@@ -66,7 +66,7 @@ def test_a_cause_is_told(name):
     first, *rest = alert.message.split("\n")
     assert first.startswith(f"{case.kind.replace('_', ' ')} at step {alert.step}: ")
     assert [line.split(":")[0].strip() for line in rest] == ["evidence", "why", "do"]
-    assert f"(docs/alerts/{case.kind}.md)" in rest[1]
+    assert f"(gradwatch explain {case.kind})" in rest[1]
 
 
 @pytest.mark.parametrize("name", CASES)

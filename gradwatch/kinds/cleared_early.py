@@ -16,7 +16,7 @@ CLEARED_EARLY = Kind(
     meaning="backward() gives a gradient, and the optimizer finds none, or zeros.",
     evidence={
         "steps": Evidence(
-            "steps running with `grad_norm` above 0 and nothing left of it",
+            "consecutive steps with `grad_norm` above 0 and nothing left of it",
             10,
             None,
             "exact: clipping leaves something",
@@ -70,7 +70,7 @@ class ClearedEarly(OfSteps):
                 what="the optimizer finds no gradients",
                 shown=(
                     f"norm {norm:.3g} at the end of backward, and nothing left at the "
-                    f"optimizer's step, in {self._running.steps} steps running"
+                    f"optimizer's step, in {self._running.steps} consecutive steps"
                 ),
                 cause="zero_grad",
                 evidence={NORM: (norm, 0.0)},

@@ -22,11 +22,14 @@ DEAD_UNITS = Kind(
     ),
     evidence={
         "dead": Evidence(
-            "`dead`, twice running", 0.5, 0.3, "largest share in healthy runs: .21"
+            "`dead`, at two consecutive measurements",
+            0.5,
+            0.3,
+            "largest share in healthy runs: .21",
         )
     },
     warm_up="40 states (steps times sequences): of fewer, half are 0 by chance",
-    confirmed="by two measurements running; the second is asked for at once",
+    confirmed="by two consecutive measurements; the second is asked for at once",
     over="after 3 measurements at .3 or below",
     causes={
         "dead_relu": Cause(
@@ -66,7 +69,7 @@ DEAD_UNITS = Kind(
 class DeadUnits:
     """Half of the ReLU units are 0 at every step of every sequence looked at.
 
-    Raised at .5, at two measurements running (the second is asked for at once),
+    Raised at .5, at two consecutive measurements (the second is asked for at once),
     cleared at .3. In healthy runs the largest share was .21.
     """
 

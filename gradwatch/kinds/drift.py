@@ -19,14 +19,14 @@ DRIFT = Kind(
     meaning="rho of a vanilla net is far from where it began.",
     evidence={
         "moved": Evidence(
-            "`rho_total_drift`, in size, twice running",
+            "`rho_total_drift`, in size, at two consecutive measurements",
             0.5,
             0.35,
             "healthy runs reach .92: a notice, and no alarm",
         )
     },
     warm_up="20 steps after the first measurement",
-    confirmed="by two measurements running",
+    confirmed="by two consecutive measurements",
     over="after 3 measurements at .35 or below",
     excused="the gates of an LSTM or GRU, which move by 1.05 in healthy runs",
     causes={

@@ -25,7 +25,7 @@ EXPLODING = Kind(
     ),
     evidence={
         "growth": Evidence(
-            "`growth_log10`, at 3 probes running",
+            "`growth_log10`, at 3 consecutive probes",
             2.7,
             1.7,
             "healthy chrono LSTMs reach 3.0 at one probe as they learn, never at "
@@ -35,13 +35,13 @@ EXPLODING = Kind(
             "`growth_log10`, once", 4.0, 1.7, "no healthy run came near it"
         ),
         "norm": Evidence(
-            "`grad_norm` over its running median, at 3 steps running",
+            "`grad_norm` over its running median, at 3 consecutive steps",
             1e4,
             10.0,
             "healthy orthogonal ReLU nets reached 263",
         ),
         "lasting": Evidence(
-            "the same, at 25 steps running",
+            "the same, at 25 consecutive steps",
             100.0,
             10.0,
             "healthy bursts of more than 100 are over within 25 steps",

@@ -23,7 +23,8 @@ GATE_STUCK = Kind(
     meaning="A gate is on one side in nearly all units and steps.",
     evidence={
         "share": Evidence(
-            "`shut/i` or `shut/o` (LSTM), `open/z` (GRU), twice running",
+            "`shut/i` or `shut/o` (LSTM), `open/z` (GRU), at two consecutive "
+            "measurements",
             0.95,
             0.85,
             "chrono gates, which are set so on purpose, reach .60 when left alone",
@@ -36,7 +37,7 @@ GATE_STUCK = Kind(
         ),
     },
     warm_up="none",
-    confirmed="by two measurements running; the second is asked for at once",
+    confirmed="by two consecutive measurements; the second is asked for at once",
     over="after 3 measurements at .85 or below",
     excused=(
         "an update gate that keeps for up to 20 lengths, an input gate beside a "
@@ -101,7 +102,7 @@ class GateStuck:
     """A gate that lets nothing in, nothing out, or nothing change, nearly everywhere.
 
     The input or output gate of an LSTM below .05, or the update gate of a GRU above
-    .95, in 95 % of all units and steps, at two measurements running (the second is
+    .95, in 95 % of all units and steps, at two consecutive measurements (the second is
     asked for at once); cleared at 85 %. Gates that were set to remember are excused:
     an update gate that keeps for up to 20 lengths of the sequence, and an input gate
     beside a forget gate that does.

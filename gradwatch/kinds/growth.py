@@ -151,8 +151,8 @@ class Growth:
             what=f"gradients grow through time in {stream.name} since step {since}",
             shown=(
                 f"growth_log10 {growth:.1f} (alarm from {levels.raise_at} at "
-                f"{levels.running} probes running, or {levels.at_once}): a gradient "
-                f"grows to 10^{growth:.1f} of its size on its way back"
+                f"{levels.running} consecutive probes, or {levels.at_once}): a "
+                f"gradient grows to 10^{growth:.1f} of its size on its way back"
             ),
             cause=cause,
             evidence={key: (growth, levels.raise_at)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from gradwatch.kinds.incidents import Incidents
@@ -65,6 +65,41 @@ class Saved(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+
+
+def check_mute(
+    mute: Iterable[str | tuple[str, str]],
+    rules: Sequence[Rule],
+    streams: Collection[str],
+) -> None:
+    """Check that what is to be muted exists.
+
+    Args:
+        mute: Kinds, or ``(kind, stream)`` pairs.
+        rules: The rules, of which those that name no kind may report any.
+        streams: Names of the streams.
+
+    Raises:
+        ValueError: If a kind or a stream is unknown, or an entry is neither.
+    """
+    kinds = sorted({rule.kind for rule in rules if isinstance(rule, OfKind)})
+    any_kind = not all(isinstance(rule, OfKind) for rule in rules)
+    for entry in mute:
+        try:
+            kind, stream = (entry, None) if isinstance(entry, str) else entry
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"mute holds {entry!r}; expected a kind, or a pair of a kind and a "
+                'stream such as ("vanishing", "rnn.l0").'
+            ) from None
+        if kind not in kinds and not any_kind:
+            raise ValueError(
+                f"mute names the kind {kind!r}; there are {', '.join(kinds)}."
+            )
+        if stream is not None and stream not in streams:
+            raise ValueError(
+                f"mute names the stream {stream!r}; there are {', '.join(streams)}."
+            )
 
 
 class Judge:

@@ -35,7 +35,7 @@ class Hysteresis:
         self.raise_at, self.clear_at, self.at_once = raise_at, clear_at, at_once
         self.running, self.calm = running, calm
         self._over: dict[str, list[int]] = {}  # key: times over, since which step
-        self._raised: dict[str, int] = {}  # key: calm measurements running
+        self._raised: dict[str, int] = {}  # key: calm consecutive measurements
 
     @classmethod
     def of(cls, row: Kind, evidence: str, at_once: float = math.inf) -> Hysteresis:
@@ -73,7 +73,7 @@ class Hysteresis:
         return "raised"
 
     def suspicions(self, key: str) -> int:
-        """Return how many measurements running have counted; 0 for a raised key."""
+        """Return how many consecutive measurements have counted; 0 for a raised key."""
         return 0 if key in self._raised else self._over.get(key, [0])[0]
 
     def since(self, key: str) -> int:

@@ -42,9 +42,9 @@ LOSS_DIVERGENCE = Kind(
     },
     warm_up="60 logged losses",
     confirmed=(
-        "by 30 steps running in which the loss does not fall by a tenth (healthy nets "
-        "lose half of what they have learnt, and are on their way back by then), by 10 "
-        "where the learning rate has been raised"
+        "by 30 consecutive steps in which the loss does not fall by a tenth (healthy "
+        "nets lose half of what they have learnt, and are on their way back by then), "
+        "by 10 where the learning rate has been raised"
     ),
     over="after 3 steps at 1.5 times the best or below",
     excused="losses that are not positive throughout",

@@ -54,7 +54,7 @@ LR_TOO_HIGH = Kind(
         ),
     },
     warm_up="10 steps",
-    confirmed="by 4 such medians running, by 2 jumps, or by one leap",
+    confirmed="by 4 consecutive such medians, by 2 jumps, or by one leap",
     over="after 25 medians at .15 or below, after 100 where there was a jump",
     excused="a loss that has fallen by a fifth",
     causes={

@@ -46,7 +46,7 @@ class Missing:
         self._seen = Seen(streams, ("dead",))
         self._missing: dict[str, int] = {}
         self._since: dict[str, int] = {}
-        self._raised: dict[str, int] = {}  # stream: steps running with it again
+        self._raised: dict[str, int] = {}  # stream: consecutive steps with it again
         self._ever: dict[str, bool] = {}
 
     @property

@@ -128,7 +128,7 @@ class NoGradient(Missing):
                 since=self._since[stream.name],
                 what=f"the recurrent weights of {stream.name} get no gradient",
                 shown=(
-                    f"{shown}, in {self._missing[stream.name]} steps running; the "
+                    f"{shown}, in {self._missing[stream.name]} consecutive steps; the "
                     f"total norm is {record.metrics[NORM]:.3g}"
                 ),
                 cause=cause,

@@ -17,14 +17,14 @@ NOT_CLEARED = Kind(
     ),
     evidence={
         "steps": Evidence(
-            "steps running that began with used gradients",
+            "consecutive steps that began with used gradients",
             10,
             None,
             "exact: the same tensor, written once since the optimizer's step",
         )
     },
     warm_up="none",
-    confirmed="by 10 steps running: a few may be meant",
+    confirmed="by 10 consecutive steps: a few may be meant",
     over="after 3 steps that began with cleared gradients",
     causes={
         "zero_grad": Cause(
@@ -64,8 +64,8 @@ class NotCleared(OfSteps):
                 since=self._running.since,
                 what="gradients pile up from step to step",
                 shown=(
-                    f"{self._running.steps} steps running began with gradients that an "
-                    f"optimizer had used; their norm is now {norm:.3g}"
+                    f"{self._running.steps} consecutive steps began with gradients "
+                    f"that an optimizer had used; their norm is now {norm:.3g}"
                 ),
                 cause="zero_grad",
                 evidence={NORM: (norm, None)},

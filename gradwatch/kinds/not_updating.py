@@ -94,7 +94,7 @@ class NotUpdating(Missing):
                 since=self._since[stream.name],
                 what=f"the recurrent weights of {stream.name} do not change",
                 shown=(
-                    f"no change in {steps} steps running, with a gradient of norm "
+                    f"no change in {steps} consecutive steps, with a gradient of norm "
                     f"{norm:.3g}"
                 ),
                 cause=cause,

@@ -33,7 +33,7 @@ OVER_CLIPPING = Kind(
         ),
     },
     warm_up="none",
-    confirmed="by 20 steps running",
+    confirmed="by 20 consecutive steps",
     over="after 3 steps with a `clip_ratio` above .1, or larger updates",
     excused="while gradients explode: the clip then does what it is for",
     causes={

@@ -16,7 +16,7 @@ REPEATED_BATCH = Kind(
     meaning="The sequences looked at were the same, bit for bit, at every look.",
     evidence={
         "looks": Evidence(
-            "looks running at the same sequences",
+            "consecutive looks at the same sequences",
             8,
             None,
             "by then at least 50 steps lie between the first and the last",
@@ -68,7 +68,7 @@ class RepeatedBatch:
             record,
             since=record.step,
             what=f"{module} is given the same batch at every step",
-            shown=f"its input was the same, bit for bit, at {looks} looks running",
+            shown=f"its input was the same, bit for bit, at {looks} consecutive looks",
             cause="data",
             evidence={},
         )

@@ -56,7 +56,7 @@ def alert(
     message = (
         f"{name} at step {record.step}: {what}\n"
         f"  evidence: {shown}\n"
-        f"  why: {why} (docs/alerts/{row.name}.md)\n"
+        f"  why: {why} (gradwatch explain {row.name})\n"
         f"  do: {do}"
     )
     return Alert(

@@ -14,7 +14,7 @@ UNDERFLOW = Kind(
     meaning="The recurrent weights' gradient is 0 in every entry, in float16.",
     evidence={
         "steps": Evidence(
-            "steps running with a gradient of exactly 0",
+            "consecutive steps with a gradient of exactly 0",
             10,
             None,
             "exact: float16 holds nothing below 6e-8",
@@ -71,7 +71,7 @@ class Underflow(Missing):
                 since=self._since[stream.name],
                 what=f"gradients of {stream.name} are 0 in float16",
                 shown=(
-                    f"0 in every entry in {steps} steps running; the total norm is "
+                    f"0 in every entry in {steps} consecutive steps; the total norm is "
                     f"{record.metrics[NORM]:.3g}"
                 ),
                 cause="fp16_underflow",
