@@ -7,7 +7,7 @@ One call attaches to every nn.RNN, nn.LSTM, nn.GRU and their cells in a model:
     gradwatch.watch(model)
 """
 
-from gradwatch import clip, init, parametrize, plot, sinks
+from gradwatch import clip, init, parametrize, plot, rules, sinks
 from gradwatch._version import __version__
 from gradwatch.inspection import inspect
 from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, TrainingAlert
@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "parametrize",
     "plot",
+    "rules",
     "sinks",
     "watch",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch import metrics
 from tests import reference
 from tests.models import Loop, Tagger, batches, lstm
 
@@ -28,6 +29,10 @@ def train(model, steps=6, data=None, lr=0.05, **watching):
 
 def of(watch, metric, stream="rnn/l0"):
     return watch.records.series(f"gradwatch/{stream}/{metric}")[1]
+
+
+def depth_of(key):
+    return metrics.of(key).depth
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,11 @@ def test_every_metric_of_the_catalogue_is_there_and_right(kind, options):
             [got] = of(watch, metric, stream.key)
             assert got == pytest.approx(value, rel=1e-4, abs=1e-5), metric
         assert of(watch, "replay_mismatch", stream.key) <= 1e-5
+        start = f"gradwatch/{stream.key}/"
+        measured = {k.removeprefix(start) for k in watch.latest if k.startswith(start)}
+        by_state = {name for name in measured if metrics.of(start + name) is None}
+        by_state |= {n for n in measured - by_state if depth_of(start + n) == "state"}
+        assert by_state - {"replay_mismatch"} <= expected.keys()  # each has an oracle
 
 
 def test_the_drift_of_rho_is_that_of_the_update_that_ends_the_step():
