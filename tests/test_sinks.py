@@ -43,3 +43,8 @@ def test_the_protocol_is_two_methods():
 
     assert isinstance(Mine(), Sink)
     assert not isinstance(torch.zeros(1), Sink)
+
+
+@pytest.mark.parametrize("name", sorted({*gradwatch.sinks.__all__} - {"Sink"}))
+def test_every_sink_of_ours_keeps_the_protocol(name):
+    assert issubclass(getattr(gradwatch.sinks, name), Sink)
