@@ -10,7 +10,10 @@ import statistics
 import sys
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
+
+from gradwatch import saved
 
 DEPTHS: Final = ("gradients", "state", "spectrum", "flow")
 
@@ -31,6 +34,27 @@ _RAREST: Final = 50
 """Steps after which what a rule asks for is let through, whatever it costs."""
 _STEPS_KEPT: Final = 64
 _RUNS_KEPT: Final = 5
+
+
+@dataclass(slots=True)
+class _State:
+    """What a resumed run needs of a schedule.
+
+    Attributes:
+        stretch: Depth -> by how much its cadence is stretched.
+        left_out: Depths that take too long.
+        costs: Depth -> what its last runs cost, in seconds.
+        steps: What the last training steps took, in seconds.
+    """
+
+    stretch: dict[str, int]
+    left_out: list[str]
+    costs: dict[str, list[float]]
+    steps: list[float]
+
+
+_OLDER: Final[Mapping[int, saved.Upgrade]] = {0: dict}
+"""Without a version it was the same."""
 
 
 class Schedule:
@@ -157,31 +181,37 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values."""
-        return {
-            "stretch": dict(self._stretch),
-            "left_out": sorted(self._left_out),
-            "costs": {d: list(c) for d, c in self._costs.items()},
-            "steps": list(self._steps),
-        }
+        return saved.write(
+            _State(
+                stretch=self._stretch,
+                left_out=sorted(self._left_out),
+                costs={depth: list(costs) for depth, costs in self._costs.items()},
+                steps=list(self._steps),
+            )
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`; the early steps are not run again.
 
         Where ``budget`` is None now, the cadences stay fixed: what a budget of the
         earlier run stretched or left out is not taken over.
+
+        Raises:
+            ValueError: If ``state`` is not what :meth:`state_dict` returned.
         """
+        read = saved.read(_State, state, "the schedule", _OLDER)
         self.changes += 1
         if self.budget is not None:
-            self._stretch.update(state["stretch"])
-            self._left_out = set(state["left_out"])
+            self._stretch.update(read.stretch)
+            self._left_out = set(read.left_out)
         for depth, steps in self._every.items():
             left_out = depth in self._left_out
             self._cadence[depth] = 0 if left_out else steps * self._stretch[depth]
-        for depth, costs in state["costs"].items():
+        for depth, costs in read.costs.items():
             self._costs[depth].clear()
             self._costs[depth].extend(costs)
         self._steps.clear()
-        self._steps.extend(state["steps"])
+        self._steps.extend(read.steps)
 
 
 def _share(budget: float | None) -> float | None:

@@ -387,8 +387,11 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`: same step axis, no warm-up, no repeats.
 
+        Nothing is changed where the state does not fit.
+
         Raises:
-            ValueError: If ``state`` is not what :meth:`state_dict` returned.
+            ValueError: If ``state`` is not what :meth:`state_dict` returned, or of a
+                version that this one cannot read.
         """
         missing = {"step", "schedule", "pipeline"} - set(state)
         if missing:
@@ -396,14 +399,30 @@ class Watch:
                 f"the state lacks {', '.join(sorted(missing))}; expected what "
                 "watch.state_dict() returned."
             )
+        before = self.state_dict()
+        try:
+            self._go_on_from(state)
+        except Exception as error:
+            self._settings.schedule.load_state_dict(before["schedule"])
+            self._pipeline.load_state_dict(before["pipeline"])
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"the state cannot be read ({type(error).__name__}: {error}); expected "
+                "what watch.state_dict() returned. Nothing was changed."
+            ) from error
+
+    def _go_on_from(self, state: Mapping[str, Any]) -> None:
         pipeline = state["pipeline"]
         if state.get("format", 1) < 2:
             pipeline = facts.state_from_format_1(pipeline)
+        number, memory = state["step"], Memory.from_state(pipeline["memory"])
+        if not isinstance(number, int):
+            raise ValueError(f"the state's step is {number!r}; expected an int.")
         self._settings.schedule.load_state_dict(state["schedule"])
         self._pipeline.load_state_dict(pipeline)
         if self._engine is not None:
-            memory = Memory.from_state(pipeline["memory"])
-            self._engine.resume_from(int(state["step"]), memory)
+            self._engine.resume_from(number, memory)
 
     def __enter__(self) -> Watch:
         """Return the watch itself."""

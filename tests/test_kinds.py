@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch import saved
 from gradwatch.facts import NO_FACTS, Facts, ModuleFacts
 from gradwatch.kinds.catalogue import CATALOGUE, default_rules
 from gradwatch.kinds.dead_units import DeadUnits
@@ -327,7 +328,7 @@ def test_a_level_is_confirmed_held_and_cleared():
 def test_a_level_survives_a_resumption():
     level, again = [Hysteresis(0.5, 0.3, running=2, calm=3) for _ in range(2)]
     level.update("a", 3, 0.6)
-    again.load_state_dict(level.state_dict())
+    saved.restore(again.state, saved.write(level.state), "a level")
     assert again.update("a", 4, 0.6) == "raised" and again.since("a") == 3
 
 

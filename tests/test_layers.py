@@ -8,7 +8,7 @@ import gradwatch
 
 ROOT = Path(gradwatch.__file__).parent
 WINGS = {
-    "values": "_version _torch facts record block",
+    "values": "_version _torch facts record block saved",
     "clock": "clock",
     "numerics": "numerics",
     "catalogue": "metrics",

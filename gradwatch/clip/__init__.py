@@ -13,14 +13,15 @@ import bisect
 import math
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradwatch.clip.clipper import KEPT, Attached, Clipper, ClipResult
+from gradwatch.clip.clipper import KEPT, Attached, Clipper, ClipperState, ClipResult
 from gradwatch.clip.gradients import Held, norms_on_host
 from gradwatch.numerics.streaming import median
 
@@ -77,6 +78,29 @@ class NormClip(Clipper):
         pass  # the threshold is fixed
 
 
+@dataclass(slots=True, kw_only=True)
+class _AdaptiveState(ClipperState):
+    """What an adaptive clipper saves.
+
+    Attributes:
+        seen: Norms that its statistic has taken in.
+    """
+
+    seen: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _AutoState(_AdaptiveState):
+    history: list[float]
+
+
+@dataclass(slots=True, kw_only=True)
+class _RunningState(_AdaptiveState):
+    first: tuple[float, ...]
+    mean: float
+    var: float
+
+
 class _Adaptive(Clipper):
     """A clipper that learns its threshold from the norms so far.
 
@@ -120,18 +144,12 @@ class _Adaptive(Clipper):
     def _take_in(self, norm: float, let_through: float) -> None:
         """Move the statistic on by the norm of a step, before and after clipping."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the statistics and counts, as plain values for a checkpoint."""
-        return {**super().state_dict(), "seen": self._seen}
+    def _state(self) -> ClipperState:
+        return _AdaptiveState(**self._counts(), seen=self._seen)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Raises:
-            ValueError: If ``state`` is of another clipper, or something else.
-        """
-        super().load_state_dict(state)
-        self._seen = int(state["seen"])
+    def _go_on_from(self, state: Any) -> None:
+        super()._go_on_from(state)
+        self._seen = state.seen
 
 
 @final
@@ -192,18 +210,13 @@ class AutoClip(_Adaptive):
             self._history.popleft()
         self._history.append(norm)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the statistics and counts, as plain values for a checkpoint."""
-        return {**super().state_dict(), "history": list(self._history)}
+    def _state(self) -> ClipperState:
+        history = list(self._history)
+        return _AutoState(**self._counts(), seen=self._seen, history=history)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Raises:
-            ValueError: If ``state`` is of another clipper, or something else.
-        """
-        super().load_state_dict(state)
-        history = [float(value) for value in state["history"]][-self.window :]
+    def _go_on_from(self, state: Any) -> None:
+        super()._go_on_from(state)
+        history = state.history[-self.window :]
         self._history, self._ranked = deque(history), sorted(history)
 
 
@@ -234,20 +247,18 @@ class _Running(_Adaptive):
         """Return mean and variance of the first values."""
         return float(np.mean(first)), float(np.var(first))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the statistics and counts, as plain values for a checkpoint."""
-        own = {"first": list(self._first), "mean": self._mean, "var": self._variance}
-        return {**super().state_dict(), **own}
+    def _state(self) -> ClipperState:
+        return _RunningState(
+            **self._counts(),
+            seen=self._seen,
+            first=self._first,
+            mean=self._mean,
+            var=self._variance,
+        )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Raises:
-            ValueError: If ``state`` is of another clipper, or something else.
-        """
-        super().load_state_dict(state)
-        self._first = tuple(map(float, state["first"]))
-        self._mean, self._variance = float(state["mean"]), float(state["var"])
+    def _go_on_from(self, state: Any) -> None:
+        super()._go_on_from(state)
+        self._first, self._mean, self._variance = state.first, state.mean, state.var
 
 
 _LEAST_SPREAD: Final = 1e-3

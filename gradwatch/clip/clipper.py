@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from gradwatch import _torch, console
+from gradwatch import _torch, console, saved
 from gradwatch.clip.gradients import (
     Held,
     Name,
@@ -71,6 +71,31 @@ class Attached:
         self._clipper = None  # it may be attached again since
         if clipper is not None:
             clipper._attached_to = None
+
+
+@dataclass(slots=True, kw_only=True)
+class ClipperState:
+    """What every clipper saves.
+
+    Attributes:
+        steps: Steps so far.
+        clipped: Those that were clipped.
+        refused: Those that were refused.
+        in_row: Consecutive ones that were refused.
+        norms: The last norms.
+        carried: What carried norms that were clipped.
+    """
+
+    steps: int
+    clipped: int
+    refused: int
+    in_row: int
+    norms: list[float]
+    carried: dict[str, Any]
+
+
+_OLDER: Final[Mapping[int, saved.Upgrade]] = {0: dict}
+"""Without a version it was the same."""
 
 
 class Clipper(ABC):
@@ -231,8 +256,30 @@ class Clipper(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics and counts, as plain values for a checkpoint."""
+        return {"kind": type(self).__name__, **saved.write(self._state())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: If ``state`` is of another clipper, or something else; nothing
+                is changed then.
+        """
+        kind, own = state.get("kind"), type(self).__name__
+        if kind not in (None, own):
+            raise ValueError(
+                f"the state is of a {kind}; expected what {own}.state_dict() returned."
+            )
+        plain = {key: value for key, value in state.items() if key != "kind"}
+        self._go_on_from(saved.read(type(self._state()), plain, own, _OLDER))
+
+    def _state(self) -> ClipperState:
+        """Return what is saved."""
+        return ClipperState(**self._counts())
+
+    def _counts(self) -> dict[str, Any]:
+        """Return the fields of :class:`ClipperState`."""
         return {
-            "kind": type(self).__name__,
             "steps": self.steps,
             "clipped": self.clipped,
             "refused": self.refused,
@@ -241,24 +288,12 @@ class Clipper(ABC):
             "carried": dict(self._carried),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Raises:
-            ValueError: If ``state`` is of another clipper, or something else.
-        """
-        kind, own = state.get("kind"), type(self).__name__
-        found = f"is of a {kind}" if kind not in (None, own) else None
-        if found is None and (missing := set(self.state_dict()) - set(state)):
-            found = f"lacks {', '.join(sorted(missing))}"
-        if found is not None:
-            raise ValueError(
-                f"the state {found}; expected what {own}.state_dict() returned."
-            )
-        self.steps, self.clipped = int(state["steps"]), int(state["clipped"])
-        self.refused, self._in_row = int(state["refused"]), int(state["in_row"])
-        self._norms = deque(map(float, state["norms"]), maxlen=KEPT)
-        self._carried = dict(state["carried"])
+    def _go_on_from(self, state: Any) -> None:
+        """Take over what was saved."""
+        self.steps, self.clipped = state.steps, state.clipped
+        self.refused, self._in_row = state.refused, state.in_row
+        self._norms = deque(state.norms, maxlen=KEPT)
+        self._carried = dict(state.carried)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle as attached to nothing, without a watch."""

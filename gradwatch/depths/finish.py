@@ -10,10 +10,12 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 from torch import Tensor
 
+from gradwatch import saved
 from gradwatch.block import Extras, Row
 from gradwatch.depths import flow, gradients, spectrum, state
 from gradwatch.depths.drain import Host
@@ -59,31 +61,32 @@ class Memory:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as plain values."""
-        return {
-            "skipped": self.gradients.skipped,
-            "norms": list(self.gradients.norms),
-            "rho": dict(self.spectrum.rho),
-            "left_out": dict(self.state.left_out),
-            "looks": dict(self.state.looks),
-            "signals": dict(self.flow.signals),
-            "facts": self.facts.to_plain(),
-        }
+        return saved.write(self)
 
     @classmethod
     def from_state(cls, state_dict: Mapping[str, Any]) -> Memory:
-        """Return the memory of :meth:`state_dict`."""
-        old = state_dict
-        return cls(
-            gradients=gradients.Memory(
-                skipped=old["skipped"], norms=tuple(old["norms"])
-            ),
-            spectrum=spectrum.Memory(rho=dict(old.get("rho", {}))),
-            state=state.Memory(
-                left_out=dict(old.get("left_out", {})), looks=dict(old.get("looks", {}))
-            ),
-            flow=flow.Memory(signals=dict(old.get("signals", {}))),
-            facts=Facts.from_plain(old["facts"]),
-        )
+        """Return the memory of :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is not one.
+        """
+        return saved.read(cls, state_dict, "the measurements", _OLDER)
+
+
+def _by_depth(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the layout of version 1 of what was saved in one dict of all depths."""
+    state_of = {name: raw.get(name, {}) for name in ("left_out", "looks")}
+    return {
+        "gradients": {name: raw[name] for name in ("skipped", "norms")},
+        "spectrum": {"rho": raw.get("rho", {})},
+        "state": state_of,
+        "flow": {"signals": raw.get("signals", {})},
+        "facts": raw["facts"],
+    }
+
+
+_OLDER: Final[Mapping[int, saved.Upgrade]] = MappingProxyType({0: _by_depth})
+"""What can be read beside the present layout, which is version 1."""
 
 
 def finish(step: Measured, memory: Memory) -> tuple[Row, Extras | None]:

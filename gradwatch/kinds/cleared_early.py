@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.of_steps import CLIPPED, NORM, OfSteps
-from gradwatch.record import Alert, StepRecord
+from gradwatch.kinds.of_steps import CLIPPED, NORM, OfSteps, StepsState
+from gradwatch.record import Alert, StepRecord, Stream
 
 CLEARED_EARLY = Kind(
     name="cleared_early",
@@ -47,30 +48,35 @@ CLEARED_EARLY = Kind(
 )
 
 
-class ClearedEarly(OfSteps):
+class ClearedEarly(OfSteps[StepsState]):
     """A gradient at the end of backward, and none as the optimizer steps."""
 
     kind, _row = CLEARED_EARLY.name, CLEARED_EARLY
 
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        super().__init__(StepsState(), streams)
+
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
-        norm = record.metrics.get(NORM, 0.0)
+        norm, running = record.metrics.get(NORM, 0.0), self._state.running
         if not norm > 0 or not math.isfinite(norm) or "skipped_step" in record.events:
             return []
         gone = record.metrics.get(CLIPPED, 0.0) == 0
         # A weight that was compared before and after: an optimizer has stepped.
         there = gone and self._moved(record) is not None
-        if not self._running.take(record.step, there, CLEARED_EARLY.at("steps")):
+        if not self._state.running.take(
+            record.step, there, CLEARED_EARLY.at("steps"), self._back
+        ):
             return []
         return [
             text.alert(
                 CLEARED_EARLY,
                 record,
-                since=self._running.since,
+                since=self._state.running.since,
                 what="the optimizer finds no gradients",
                 shown=(
                     f"norm {norm:.3g} at the end of backward, and nothing left at the "
-                    f"optimizer's step, in {self._running.steps} consecutive steps"
+                    f"optimizer's step, in {running.steps} consecutive steps"
                 ),
                 cause="zero_grad",
                 evidence={NORM: (norm, 0.0)},

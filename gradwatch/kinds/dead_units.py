@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from gradwatch.facts import Facts, ModuleFacts
+from gradwatch.facts import ModuleFacts
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.latch import Hysteresis
+from gradwatch.kinds.latch import Hysteresis, Levels
+from gradwatch.kinds.remembering import Remembering
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
@@ -66,7 +67,20 @@ DEAD_UNITS = Kind(
 )
 
 
-class DeadUnits:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        levels: Of every stream.
+        modules: Path of a module -> its facts.
+    """
+
+    levels: Levels = field(default_factory=Levels)
+    modules: dict[str, ModuleFacts] = field(default_factory=dict)
+
+
+class DeadUnits(Remembering[_State]):
     """Half of the ReLU units are 0 at every step of every sequence looked at.
 
     Raised at .5, at two consecutive measurements (the second is asked for at once),
@@ -83,8 +97,8 @@ class DeadUnits:
             if stream.kind == "RNN_RELU"
         ]
         self._top = {s.module: s.layer for s in sorted(streams, key=lambda s: s.layer)}
-        self._facts: dict[str, ModuleFacts] = {}
         self._levels = Hysteresis.of(DEAD_UNITS, "dead")
+        super().__init__(_State(levels=self._levels.state))
 
     @property
     def active(self) -> bool:
@@ -94,7 +108,7 @@ class DeadUnits:
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
-        self._facts.update(record.facts.modules)
+        self._state.modules.update(record.facts.modules)
         for name in reinitialised(record.events):
             self._levels.forget(name)
         for stream, key in self._watched:
@@ -110,7 +124,7 @@ class DeadUnits:
 
     def _enough(self, stream: Stream) -> bool:
         """Tell whether enough states were seen: of few, half are 0 by chance."""
-        facts = self._facts.get(stream.module, ModuleFacts())
+        facts = self._state.modules.get(stream.module, ModuleFacts())
         length, batch = facts.T or 0, facts.B or 0
         if stream.layer < self._top[stream.module]:
             batch = min(batch, DEAD_UNITS.count("replayed"))
@@ -135,13 +149,3 @@ class DeadUnits:
             stream=stream,
             remedy=DEAD_UNITS.remedy("dead_relu", stream),
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        facts = Facts(modules=self._facts).to_plain()
-        return {"levels": self._levels.state_dict(), "facts": facts}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._levels.load_state_dict(state["levels"])
-        self._facts = dict(Facts.from_plain(state["facts"]).modules)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 from gradwatch import remedies
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.latch import Hysteresis
+from gradwatch.kinds.latch import Hysteresis, Levels
+from gradwatch.kinds.remembering import Remembering
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
@@ -57,7 +59,20 @@ DRIFT = Kind(
 _WARM_UP: Final = DRIFT.count("warm_up")
 
 
-class Drift:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        levels: Of every stream.
+        began: Step of the first measurement.
+    """
+
+    levels: Levels = field(default_factory=Levels)
+    began: int | None = None
+
+
+class Drift(Remembering[_State]):
     """The logarithm of rho has moved by .5 since the start, at two measurements.
 
     Cleared at .35. Healthy runs reached .33: the margin is thin, so that this is a
@@ -74,7 +89,7 @@ class Drift:
             if not stream.gates
         ]
         self._levels = Hysteresis.of(DRIFT, "moved")
-        self._began: int | None = None
+        super().__init__(_State(levels=self._levels.state))
 
     @property
     def active(self) -> bool:
@@ -90,9 +105,9 @@ class Drift:
             moved = record.metrics.get(key)
             if moved is None:
                 continue
-            if self._began is None:
-                self._began = record.step
-            if record.step < self._began + _WARM_UP:
+            if self._state.began is None:
+                self._state.began = record.step
+            if record.step < self._state.began + _WARM_UP:
                 continue
             if self._levels.update(stream.name, record.step, abs(moved)) == "raised":
                 found.append(self._alert(record, stream, moved))
@@ -123,12 +138,3 @@ class Drift:
             why=DRIFT.causes["drift"].why.format(way=way),
             do=f"weight decay, or: {remedies.line(remedy)}",
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {"levels": self._levels.state_dict(), "began": self._began}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._levels.load_state_dict(state["levels"])
-        self._began = state["began"]

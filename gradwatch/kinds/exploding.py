@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Final
 
-from gradwatch import remedies
+from gradwatch import remedies, saved
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.seen import Seen
+from gradwatch.kinds.remembering import Remembering
+from gradwatch.kinds.seen import Seen, SeenState
 from gradwatch.kinds.text import BEFORE, HIDDEN, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import Window, median, push
@@ -200,7 +202,36 @@ _GROWS: Final = EXPLODING.clear("growth")
 _NORM = run_key("grad_norm")
 
 
-class Exploding:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        active: Whether the incident is open.
+        seen: What was last seen of every stream.
+        norms: The last usual norms.
+        peak: Their largest median.
+        since: When the norm rose.
+        lasts: Consecutive steps since.
+        high: Ratios to the median, while it stays above.
+        updates: Largest update ratios of usual steps.
+        calm: Consecutive usual steps.
+        carriers: The parameters that carry the norm.
+    """
+
+    active: bool = False
+    seen: SeenState = field(default_factory=SeenState)
+    norms: Window = ()
+    peak: float = 0.0
+    since: int = 0
+    lasts: int = 0
+    high: list[float] = field(default_factory=list)
+    updates: Window = ()
+    calm: int = 0
+    carriers: dict[str, float] = field(default_factory=dict)
+
+
+class Exploding(Remembering[_State]):
     """The total norm far above its own running median, and staying there.
 
     Compared with the running median of the last 25 usual norms; see the catalogue. A
@@ -218,80 +249,79 @@ class Exploding:
     before_nonfinite: Final = EXPLODING.number("before_nonfinite")
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self.active = False
         self.wants: tuple[str, ...] = ()
         self._streams = tuple(streams)
         self._keys = [stream_key(s, "update_ratio") for s in streams]
         self._seen = Seen(streams, CONTEXT)
-        self._norms: Window = ()
-        self._peak = 0.0
-        self._since = self._lasts = 0
-        self._high: list[float] = []  # ratios to the median, while it stays above 10
-        self._updates: Window = ()
-        self._calm = 0
-        self._carriers: dict[str, float] = {}
+        super().__init__(_State(seen=self._seen.state))
+
+    @property
+    def active(self) -> bool:
+        """Whether it still holds."""
+        return self._state.active
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         if reinitialised(record.events):  # norms of other weights are no measure
-            seen = self._seen.state_dict()
-            self.load_state_dict(
-                {**Exploding(self._streams).state_dict(), "seen": seen}
-            )
+            saved.reset(self._state, keep=("seen",))
         self.wants = ()
         self._seen.take(record)
         norm = record.metrics.get(_NORM)
         if norm is None:
             return []
-        usual = median(self._norms)
-        warm = len(self._norms) >= _WARM_UP and usual > 0
+        usual = median(self._state.norms)
+        warm = len(self._state.norms) >= _WARM_UP and usual > 0
         if not math.isfinite(norm):
-            burst = bool(self._high) and self._high[-1] >= self.before_nonfinite
-            self._high = []
-            if burst and not self.active and "skipped_step" not in record.events:
+            burst = (
+                bool(self._state.high) and self._state.high[-1] >= self.before_nonfinite
+            )
+            self._state.high = []
+            if burst and not self._state.active and "skipped_step" not in record.events:
                 return [self._alert(record, norm, usual)]
             return []
         ratio = norm / usual if warm else 0.0
         if ratio < self.clear:
             self._take_usual(record, norm, usual)
             return []
-        self._calm = 0
+        self._state.calm = 0
         if record.facts.step.carriers is not None:
-            self._carriers = dict(record.facts.step.carriers)
-        if not self._high:
-            self._since, self._lasts = record.step, 0
-        self._lasts += 1
-        if not self.active and self._lasts in _LOOKS:
+            self._state.carriers = dict(record.facts.step.carriers)
+        if not self._state.high:
+            self._state.since, self._state.lasts = record.step, 0
+        self._state.lasts += 1
+        if not self._state.active and self._state.lasts in _LOOKS:
             self.wants = ("spectrum", "flow")
-        self._high = [*self._high, ratio][-self.lasting :]
-        if self.active or not self._decided(usual):
+        self._state.high = [*self._state.high, ratio][-self.lasting :]
+        if self._state.active or not self._decided(usual):
             return []
         return [self._alert(record, norm, usual)]
 
     def _decided(self, usual: float) -> bool:
-        high = self._high
+        high = self._state.high
         last = high[-self.running :]
         far = len(last) == self.running and min(last) >= self.factor
         long = len(high) >= self.lasting and min(high) >= self.lasting_factor
         # One norm of these above all that was usual is a batch's, not the net's.
         least = min(last) if far else median(tuple(high))
-        return (far or long) and least * usual >= self.above_peak * self._peak
+        return (far or long) and least * usual >= self.above_peak * self._state.peak
 
     def _take_usual(self, record: StepRecord, norm: float, usual: float) -> None:
         """Take a usual norm into the median; count the steps back to calm."""
         ratios = [record.metrics.get(key, 0.0) for key in self._keys]
-        self._updates = push(self._updates, max(ratios, default=0.0), _WINDOW)
-        self._norms = push(self._norms, norm, _WINDOW)
-        if usual > self._peak and len(self._norms) > _WARM_UP:
-            self._peak = usual
-        self._high = []
-        self._calm += 1
-        if self._calm >= self.running:
-            self.active = False
+        self._state.updates = push(
+            self._state.updates, max(ratios, default=0.0), _WINDOW
+        )
+        self._state.norms = push(self._state.norms, norm, _WINDOW)
+        if usual > self._state.peak and len(self._state.norms) > _WARM_UP:
+            self._state.peak = usual
+        self._state.high = []
+        self._state.calm += 1
+        if self._state.calm >= self.running:
+            self._state.active = False
 
     def _alert(self, record: StepRecord, norm: float, usual: float) -> Alert:
-        self.active = True
-        since = self._since
+        self._state.active = True
+        since = self._state.since
         shown = (
             f"total norm {norm:.3g}, {norm / usual:.3g} times its median {usual:.3g}"
         )
@@ -299,8 +329,10 @@ class Exploding:
             shown = (
                 f"total norm {norm}, right after a burst; its median was {usual:.3g}"
             )
-        if self._carriers:
-            parts = (f"{text.percent(v)} {name}" for name, v in self._carriers.items())
+        if self._state.carriers:
+            parts = (
+                f"{text.percent(v)} {name}" for name, v in self._state.carriers.items()
+            )
             shown += f"; carried by {', '.join(parts)}"
         stream, cause, why, do, remedy = self._judgement(usual)
         evidence: dict[str, tuple[float, float | None]] = {
@@ -328,9 +360,11 @@ class Exploding:
         self, usual: float
     ) -> tuple[Stream | None, str | None, str | None, str | None, Remedy | None]:
         """Return the stream, the cause, why and do where they are not its, a remedy."""
-        heavy = max(self._carriers, key=self._carriers.__getitem__, default="")
+        heavy = max(
+            self._state.carriers, key=self._state.carriers.__getitem__, default=""
+        )
         bearer = next((s for s in self._streams if _belongs(heavy, s)), None)
-        *before, last = self._updates or (0.0,)
+        *before, last = self._state.updates or (0.0,)
         common = median(tuple(before))
         if common > 0 and last >= self.leap * common:
             why = (
@@ -342,7 +376,7 @@ class Exploding:
                 bearer,
                 None,
                 why,
-                LOWER_RATE + BEFORE.format(since=self._since),
+                LOWER_RATE + BEFORE.format(since=self._state.since),
                 None,
             )
         grows = self._grows()
@@ -378,17 +412,6 @@ class Exploding:
             if most is not None and values[most] >= least:
                 return most
         return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        static = ("_streams", "_keys", "_seen")
-        state = {k: v for k, v in vars(self).items() if k not in static}
-        return {**state, "seen": self._seen.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._seen.load_state_dict(state["seen"])
-        vars(self).update({k: v for k, v in state.items() if k != "seen"})
 
 
 def _belongs(parameter: str, stream: Stream) -> bool:

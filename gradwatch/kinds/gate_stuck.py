@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Final
 
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.latch import Hysteresis
+from gradwatch.kinds.latch import Hysteresis, Levels
+from gradwatch.kinds.remembering import Remembering
 from gradwatch.metrics import stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
@@ -98,7 +100,20 @@ _SIDES: Final[Mapping[str, str]] = {
 }
 
 
-class GateStuck:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        levels: Of every stream.
+        lengths: Path of a module -> time steps of its calls.
+    """
+
+    levels: Levels = field(default_factory=Levels)
+    lengths: dict[str, int] = field(default_factory=dict)
+
+
+class GateStuck(Remembering[_State]):
     """A gate that lets nothing in, nothing out, or nothing change, nearly everywhere.
 
     The input or output gate of an LSTM below .05, or the update gate of a GRU above
@@ -118,7 +133,7 @@ class GateStuck:
             for gate, (metric, cause) in _GATES.get(stream.kind, {}).items()
         ]
         self._levels = Hysteresis.of(GATE_STUCK, "share")
-        self._lengths: dict[str, int] = {}
+        super().__init__(_State(levels=self._levels.state))
 
     @property
     def active(self) -> bool:
@@ -130,7 +145,7 @@ class GateStuck:
         self.wants, found = None, []
         for name, facts in record.facts.modules.items():
             if facts.T is not None:
-                self._lengths[name] = facts.T
+                self._state.lengths[name] = facts.T
         remade = reinitialised(record.events)
         for stream, gate, key, cause in self._watched:
             if stream.name in remade:
@@ -150,7 +165,7 @@ class GateStuck:
     def _meant(self, record: StepRecord, stream: Stream, cause: str) -> bool:
         """Tell whether a gate is what a long memory looks like, as chrono sets it."""
         steps = record.metrics.get(stream_key(stream, "timescale"), 0.0)
-        length = self._lengths.get(stream.module, 0)
+        length = self._state.lengths.get(stream.module, 0)
         lasting = steps <= GATE_STUCK.at("meant") * length
         if cause == "input_gate":
             held = record.metrics.get(stream_key(stream, "open", "f"), 0.0)
@@ -161,7 +176,7 @@ class GateStuck:
         self, record: StepRecord, stream: Stream, gate: str, key: str, cause: str
     ) -> Alert:
         share, since = record.metrics[key], self._levels.since(key)
-        length = self._lengths.get(stream.module, 0)
+        length = self._state.lengths.get(stream.module, 0)
         return text.alert(
             GATE_STUCK,
             record,
@@ -176,12 +191,3 @@ class GateStuck:
             stream=stream,
             remedy=GATE_STUCK.remedy(cause, stream, length),
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {"levels": self._levels.state_dict(), "lengths": dict(self._lengths)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._levels.load_state_dict(state["levels"])
-        self._lengths = dict(state["lengths"])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 from gradwatch.kinds import text
 from gradwatch.kinds.exploding import CONTEXT, EXPLODING, growth_cause
-from gradwatch.kinds.latch import Hysteresis
-from gradwatch.kinds.seen import Seen
+from gradwatch.kinds.latch import Hysteresis, Levels
+from gradwatch.kinds.remembering import Remembering
+from gradwatch.kinds.seen import Seen, SeenState
 from gradwatch.metrics import stream_key
 from gradwatch.numerics.streaming import theil_sen
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -21,7 +23,28 @@ _LOST: Final = EXPLODING.count("lost")
 _SOON: Final = EXPLODING.count("soon")
 
 
-class Growth:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        levels: Of every stream.
+        seen: What was last seen of every stream.
+        past: Stream -> [step, growth] of its last probes.
+        rising: Stream -> since when its growth rises.
+        measured: Stream -> when it was last measured.
+        probed: When any was.
+    """
+
+    levels: Levels = field(default_factory=Levels)
+    seen: SeenState = field(default_factory=SeenState)
+    past: dict[str, list[list[float]]] = field(default_factory=dict)
+    rising: dict[str, int] = field(default_factory=dict)
+    measured: dict[str, int] = field(default_factory=dict)
+    probed: int = 0
+
+
+class Growth(Remembering[_State]):
     """A gradient grows on its way back through the sequence: see the catalogue.
 
     Seen from the first step on, and while the total norm is clipped. A growth that
@@ -39,15 +62,12 @@ class Growth:
         self._levels = Hysteresis.of(
             EXPLODING, "growth", at_once=EXPLODING.at("growth_at_once")
         )
-        self._past: dict[str, list[list[float]]] = {}  # stream: [step, growth], ...
-        self._rising: dict[str, int] = {}  # stream: since which step
-        self._measured: dict[str, int] = {}
-        self._probed = 0
+        super().__init__(_State(levels=self._levels.state, seen=self._seen.state))
 
     @property
     def active(self) -> bool:
         """Whether gradients still grow in some stream, or rise towards it."""
-        return self._levels.active or bool(self._rising)
+        return self._levels.active or bool(self._state.rising)
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -55,29 +75,31 @@ class Growth:
         self._seen.take(record)
         for name in reinitialised(record.events):
             self._levels.forget(name)
-            self._past.pop(name, None)
-            self._rising.pop(name, None)
+            self._state.past.pop(name, None)
+            self._state.rising.pop(name, None)
         for stream, key in self._watched:
             growth = record.metrics.get(key)
             if growth is None:
                 continue
-            self._probed = self._measured[stream.name] = record.step
+            self._state.probed = self._state.measured[stream.name] = record.step
             change = self._levels.update(stream.name, record.step, growth)
             if change == "raised":
-                self._rising.pop(stream.name, None)
+                self._state.rising.pop(stream.name, None)
                 found.append(self._alert(record, stream, key, growth))
             elif not self._levels.raised(stream.name):
                 found += self._early(record, stream, key, growth)
-        for name in [n for n, at in self._measured.items() if record.step - at > _LOST]:
+        for name in [
+            n for n, at in self._state.measured.items() if record.step - at > _LOST
+        ]:
             self._levels.forget(name)  # frozen or unused since: nobody can tell
-            self._rising.pop(name, None)
-            del self._measured[name]
+            self._state.rising.pop(name, None)
+            del self._state.measured[name]
         self._ask(record.step)
         return found
 
     def _ask(self, step: int) -> None:
         """Ask for probes: soon while suspected, else often while something rises."""
-        steps = step + 1 - self._probed
+        steps = step + 1 - self._state.probed
         unsure = max(map(self._levels.suspicions, self._names), default=0)
         if unsure and steps >= _AGAIN[unsure]:
             self.wants = "flow"
@@ -87,26 +109,26 @@ class Growth:
     def _growing(self) -> bool:
         """Tell whether a growth is where a rise would soon cross the threshold."""
         low = EXPLODING.clear("rising")
-        return any(p and low <= p[-1][1] for p in self._past.values())
+        return any(p and low <= p[-1][1] for p in self._state.past.values())
 
     def _early(
         self, record: StepRecord, stream: Stream, key: str, growth: float
     ) -> list[Alert]:
         """Return the notice of a growth that rises towards the threshold."""
         name = stream.name
-        known = self._past.get(name, [])
-        past = self._past[name] = [*known, [record.step, growth]][-_SAMPLES:]
+        known = self._state.past.get(name, [])
+        past = self._state.past[name] = [*known, [record.step, growth]][-_SAMPLES:]
         slope = theil_sen(*zip(*past, strict=True)) if len(past) > 1 else 0.0
-        if name in self._rising:
+        if name in self._state.rising:
             if growth < EXPLODING.clear("rising") or slope <= 0:
-                del self._rising[name]
+                del self._state.rising[name]
             return []
         if len(past) < _SAMPLES or growth < EXPLODING.at("rising") or slope <= 0:
             return []
         left = (EXPLODING.at("growth") - growth) / slope
         if not 0 < left <= _SOON or self._seen.of(stream).get("rho_trend", 0.0) <= 0:
             return []
-        self._rising[name] = int(past[0][0])
+        self._state.rising[name] = int(past[0][0])
         return [self._notice(record, stream, key, growth, left)]
 
     def _notice(
@@ -124,7 +146,7 @@ class Growth:
             EXPLODING,
             record,
             severity="info",
-            since=self._rising[stream.name],
+            since=self._state.rising[stream.name],
             what=(
                 f"growth through time in {stream.name} is rising; at this pace over "
                 f"the threshold within about {rounded} steps"
@@ -159,21 +181,3 @@ class Growth:
             stream=stream,
             remedy=EXPLODING.remedy(cause, stream),
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {
-            "levels": self._levels.state_dict(),
-            "seen": self._seen.state_dict(),
-            "past": dict(self._past),
-            "rising": dict(self._rising),
-            "measured": dict(self._measured),
-            "probed": self._probed,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._levels.load_state_dict(state["levels"])
-        self._seen.load_state_dict(state["seen"])
-        self._past, self._rising = dict(state["past"]), dict(state["rising"])
-        self._measured, self._probed = dict(state["measured"]), state["probed"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
+from gradwatch import saved
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.lr_too_high import LR_TOO_HIGH
-from gradwatch.kinds.seen import Losses, Seen
+from gradwatch.kinds.remembering import Remembering
+from gradwatch.kinds.seen import Losses, Seen, SeenState
 from gradwatch.kinds.text import BEFORE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import median
@@ -130,7 +133,42 @@ _KEEPS: Final = LOSS_DIVERGENCE.number("keeps")
 _LOSS, _NORM = map(run_key, ("loss", "grad_norm"))
 
 
-class LossDivergence:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        active: Whether the incident is open.
+        losses: The losses so far.
+        seen: What was last seen of every stream.
+        taken: Losses so far.
+        high: Consecutive steps that it has been high.
+        calm: Consecutive ones that it has been calm.
+        since: When it rose.
+        best: The lowest median, and the deviation from it.
+        peak: The highest median since it rose.
+        usual: At the best: update ratio, norm, rate.
+        now: Running means of the first two.
+        rates: Rates along the losses that the median is of.
+        bursts: The last steps of norms far above the usual one.
+    """
+
+    active: bool = False
+    losses: Losses = field(default_factory=Losses)
+    seen: SeenState = field(default_factory=SeenState)
+    taken: int = 0
+    high: int = 0
+    calm: int = 0
+    since: int = 0
+    best: list[float] = field(default_factory=lambda: [math.inf, 0.0])
+    peak: float = 0.0
+    usual: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    now: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    rates: list[float] = field(default_factory=list)
+    bursts: list[int] = field(default_factory=list)
+
+
+class LossDivergence(Remembering[_State]):
     """The median of 20 losses far above the lowest such median, and not falling.
 
     Needs ``watch.log(loss=...)``; silent where losses are negative.
@@ -143,60 +181,63 @@ class LossDivergence:
         self._streams = tuple(streams)
         self._ratios = [stream_key(s, "update_ratio") for s in streams]
         self._seen = Seen(streams, ())
-        self.active = False
-        self._losses = Losses()
-        self._taken = self._high = self._calm = self._since = 0
-        self._best = [math.inf, 0.0]  # the lowest median of 20, their deviation from it
-        self._peak = 0.0  # the highest median since it rose
-        self._usual = [0.0, 0.0, 0.0]  # at the best: update ratio, norm, rate
-        self._now = [0.0, 0.0]  # running means of the first two
-        self._rates: list[float] = []  # along the losses that the median is of
-        self._bursts: list[int] = []  # the last steps of norms far above the usual one
+        super().__init__(_State(seen=self._seen.state))
+
+    @property
+    def active(self) -> bool:
+        """Whether it still holds."""
+        return self._state.active
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants = None
         self._seen.take(record)
         if reinitialised(record.events):
-            self._restart()
-        losses = self._losses
+            saved.reset(self._state, keep=("seen",))
+        losses = self._state.losses
         if losses.take(record) is None:
             return []
-        self._taken += 1
-        self._rates = [*self._rates[1 - len(losses.last) :], self._rate()]
+        self._state.taken += 1
+        self._state.rates = [*self._state.rates[1 - len(losses.last) :], self._rate()]
         self._note(record)
         if losses.start is None:
-            self.active = self.active and not losses.signed
+            self._state.active = self._state.active and not losses.signed
             return []
         loss = losses.usual
-        if loss < self._best[0]:
-            self._best = [loss, median(tuple(abs(x - loss) for x in losses.last))]
-            self._usual = [*self._now, self._rates[0]]
-        if self.active:
-            calm = loss <= LOSS_DIVERGENCE.clear("best") * self._best[0]
-            self._calm = self._calm + 1 if calm else 0
-            self.active = self._calm < _BACK
+        if loss < self._state.best[0]:
+            self._state.best = [loss, median(tuple(abs(x - loss) for x in losses.last))]
+            self._state.usual = [*self._state.now, self._state.rates[0]]
+        if self._state.active:
+            calm = loss <= LOSS_DIVERGENCE.clear("best") * self._state.best[0]
+            self._state.calm = self._state.calm + 1 if calm else 0
+            self._state.active = self._state.calm < _BACK
             return []
         if not self._far(loss):
-            self._high, self._peak = 0, 0.0
+            self._state.high, self._state.peak = 0, 0.0
             return []
-        self._since = self._since if self._peak else record.step
-        falls = loss < _FALLS * self._peak
-        self._high = 1 if falls else self._high + 1
-        self._peak = loss if falls else max(self._peak, loss)
-        if self._high == 1:
+        self._state.since = self._state.since if self._state.peak else record.step
+        falls = loss < _FALLS * self._state.peak
+        self._state.high = 1 if falls else self._state.high + 1
+        self._state.peak = loss if falls else max(self._state.peak, loss)
+        if self._state.high == 1:
             self.wants = "state"  # so that the learning rate is that of now
-        if self._high < (_HOLD_EXPLAINED if self._rate_raised() else _HOLD):
+        if self._state.high < (_HOLD_EXPLAINED if self._rate_raised() else _HOLD):
             return []
-        self.active, self._high, self._peak, self._calm = True, 0, 0.0, 0
+        self._state.active, self._state.high, self._state.peak, self._state.calm = (
+            True,
+            0,
+            0.0,
+            0,
+        )
         return [self._alert(record, loss)]
 
     def _far(self, loss: float) -> bool:
-        best, spread = self._best
+        best, spread = self._state.best
         return (
-            self._taken >= _WARM_UP
+            self._state.taken >= _WARM_UP
             and loss >= LOSS_DIVERGENCE.at("best") * best
-            and loss >= LOSS_DIVERGENCE.at("start") * (self._losses.start or math.inf)
+            and loss
+            >= LOSS_DIVERGENCE.at("start") * (self._state.losses.start or math.inf)
             and loss >= best + LOSS_DIVERGENCE.at("spread") * spread
         )
 
@@ -207,26 +248,31 @@ class LossDivergence:
         norm = metrics.get(_NORM, 0.0)
         if not math.isfinite(ratio + norm):
             return
-        if norm >= _BURST * self._usual[1] > 0:
-            self._bursts = [*self._bursts[-_FEW:], record.step]
-        old = _KEEPS if self._taken > 1 else 0.0
-        self._now = [
+        if norm >= _BURST * self._state.usual[1] > 0:
+            self._state.bursts = [*self._state.bursts[-_FEW:], record.step]
+        old = _KEEPS if self._state.taken > 1 else 0.0
+        self._state.now = [
             old * before + (1 - old) * value
-            for before, value in zip(self._now, (ratio, norm), strict=True)
+            for before, value in zip(self._state.now, (ratio, norm), strict=True)
         ]
 
     def _alert(self, record: StepRecord, loss: float) -> Alert:
-        best, start, cause = self._best[0], self._losses.start, self._cause()
+        state = self._state
+        best, start, cause = (
+            self._state.best[0],
+            self._state.losses.start,
+            self._cause(),
+        )
         return text.alert(
             LOSS_DIVERGENCE,
             record,
-            since=self._near()[0] if cause == "bad_batch" else self._since,
-            what=f"the loss has gone up since step {self._since}, and stays up",
+            since=self._near()[0] if cause == "bad_batch" else self._state.since,
+            what=f"the loss has gone up since step {self._state.since}, and stays up",
             shown=(
                 f"median of the last 20 losses {loss:.3g}; at best {best:.3g}, at "
-                f"first {start:.3g}; update_ratio {self._now[0]:.2g}, at the best "
-                f"{self._usual[0]:.2g}; learning rate about {self._rate():.2g}, at the "
-                f"best {self._usual[-1]:.2g}"
+                f"first {start:.3g}; update_ratio {state.now[0]:.2g}, at the best "
+                f"{state.usual[0]:.2g}; learning rate about {self._rate():.2g}, at the "
+                f"best {self._state.usual[-1]:.2g}"
             ),
             cause=cause,
             evidence={_LOSS: (loss, LOSS_DIVERGENCE.at("best") * best)},
@@ -238,32 +284,15 @@ class LossDivergence:
         return max(rates, default=0.0)
 
     def _rate_raised(self) -> bool:
-        return self._rate() >= _RAISED * self._usual[-1] > 0
+        return self._rate() >= _RAISED * self._state.usual[-1] > 0
 
     def _cause(self) -> str:
-        if self._rate_raised() or self._now[0] >= LR_TOO_HIGH.clear("ratio"):
+        if self._rate_raised() or self._state.now[0] >= LR_TOO_HIGH.clear("ratio"):
             return "lr"
         return "bad_batch" if 0 < len(self._near()) <= _FEW else "data"
 
     def _near(self) -> list[int]:
         """Return the steps, shortly before the loss rose, whose norm stood out."""
-        return [step for step in self._bursts if self._since - step <= _AFTER]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        static = ("_streams", "_ratios", "wants")
-        state = {k: v for k, v in vars(self).items() if k not in static}
-        own = {"_losses": self._losses.state_dict(), "_seen": self._seen.state_dict()}
-        return {**state, **own}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._losses.load_state_dict(state["_losses"])
-        self._seen.load_state_dict(state["_seen"])
-        own = ("_losses", "_seen")
-        vars(self).update({k: v for k, v in state.items() if k not in own})
-
-    def _restart(self) -> None:
-        """Forget the losses of other weights."""
-        fresh = LossDivergence(self._streams).state_dict()
-        self.load_state_dict({**fresh, "_seen": self._seen.state_dict()})
+        return [
+            step for step in self._state.bursts if self._state.since - step <= _AFTER
+        ]

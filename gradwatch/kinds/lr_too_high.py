@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Running
+from gradwatch.kinds.remembering import Remembering
 from gradwatch.kinds.seen import Losses
 from gradwatch.kinds.text import BEFORE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
@@ -97,11 +99,34 @@ LR_TOO_HIGH = Kind(
 _JUMPS: Final = LR_TOO_HIGH.count("jumps")
 _BACK: Final = LR_TOO_HIGH.count("back")
 _BACK_FROM_JUMP: Final = LR_TOO_HIGH.count("back_from_jump")
+_CALM: Final = LR_TOO_HIGH.clear("ratio")
+_LEAST_BACK: Final = LR_TOO_HIGH.count("least_back")
 _KEEPS: Final = LR_TOO_HIGH.number("keeps")
 _NORM: Final = run_key("grad_norm")
 
 
-class LrTooHigh:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        ratios: Stream -> its last update ratios.
+        usual: Stream -> means of the usual update ratio and of its norm.
+        running: Stream -> how long it has shown.
+        losses: The losses so far.
+        taken: Steps so far.
+        burst: The largest norm lately, fading.
+    """
+
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    usual: dict[str, tuple[float, float]] = field(default_factory=dict)
+    running: dict[str, Running] = field(default_factory=dict)
+    losses: Losses = field(default_factory=Losses)
+    taken: int = 0
+    burst: float = 0.0
+
+
+class LrTooHigh(Remembering[_State]):
     """Updates of a quarter of the recurrent weights and more, and nothing learnt."""
 
     kind = LR_TOO_HIGH.name
@@ -111,42 +136,38 @@ class LrTooHigh:
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._watched = [(s, stream_key(s, "update_ratio")) for s in streams]
-        self._ratios: dict[str, list[float]] = {}
-        self._usual: dict[str, tuple[float, float]] = {}  # update ratio, norm: means
-        self._running = {
-            s.name: Running(LR_TOO_HIGH.count("least_back")) for s in streams
-        }
-        self._losses = Losses()
-        self._taken = 0
-        self._burst = 0.0  # the largest norm lately, fading
+        super().__init__(_State())
 
     @property
     def active(self) -> bool:
         """Whether updates are still too large somewhere."""
-        return any(one.raised for one in self._running.values())
+        return any(one.raised for one in self._state.running.values())
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
-        self._losses.take(record)
+        self._state.losses.take(record)
         for name in reinitialised(record.events):
-            self._ratios.pop(name, None)
-        self._taken += 1
+            self._state.ratios.pop(name, None)
+        self._state.taken += 1
         found, norm = [], record.metrics.get(_NORM, math.nan)
+        each = self._state.running
         if math.isfinite(norm):  # momentum keeps the update of one large gradient up
-            self._burst = max(norm, _KEEPS * self._burst)
+            self._state.burst = max(norm, _KEEPS * self._state.burst)
         for stream, key in self._watched:
             ratio = record.metrics.get(key)
+            if stream.name not in each:
+                each[stream.name] = Running()
+            running = each[stream.name]
             if ratio is None:
-                if self._running[stream.name].raised:
-                    self._running[stream.name].take(record.step, False, self._hold)
+                if running.raised:
+                    running.take(record.step, False, self._hold, _LEAST_BACK)
                 continue
-            if 0 < ratio < LR_TOO_HIGH.clear("ratio"):
+            if 0 < ratio < _CALM:
                 self._take_usual(stream, ratio, norm)
-            known = self._ratios.get(stream.name, [])
-            last = self._ratios[stream.name] = [*known[1 - self._last :], ratio]
-            running = self._running[stream.name]
+            known = self._state.ratios.get(stream.name, [])
+            last = self._state.ratios[stream.name] = [*known[1 - self._last :], ratio]
             level = "clear" if running.raised else "at"
-            if ratio < LR_TOO_HIGH.clear("ratio") and not running.steps:
+            if ratio < _CALM and not running.steps:
                 continue  # nearly always
             size = upper_median(last)
             there = size >= getattr(LR_TOO_HIGH, level)("ratio")
@@ -154,7 +175,7 @@ class LrTooHigh:
             jumps = self._jumps(stream, last)
             running.back = max(_BACK_FROM_JUMP if jumps else _BACK, running.back)
             hold = running.steps + 1 if jumps else self._hold
-            if running.take(record.step, there or jumps, hold):
+            if running.take(record.step, there or jumps, hold, _LEAST_BACK):
                 size = max(last) if jumps else size
                 found.append(self._alert(record, stream, key, size))
         return found
@@ -162,31 +183,31 @@ class LrTooHigh:
     def _jumps(self, stream: Stream, last: Sequence[float]) -> bool:
         """Tell whether an update leaves nothing of the weights, and not by its norm."""
         jump, leap = LR_TOO_HIGH.at("jump"), LR_TOO_HIGH.at("leap")
-        if self._taken <= self._warm_up or last[-1] < jump:
+        if self._state.taken <= self._warm_up or last[-1] < jump:
             return False
         if last[-1] < leap and sum(ratio >= jump for ratio in last) < _JUMPS:
             return False
-        usual, before = self._usual.get(stream.name, (0.0, 0.0))
-        return last[-1] * before >= LR_TOO_HIGH.at("faster") * usual * self._burst
+        usual, before = self._state.usual.get(stream.name, (0.0, 0.0))
+        return last[-1] * before >= LR_TOO_HIGH.at("faster") * usual * self._state.burst
 
     def _take_usual(self, stream: Stream, ratio: float, norm: float) -> None:
         """Take a usual update, and the norm that it came from, into running means."""
         if math.isfinite(norm):
-            usual, before = self._usual.get(stream.name, (ratio, norm))
-            self._usual[stream.name] = (
+            usual, before = self._state.usual.get(stream.name, (ratio, norm))
+            self._state.usual[stream.name] = (
                 _KEEPS * usual + (1 - _KEEPS) * ratio,
                 _KEEPS * before + (1 - _KEEPS) * norm,
             )
 
     def _can_be_judged(self, known: int) -> bool:
-        share = self._losses.recent
+        share = self._state.losses.recent
         learnt = share is not None and share < LR_TOO_HIGH.at("loss")
-        return known == self._last and self._taken > self._warm_up and not learnt
+        return known == self._last and self._state.taken > self._warm_up and not learnt
 
     def _alert(
         self, record: StepRecord, stream: Stream, key: str, size: float
     ) -> Alert:
-        share = self._losses.recent
+        share = self._state.losses.recent
         shown = (
             f"update_ratio {size:.2g} (alarm from {LR_TOO_HIGH.at('ratio')} as the "
             f"median of {self._last} steps, {LR_TOO_HIGH.at('jump'):g} twice, or "
@@ -197,31 +218,10 @@ class LrTooHigh:
         return text.alert(
             LR_TOO_HIGH,
             record,
-            since=self._running[stream.name].since,
+            since=self._state.running[stream.name].since,
             what=f"steps are too large for {stream.name}",
             shown=shown,
             cause="lr",
             evidence={key: (size, LR_TOO_HIGH.at("ratio"))},
             stream=stream,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {
-            "ratios": dict(self._ratios),
-            "usual": dict(self._usual),
-            "running": {k: v.state_dict() for k, v in self._running.items()},
-            "losses": self._losses.state_dict(),
-            "taken": self._taken,
-            "burst": self._burst,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._ratios, self._taken = dict(state["ratios"]), state["taken"]
-        self._burst = state["burst"]
-        self._usual = {name: (a, b) for name, (a, b) in state["usual"].items()}
-        self._losses.load_state_dict(state["losses"])
-        for name, own in state["running"].items():
-            if name in self._running:
-                self._running[name].load_state_dict(own)

@@ -7,11 +7,13 @@ notice, and a weight that no optimizer holds needs no gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gradwatch.kinds.kind import Kind
-from gradwatch.kinds.seen import Seen
+from gradwatch.kinds.remembering import Remembering
+from gradwatch.kinds.seen import Seen, SeenState
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
@@ -32,7 +34,26 @@ class Keys(NamedTuple):
         return cls(*(stream_key(stream, name) for name in names))
 
 
-class Missing:
+@dataclass(slots=True)
+class _State:
+    """What a rule of what is missing remembers.
+
+    Attributes:
+        missing: Stream -> consecutive steps without.
+        since: Stream -> the first of them.
+        raised: Stream that was reported -> consecutive steps with it again.
+        ever: Streams that it was ever there of.
+        seen: What was last seen of every stream.
+    """
+
+    missing: dict[str, int] = field(default_factory=dict)
+    since: dict[str, int] = field(default_factory=dict)
+    raised: dict[str, int] = field(default_factory=dict)
+    ever: dict[str, bool] = field(default_factory=dict)
+    seen: SeenState = field(default_factory=SeenState)
+
+
+class Missing(Remembering[_State]):
     """For how many steps something is missing in each stream, and the facts as known.
 
     A subclass tells of one step whether it is, and what is said when it has lasted.
@@ -44,15 +65,13 @@ class Missing:
         self.wants: str | None = None
         self._watched = [(stream, Keys.of(stream)) for stream in streams]
         self._seen = Seen(streams, ("dead",))
-        self._missing: dict[str, int] = {}
-        self._since: dict[str, int] = {}
-        self._raised: dict[str, int] = {}  # stream: consecutive steps with it again
-        self._ever: dict[str, bool] = {}
+        super().__init__(_State(seen=self._seen.state))
+        self._back = self._row.count("back")
 
     @property
     def active(self) -> bool:
         """Whether it is still missing somewhere."""
-        return bool(self._raised)
+        return bool(self._state.raised)
 
     def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
         """Return how long it has to be missing; None where it is not, or excused."""
@@ -77,17 +96,22 @@ class Missing:
             missing = self._absent(stream.name, record.step)
             if missing == hold - 1:
                 self.wants = "state"  # so that the facts are of now
-            elif missing >= hold and stream.name not in self._raised:
+            elif missing >= hold and stream.name not in self._state.raised:
                 alerts = self._judged(record, stream, keys)
                 if alerts:
-                    self._raised[stream.name] = 0
+                    self._state.raised[stream.name] = 0
                 found += alerts
         return found
 
     def _note(self, record: StepRecord) -> None:
         self._seen.take(record)
         for name in reinitialised(record.events):
-            for state in (self._missing, self._since, self._raised, self._ever):
+            for state in (
+                self._state.missing,
+                self._state.since,
+                self._state.raised,
+                self._state.ever,
+            ):
                 state.pop(name, None)
 
     def _half(self, stream: Stream) -> bool:
@@ -107,30 +131,18 @@ class Missing:
 
     def _there(self, name: str) -> None:
         """Note a step in which it was there, or in which nobody could tell."""
-        self._ever[name] = True
-        self._missing.pop(name, None)
-        if name in self._raised:
-            self._raised[name] += 1
-            if self._raised[name] >= self._row.count("back"):
-                del self._raised[name]
+        self._state.ever[name] = True
+        self._state.missing.pop(name, None)
+        if name in self._state.raised:
+            self._state.raised[name] += 1
+            if self._state.raised[name] >= self._back:
+                del self._state.raised[name]
 
     def _absent(self, name: str, step: int) -> int:
         """Note one in which it was not; return how many running."""
-        if name not in self._missing:
-            self._since[name] = step
-        self._missing[name] = self._missing.get(name, 0) + 1
-        if name in self._raised:
-            self._raised[name] = 0
-        return self._missing[name]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        plain = {k: v for k, v in vars(self).items() if isinstance(v, dict)}
-        own = {key: dict(value) for key, value in plain.items()}
-        return {**own, "_seen": self._seen.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._seen.load_state_dict(state["_seen"])
-        own = {key: value for key, value in state.items() if key != "_seen"}
-        vars(self).update({key: dict(value) for key, value in own.items()})
+        if name not in self._state.missing:
+            self._state.since[name] = step
+        self._state.missing[name] = self._state.missing.get(name, 0) + 1
+        if name in self._state.raised:
+            self._state.raised[name] = 0
+        return self._state.missing[name]

@@ -102,7 +102,7 @@ class NoGradient(Missing):
                 return None  # nothing has recurred
             if norm == 0 and self._half(stream):
                 return None  # an alarm of its own
-        level = "lost" if self._ever.get(stream.name) else "never"
+        level = "lost" if self._state.ever.get(stream.name) else "never"
         return int(NO_GRADIENT.at(level))
 
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
@@ -120,15 +120,16 @@ class NoGradient(Missing):
         elif self._all_dead(stream):
             return []
         shown = "none at all" if norm is None else "0 in every entry"
+        steps = self._state.missing[stream.name]
         return [
             text.alert(
                 NO_GRADIENT,
                 record,
                 severity="info" if cause == "frozen" else None,
-                since=self._since[stream.name],
+                since=self._state.since[stream.name],
                 what=f"the recurrent weights of {stream.name} get no gradient",
                 shown=(
-                    f"{shown}, in {self._missing[stream.name]} consecutive steps; the "
+                    f"{shown}, in {steps} consecutive steps; the "
                     f"total norm is {record.metrics[NORM]:.3g}"
                 ),
                 cause=cause,

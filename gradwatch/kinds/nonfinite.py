@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
+from gradwatch.kinds.remembering import Remembering
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
 
@@ -74,7 +76,28 @@ _NONFINITE = run_key("nonfinite")
 _LOSS = run_key("loss")
 
 
-class Nonfinite:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        active: Whether the incident is open.
+        skips: Consecutive steps that were skipped.
+        quiet: Consecutive finite steps.
+        finite: Of the last finite one: step, norm, loss.
+        half: Whether the net computes in float16.
+        input: Whether the input was finite when last sampled.
+    """
+
+    active: bool = False
+    skips: int = 0
+    quiet: int = 0
+    finite: list[float] | None = None
+    half: bool = False
+    input: bool = True
+
+
+class Nonfinite(Remembering[_State]):
     """A gradient or a logged loss holds NaN or Inf.
 
     What a loss scaler or a refusing clipper skips is expected, up to ten steps in a
@@ -84,13 +107,13 @@ class Nonfinite:
     kind = NONFINITE.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self.active = False
-        self._skips = 0
-        self._quiet = 0
-        self._finite: list[float] | None = None  # step, norm, loss
-        self._half = False
-        self._input = True
         self.wants: str | None = None
+        super().__init__(_State())
+
+    @property
+    def active(self) -> bool:
+        """Whether it still holds."""
+        return self._state.active
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -98,29 +121,35 @@ class Nonfinite:
         sampled = record.facts.modules.values()
         if modules := [facts for facts in sampled if facts.dtype is not None]:
             used = {kind for facts in modules for kind in (facts.dtype, facts.autocast)}
-            self._half = "float16" in used
-            self._input = all(facts.input_finite is not False for facts in modules)
+            self._state.half = "float16" in used
+            self._state.input = all(
+                facts.input_finite is not False for facts in modules
+            )
         norm = record.metrics.get(_NORM)
         loss = record.metrics.get(_LOSS)
         count = record.metrics.get(_NONFINITE, 0.0)
         bad_loss = loss is not None and not math.isfinite(loss)
         if not count and not bad_loss:
-            self._skips = 0
-            self._quiet += 1
+            self._state.skips = 0
+            self._state.quiet += 1
             if norm is not None and math.isfinite(norm):
-                self._finite = [record.step, norm, math.nan if loss is None else loss]
-            if self._quiet >= _QUIET_STEPS:
-                self.active = False
+                self._state.finite = [
+                    record.step,
+                    norm,
+                    math.nan if loss is None else loss,
+                ]
+            if self._state.quiet >= _QUIET_STEPS:
+                self._state.active = False
             return []
-        self._quiet = 0
+        self._state.quiet = 0
         if "skipped_step" in record.events:
-            self._skips += 1
+            self._state.skips += 1
             by = record.facts.step.skipped_by or "user"
             excused = by in ("scaler", "clipper", "unknown")
-            if excused and self._skips <= _SKIPS_ALLOWED:
+            if excused and self._state.skips <= _SKIPS_ALLOWED:
                 self.wants = "state"  # it tells whether the input is finite
                 return []
-        self.active = True
+        self._state.active = True
         return [self._alert(record, count, loss)]
 
     def _alert(self, record: StepRecord, count: float, loss: float | None) -> Alert:
@@ -133,19 +162,19 @@ class Nonfinite:
         else:
             what, shown = "the logged loss is not finite", f"loss {loss}"
             evidence = {_LOSS: (float(loss or 0.0), None)}
-        if self._finite is not None:
-            step, norm, last = self._finite
+        if self._state.finite is not None:
+            step, norm, last = self._state.finite
             shown += f"; last finite gradient norm {norm:.3g} at step {step:.0f}"
             if not math.isnan(last):
                 shown += f", loss {last:.3g}"
         else:
             shown += "; no gradient was finite before"
-        if self._skips > _SKIPS_ALLOWED:
-            what = f"{self._skips} steps in a row were skipped for NaN or Inf"
+        if self._state.skips > _SKIPS_ALLOWED:
+            what = f"{self._state.skips} steps in a row were skipped for NaN or Inf"
         return text.alert(
             NONFINITE,
             record,
-            since=record.step - max(self._skips - 1, 0),
+            since=record.step - max(self._state.skips - 1, 0),
             what=what,
             shown=shown,
             cause=cause,
@@ -155,22 +184,18 @@ class Nonfinite:
     def _cause(
         self, record: StepRecord, count: float, loss: float | None
     ) -> str | None:
-        if not self._input:
+        if not self._state.input:
             return "nan_data"
         scaler = record.facts.step.skipped_by == "scaler"
         finite = loss is None or math.isfinite(loss)
-        if scaler and self._skips > _SKIPS_ALLOWED and (finite or self._half):
+        if (
+            scaler
+            and self._state.skips > _SKIPS_ALLOWED
+            and (finite or self._state.half)
+        ):
             return "fp16_overflow"
         if not finite:
-            return "nan_data" if self._finite is not None else None
+            return "nan_data" if self._state.finite is not None else None
         if loss is not None:
-            return "fp16_overflow" if self._half else "nan_backward"
+            return "fp16_overflow" if self._state.half else "nan_backward"
         return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        vars(self).update(state)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.of_steps import NORM, OfSteps
-from gradwatch.record import Alert, StepRecord
+from gradwatch.kinds.of_steps import NORM, OfSteps, StepsState
+from gradwatch.record import Alert, StepRecord, Stream
 
 NOT_CLEARED = Kind(
     name="not_cleared",
@@ -43,28 +45,31 @@ NOT_CLEARED = Kind(
 )
 
 
-class NotCleared(OfSteps):
+class NotCleared(OfSteps[StepsState]):
     """Each backward adds to gradients that have been used already."""
 
     kind, _row = NOT_CLEARED.name, NOT_CLEARED
+
+    def __init__(self, streams: Sequence[Stream] = ()) -> None:
+        super().__init__(StepsState(), streams)
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self._note(record)
         if NORM not in record.metrics:
             return []
-        there, hold = self._run.cleared is False, NOT_CLEARED.at("steps")
-        if not self._running.take(record.step, there, hold):
+        there, hold = self._state.run.cleared is False, NOT_CLEARED.at("steps")
+        if not self._state.running.take(record.step, there, hold, self._back):
             return []
-        norm = record.metrics[NORM]
+        norm, running = record.metrics[NORM], self._state.running
         return [
             text.alert(
                 NOT_CLEARED,
                 record,
-                since=self._running.since,
+                since=self._state.running.since,
                 what="gradients pile up from step to step",
                 shown=(
-                    f"{self._running.steps} consecutive steps began with gradients "
+                    f"{running.steps} consecutive steps began with gradients "
                     f"that an optimizer had used; their norm is now {norm:.3g}"
                 ),
                 cause="zero_grad",

@@ -86,12 +86,12 @@ class NotUpdating(Missing):
 
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
         cause = self._cause(record, stream, keys)
-        norm, steps = record.metrics[keys.hh], self._missing[stream.name]
+        norm, steps = record.metrics[keys.hh], self._state.missing[stream.name]
         return [
             text.alert(
                 NOT_UPDATING,
                 record,
-                since=self._since[stream.name],
+                since=self._state.since[stream.name],
                 what=f"the recurrent weights of {stream.name} do not change",
                 shown=(
                     f"no change in {steps} consecutive steps, with a gradient of norm "

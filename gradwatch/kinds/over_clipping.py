@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.of_steps import CLIP, NORM, OfSteps
+from gradwatch.kinds.of_steps import CLIP, NORM, OfSteps, StepsState
 from gradwatch.numerics.streaming import median
 from gradwatch.record import Alert, StepRecord, Stream
 
@@ -62,24 +63,25 @@ OVER_CLIPPING = Kind(
 )
 
 
-class OverClipping(OfSteps):
+@dataclass(slots=True)
+class _State(StepsState):
+    """What the rule remembers, beside what rules of whole steps do.
+
+    Attributes:
+        norms: Of the steps that show it.
+    """
+
+    norms: list[float] = field(default_factory=list)
+
+
+class OverClipping(OfSteps[_State]):
     """The clip leaves a hundredth or less, and the weights hardly move."""
 
     kind, _row = OVER_CLIPPING.name, OVER_CLIPPING
     _hold: Final = OVER_CLIPPING.count("hold")
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        super().__init__(streams)
-        self._norms: list[float] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {**super().state_dict(), "norms": list(self._norms)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        super().load_state_dict(state)
-        self._norms = list(state["norms"])
+        super().__init__(_State(), streams)
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -91,11 +93,13 @@ class OverClipping(OfSteps):
         tight = 0 < ratio <= level("clip_ratio")
         moved = self._moved(record) if tight else None
         there = moved is not None and 0 < moved <= OVER_CLIPPING.at("update")
-        self._norms = [*self._norms[1 - self._hold :], norm] if there else []
-        if not self._running.take(record.step, there, self._hold):
+        self._state.norms = (
+            [*self._state.norms[1 - self._hold :], norm] if there else []
+        )
+        if not self._state.running.take(record.step, there, self._hold, self._back):
             return []
-        cause = "scaled_gradients" if self._run.scaled else "clip"
-        usual, since = median(tuple(self._norms)), self._running.since
+        cause = "scaled_gradients" if self._state.run.scaled else "clip"
+        usual, since = median(tuple(self._state.norms)), self._state.running.since
         line = OVER_CLIPPING.causes[cause].do
         return [
             text.alert(
@@ -107,7 +111,7 @@ class OverClipping(OfSteps):
                     f"clip_ratio {ratio:.2g} (alarm from "
                     f"{OVER_CLIPPING.at('clip_ratio')} down), largest update_ratio "
                     f"{moved:.2g} (from {OVER_CLIPPING.at('update'):.0e} down), for "
-                    f"{self._running.steps} steps"
+                    f"{self._state.running.steps} steps"
                 ),
                 cause=cause,
                 evidence={CLIP: (ratio, OVER_CLIPPING.at("clip_ratio"))},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.remembering import Remembering
 from gradwatch.record import Alert, StepRecord, Stream
 
 REPEATED_BATCH = Kind(
@@ -36,19 +37,30 @@ REPEATED_BATCH = Kind(
 )
 
 
-class RepeatedBatch:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        same: Path of a module -> consecutive looks at the same input.
+    """
+
+    same: dict[str, int] = field(default_factory=dict)
+
+
+class RepeatedBatch(Remembering[_State]):
     """The sequences looked at are the same, bit for bit, at every look: a notice."""
 
     kind = REPEATED_BATCH.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._modules = tuple(dict.fromkeys(s.module for s in streams))
-        self._same: dict[str, int] = {}
+        super().__init__(_State())
 
     @property
     def active(self) -> bool:
         """Whether they still are."""
-        return any(n >= REPEATED_BATCH.at("looks") for n in self._same.values())
+        return any(n >= REPEATED_BATCH.at("looks") for n in self._state.same.values())
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -57,7 +69,7 @@ class RepeatedBatch:
             looks = modules[module].same_batch if module in modules else None
             if looks is None:
                 continue
-            before, self._same[module] = self._same.get(module, 0), looks
+            before, self._state.same[module] = self._state.same.get(module, 0), looks
             if before < REPEATED_BATCH.at("looks") <= looks:
                 return [self._alert(record, module, looks)]
         return []
@@ -72,11 +84,3 @@ class RepeatedBatch:
             cause="data",
             evidence={},
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {"same": dict(self._same)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._same = dict(state["same"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Final
 
-from gradwatch.facts import Facts, ModuleFacts, StreamFacts
+from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import median
 from gradwatch.record import StepRecord, Stream, reinitialised
@@ -22,6 +23,7 @@ _NO_MODULE: Final = ModuleFacts()
 _NO_STREAM: Final = StreamFacts()
 
 
+@dataclass(slots=True)
 class Losses:
     """The losses given to ``watch.log``: where they began, and where they are.
 
@@ -35,12 +37,12 @@ class Losses:
         improved: When that was.
     """
 
-    def __init__(self) -> None:
-        self.last: list[float] = []
-        self.start: float | None = None
-        self.largest = -math.inf
-        self.signed = False
-        self.best, self.improved = math.inf, 0
+    last: list[float] = field(default_factory=list)
+    start: float | None = None
+    largest: float = -math.inf
+    signed: bool = False
+    best: float = math.inf
+    improved: int = 0
 
     def take(self, record: StepRecord) -> float | None:
         """Take in a record's loss; return it if it has a finite one."""
@@ -73,56 +75,53 @@ class Losses:
         """The median over the start; None where that cannot be told."""
         return self.usual / self.start if self.start else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {k: v for k, v in vars(self).items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        vars(self).update(state)
+@dataclass(slots=True)
+class SeenState:
+    """What was last seen.
+
+    Attributes:
+        values: Stream -> metric -> its last value.
+        modules: Path of a module -> its facts.
+        streams: Stream -> its facts.
+    """
+
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    modules: dict[str, ModuleFacts] = field(default_factory=dict)
+    streams: dict[str, StreamFacts] = field(default_factory=dict)
 
 
 class Seen:
-    """The last value of some metrics of every stream, and the facts as they are now."""
+    """The last value of some metrics of every stream, and the facts as they are now.
+
+    Attributes:
+        state: What is remembered; saved with the rule's.
+    """
 
     def __init__(self, streams: Sequence[Stream], metrics: Sequence[str]) -> None:
         self._keys = [(s.name, m, stream_key(s, m)) for s in streams for m in metrics]
-        self._values: dict[str, dict[str, float]] = {}
-        self._modules: dict[str, ModuleFacts] = {}
-        self._streams: dict[str, StreamFacts] = {}
+        self.state = SeenState()
 
     def take(self, record: StepRecord) -> None:
         """Take in a record; forget the streams whose weights were made again."""
         if record.events:
             for name in reinitialised(record.events):
-                self._values.pop(name, None)
+                self.state.values.pop(name, None)
         metrics = record.metrics
         for name, metric, key in self._keys:
             if key in metrics:
-                self._values.setdefault(name, {})[metric] = metrics[key]
-        self._modules.update(record.facts.modules)
-        self._streams.update(record.facts.streams)
+                self.state.values.setdefault(name, {})[metric] = metrics[key]
+        self.state.modules.update(record.facts.modules)
+        self.state.streams.update(record.facts.streams)
 
     def of(self, stream: Stream) -> Mapping[str, float]:
         """Return the values of a stream, by metric."""
-        return self._values.get(stream.name, {})
+        return self.state.values.get(stream.name, {})
 
     def module(self, stream: Stream) -> ModuleFacts:
         """Return the facts of a stream's module."""
-        return self._modules.get(stream.module, _NO_MODULE)
+        return self.state.modules.get(stream.module, _NO_MODULE)
 
     def stream(self, stream: Stream) -> StreamFacts:
         """Return the facts of a stream."""
-        return self._streams.get(stream.name, _NO_STREAM)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        values = {name: dict(found) for name, found in self._values.items()}
-        facts = Facts(modules=self._modules, streams=self._streams)
-        return {"values": values, "facts": facts.to_plain()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._values = {name: dict(found) for name, found in state["values"].items()}
-        facts = Facts.from_plain(state["facts"])
-        self._modules, self._streams = dict(facts.modules), dict(facts.streams)
+        return self.state.streams.get(stream.name, _NO_STREAM)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
+from gradwatch import saved
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
+from gradwatch.kinds.remembering import Remembering
 from gradwatch.kinds.seen import Losses
 from gradwatch.metrics import run_key
 from gradwatch.numerics.streaming import Window, median, push, robust_z
@@ -96,7 +99,27 @@ _FLOOR: Final = SPIKE.number("floor")
 _NORM, _LOSS = map(run_key, ("grad_norm", "loss"))
 
 
-class Spike:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        logs: Logarithms of the last usual norms.
+        taken: Norms so far.
+        largest: The largest logarithm that was usual.
+        losses: The losses so far.
+        raised: Of a norm that stands out: step, norm, ratio, z, loss; empty where
+            it has been too long.
+    """
+
+    logs: Window = ()
+    taken: int = 0
+    largest: float = -math.inf
+    losses: Losses = field(default_factory=Losses)
+    raised: list[float] | None = None
+
+
+class Spike(Remembering[_State]):
     """One norm far above the recent ones, and above all so far, that is soon over.
 
     Said once the norm is back, because a longer one belongs to another kind.
@@ -106,54 +129,50 @@ class Spike:
     active = False
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self._logs: Window = ()
-        self._taken = 0
-        self._largest = -math.inf
-        self._losses = Losses()
-        self._raised: list[float] | None = None  # step, norm, ratio, z; or too long
+        super().__init__(_State())
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         if reinitialised(record.events):
-            self.load_state_dict(Spike().state_dict())
+            saved.reset(self._state)
         norm = record.metrics.get(_NORM)
         if norm is None or not math.isfinite(norm) or norm <= 0:
-            self._raised = None
+            self._state.raised = None
             return []
         log = math.log(norm)
-        self._taken += 1
-        warm = self._taken > _WARM_UP and log - min(self._logs) >= _FAR
-        usual = median(self._logs) if warm else math.inf
+        self._state.taken += 1
+        warm = self._state.taken > _WARM_UP and log - min(self._state.logs) >= _FAR
+        usual = median(self._state.logs) if warm else math.inf
         if log - usual < _FAR:
-            raised, self._raised = self._raised, None
+            raised, self._state.raised = self._state.raised, None
             found = self._judged(record, raised) if raised else []
             self._take_usual(record, log)
             return found
-        if self._raised is None:
-            z = robust_z(self._logs, log, floor=_FLOOR)
+        if self._state.raised is None:
+            z = robust_z(self._state.logs, log, floor=_FLOOR)
             if z >= SPIKE.at("z"):
-                self._raised = [record.step, norm, math.exp(log - usual), z]
+                self._state.raised = [record.step, norm, math.exp(log - usual), z]
                 loss = record.metrics.get(_LOSS, -math.inf)
-                self._raised.append(loss)
+                self._state.raised.append(loss)
             else:
                 self._take_usual(record, log)
-        elif not self._raised or record.step - self._raised[0] >= _WITHIN:
-            self._raised = []  # too long for a spike
+        elif not self._state.raised or record.step - self._state.raised[0] >= _WITHIN:
+            self._state.raised = []  # too long for a spike
             self._take_usual(record, log)
         return []
 
     def _take_usual(self, record: StepRecord, log: float) -> None:
-        self._logs = push(self._logs, log, _WINDOW)
-        self._largest = max(self._largest, log)
-        self._losses.take(record)
+        self._state.logs = push(self._state.logs, log, _WINDOW)
+        self._state.largest = max(self._state.largest, log)
+        self._state.losses.take(record)
 
     def _judged(self, record: StepRecord, raised: Sequence[float]) -> list[Alert]:
         """Return the alert, if the norm was larger than any net that learns shows."""
         step, norm, ratio, z, loss = raised
-        record_ratio = math.exp(math.log(norm) - self._largest)
+        record_ratio = math.exp(math.log(norm) - self._state.largest)
         # A loss that is logged behind the step stands in the next record.
         loss = max(loss, record.metrics.get(_LOSS, loss))
-        most = math.inf if self._losses.signed else self._losses.largest
+        most = math.inf if self._state.losses.signed else self._state.losses.largest
         told = loss > SPIKE.at("loss") * max(most, 0.0)
         if record_ratio < SPIKE.at("record_with_loss" if told else "record"):
             return []
@@ -164,7 +183,9 @@ class Spike:
             f"{z:.1f}) and {record_ratio:.3g} times the largest so far"
         )
         if told:
-            shown += f"; loss {loss:.3g}, at most {self._losses.largest:.3g} before"
+            shown += (
+                f"; loss {loss:.3g}, at most {self._state.losses.largest:.3g} before"
+            )
         return [
             text.alert(
                 SPIKE,
@@ -177,12 +198,3 @@ class Spike:
                 remedy=clip,
             )
         ]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {**vars(self), "_losses": self._losses.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._losses.load_state_dict(state["_losses"])
-        vars(self).update({k: v for k, v in state.items() if k != "_losses"})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Kind
+from gradwatch.kinds.remembering import Remembering
 from gradwatch.record import Alert, StepRecord, Stream
 
 TRUNCATED = Kind(
@@ -32,7 +33,18 @@ TRUNCATED = Kind(
 )
 
 
-class Truncated:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        said: Streams that it was reported of.
+    """
+
+    said: list[str] = field(default_factory=list)
+
+
+class Truncated(Remembering[_State]):
     """The first states are those of an earlier call, and no gradient passes: a notice.
 
     Known by structure: they lie where an earlier call returned them, are not 0, and
@@ -44,7 +56,7 @@ class Truncated:
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._streams = tuple(streams)
-        self._said: list[str] = []
+        super().__init__(_State())
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -54,8 +66,8 @@ class Truncated:
             facts = modules.get(stream.module)
             if facts is None or not facts.state_detached:
                 continue
-            if stream.name not in self._said:
-                self._said.append(stream.name)
+            if stream.name not in self._state.said:
+                self._state.said.append(stream.name)
                 found.append(self._alert(record, stream, facts.T or 0))
         return found
 
@@ -71,11 +83,3 @@ class Truncated:
             stream=stream,
             why=TRUNCATED.causes["truncation"].why.format(length=length),
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return {"said": list(self._said)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._said = list(state["said"])

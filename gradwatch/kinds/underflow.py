@@ -63,12 +63,12 @@ class Underflow(Missing):
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
         if record.metrics.get(keys.ih, 0.0) > 0 or self._all_dead(stream):
             return []
-        steps = self._missing[stream.name]
+        steps = self._state.missing[stream.name]
         return [
             text.alert(
                 UNDERFLOW,
                 record,
-                since=self._since[stream.name],
+                since=self._state.since[stream.name],
                 what=f"gradients of {stream.name} are 0 in float16",
                 shown=(
                     f"0 in every entry in {steps} consecutive steps; the total norm is "

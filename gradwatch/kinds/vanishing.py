@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.seen import Losses, Seen
+from gradwatch.kinds.remembering import Remembering
+from gradwatch.kinds.seen import Losses, Seen, SeenState
 from gradwatch.metrics import stream_key
 from gradwatch.numerics.streaming import upper_median
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -222,7 +224,32 @@ _CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
 
 
-class Vanishing:
+@dataclass(slots=True)
+class _State:
+    """What the rule remembers.
+
+    Attributes:
+        seen: What was last seen of every stream.
+        losses: The losses so far.
+        open: Stream -> its open incident.
+        past: Stream -> its last probes.
+        reached: Stream -> whether a gradient had reached the first steps.
+        learnt: Stream -> whether the task was learnt.
+        probed: When any was last measured.
+        doubts: Streams that may have fallen.
+    """
+
+    seen: SeenState = field(default_factory=SeenState)
+    losses: Losses = field(default_factory=Losses)
+    open: dict[str, dict[str, Any]] = field(default_factory=dict)
+    past: dict[str, list[float]] = field(default_factory=dict)
+    reached: dict[str, bool] = field(default_factory=dict)
+    learnt: dict[str, bool] = field(default_factory=dict)
+    probed: int = 0
+    doubts: dict[str, bool] = field(default_factory=dict)
+
+
+class Vanishing(Remembering[_State]):
     """No gradient reaches the first steps, for long, and nothing is learnt without.
 
     At the first probe that is a notice: many nets open by themselves. It is an alarm
@@ -239,46 +266,47 @@ class Vanishing:
             (s, {name: stream_key(s, name) for name in _METRICS}) for s in streams
         ]
         self._seen = Seen(streams, _CONTEXT)
-        self._losses = Losses()
-        self._open: dict[str, dict[str, Any]] = {}
-        self._past: dict[str, list[float]] = {}
-        self._reached: dict[str, bool] = {}
-        self._learnt: dict[str, bool] = {}
-        self._probed = 0
-        self._doubts: dict[str, bool] = {}
+        super().__init__(_State(seen=self._seen.state))
 
     @property
     def active(self) -> bool:
         """Whether some stream's first steps are out of reach."""
-        return bool(self._open)
+        return bool(self._state.open)
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self._seen.take(record)
-        self._losses.take(record)
+        self._state.losses.take(record)
         for name in reinitialised(record.events):
-            for state in (self._open, self._past, self._reached, self._learnt):
+            for state in (
+                self._state.open,
+                self._state.past,
+                self._state.reached,
+                self._state.learnt,
+            ):
                 state.pop(name, None)
-            self._doubts.pop(name, None)
+            self._state.doubts.pop(name, None)
         found: list[Alert] = []
         for stream, keys in self._watched:
-            known = self._open.get(stream.name)
+            known = self._state.open.get(stream.name)
             if known is not None:
                 known["travel"] += record.metrics.get(keys["update_ratio"], 0.0)
             reach = record.metrics.get(keys["adjoint_log10"])
             if reach is not None:
-                self._probed = record.step
+                self._state.probed = record.step
                 found += self._probe(record, stream, keys, max(reach, _FLOOR))
         self.wishes = self._asks(record.step)
         return found
 
     def _asks(self, step: int) -> str | None:
         """Return the depth that an open incident, or one to be, asks for next."""
-        if not self._open and not self._doubts:
+        if not self._state.open and not self._state.doubts:
             return None
-        since = min((known["since"] for known in self._open.values()), default=step)
+        since = min(
+            (known["since"] for known in self._state.open.values()), default=step
+        )
         every = _OFTEN if step - since < _OFTEN_FOR else _SELDOM
-        return "flow" if step + 1 - self._probed >= every else None
+        return "flow" if step + 1 - self._state.probed >= every else None
 
     def _probe(
         self, record: StepRecord, stream: Stream, keys: Mapping[str, str], reach: float
@@ -286,30 +314,34 @@ class Vanishing:
         name = stream.name
         if self._cut(stream):
             reach = _FLOOR  # what is measured is the last piece alone
-        past = self._past[name] = [*self._past.get(name, []), reach][-_PROBES:]
+        past = self._state.past[name] = [*self._state.past.get(name, []), reach][
+            -_PROBES:
+        ]
         signal = record.metrics.get(keys["signal"], 1.0)
         learnt = signal < VANISHING.clear("learnt")
-        known = self._open.get(name)
+        known = self._state.open.get(name)
         if known is not None:
             calm = reach >= _HIGH or learnt
             known["calm"] = known["calm"] + 1 if calm else 0
             if known["calm"] >= _CLEAR_AFTER:
-                del self._open[name]
-                self._learnt[name] = self._learnt.get(name, False) or learnt
-                self._reached[name] = self._reached.get(name, False) or reach >= _HIGH
+                del self._state.open[name]
+                self._state.learnt[name] = self._state.learnt.get(name, False) or learnt
+                self._state.reached[name] = (
+                    self._state.reached.get(name, False) or reach >= _HIGH
+                )
                 return []
             return self._rise(record, stream, keys, known, past)
         if reach >= _HIGH:
-            self._reached[name] = True
-            self._learnt[name] = False
-        learnt = learnt or self._learnt.get(name, False)
-        self._doubts.pop(name, None)
+            self._state.reached[name] = True
+            self._state.learnt[name] = False
+        learnt = learnt or self._state.learnt.get(name, False)
+        self._state.doubts.pop(name, None)
         if reach > _LOW or learnt or not self._can_matter(record, stream, keys):
             return []
-        if self._reached.get(name) and (len(past) < _PROBES or max(past) > _HIGH):
-            self._doubts[name] = True
+        if self._state.reached.get(name) and (len(past) < _PROBES or max(past) > _HIGH):
+            self._state.doubts[name] = True
             return []
-        known = self._open[name] = {
+        known = self._state.open[name] = {
             "since": record.step,
             "first": reach,
             "middles": [],  # medians of the last probes
@@ -317,7 +349,7 @@ class Vanishing:
             "calm": 0,
             "raised": False,
         }
-        if self._reached.get(name):
+        if self._state.reached.get(name):
             return self._rise(record, stream, keys, known, past)
         return [self._alert(record, stream, keys, alarm=False)]
 
@@ -355,10 +387,10 @@ class Vanishing:
             return []
         moved = self._moved(stream, known, middle)
         known["middles"] = [*known["middles"], middle][-_TREND:]
-        waits = _HOLD if self._losses.share is not None else _HOLD_ALONE
+        waits = _HOLD if self._state.losses.share is not None else _HOLD_ALONE
         lasting = lasted >= _HOLD and moved
         lasting = lasting or (lasted >= waits and self._stays(stream))
-        fell = bool(self._reached.get(stream.name))
+        fell = bool(self._state.reached.get(stream.name))
         if not fell and not lasting and lasted < _LONG:
             return []
         known["raised"] = True
@@ -368,18 +400,21 @@ class Vanishing:
         self, record: StepRecord, stream: Stream, keys: Mapping[str, str]
     ) -> bool:
         """Tell whether the task is being learnt, by the signal or by the loss."""
-        signal, share = record.metrics.get(keys["signal"], 1.0), self._losses.share
+        signal, share = (
+            record.metrics.get(keys["signal"], 1.0),
+            self._state.losses.share,
+        )
         if self._cut(stream):  # what the last piece holds is learnt all the same
             return signal < VANISHING.clear("learnt")
         told = share is not None and share < VANISHING.at("loss")
         if told and share is not None and share > VANISHING.clear("loss"):
             # What the read-out alone can learn is learnt soon, and then no more.
-            told = record.step - self._losses.improved < _STALLED
+            told = record.step - self._state.losses.improved < _STALLED
         return told or signal < VANISHING.at("learnt")
 
     def _moved(self, stream: Stream, known: Mapping[str, Any], middle: float) -> bool:
         """Tell whether the weights have gone further than nets that open need."""
-        level = "travel" if self._losses.share is not None else "travel_alone"
+        level = "travel" if self._state.losses.share is not None else "travel_alone"
         if level == "travel" and self._cause(stream) == "padding":
             level = "travel_padded"
         opens = middle > known["first"] + VANISHING.at("opening")
@@ -403,7 +438,7 @@ class Vanishing:
         *,
         alarm: bool,
     ) -> Alert:
-        known = self._open[stream.name]
+        known = self._state.open[stream.name]
         reach = record.metrics[keys["adjoint_log10"]]
         horizon = record.metrics.get(keys["horizon"])
         length, cut = self._length(stream), self._seen.module(stream).cut or 0
@@ -418,8 +453,8 @@ class Vanishing:
         shown += f"; signal {record.metrics.get(keys['signal'], 1.0):.2f} of its start"
         if known["travel"]:
             shown += f"; the weights have moved by {known['travel']:.2g} of their norm"
-        if self._losses.share is not None:
-            shown += f"; the loss is at {self._losses.share:.2f} of its start"
+        if self._state.losses.share is not None:
+            shown += f"; the loss is at {self._state.losses.share:.2f} of its start"
         far = f"{horizon:.0f}" if horizon is not None else "few"
         why = VANISHING.causes[cause].why
         return text.alert(
@@ -456,17 +491,3 @@ class Vanishing:
         if stream.gates or (length > _LONG_SEQUENCE and seen.get("rho", 0.0) > _LASTS):
             return "horizon_too_long"
         return "small_radius"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        static = ("_watched", "_seen", "_losses", "wishes")
-        state = {k: v for k, v in vars(self).items() if k not in static}
-        seen, losses = self._seen.state_dict(), self._losses.state_dict()
-        return {**state, "seen": seen, "losses": losses}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._seen.load_state_dict(state["seen"])
-        self._losses.load_state_dict(state["losses"])
-        own = {k: v for k, v in state.items() if k not in ("seen", "losses")}
-        vars(self).update(own)
