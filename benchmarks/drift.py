@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.radius import Run, trajectory
 from gradwatch.numerics.drift import predicted_drift
+from testbed.trajectories import Run, trajectory
 
 RUNS = (
     Run("digits", nn.RNN, 32, "SGD", 0.1),

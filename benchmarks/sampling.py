@@ -14,13 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from benchmarks.looking import STATES, looking_at
-from benchmarks.radius import digits
 from gradwatch.depths.trajectory import Trajectory, trajectory
 from gradwatch.hooks.probe import NOTHING
 from gradwatch.numerics.activation import statistics as measured
 from gradwatch.numerics.through_time import Layer
 from gradwatch.recurrent import recurrences
+from testbed.looking import STATES, looking_at
+from testbed.trajectories import digits
 
 HIDDEN, BATCH, LOOKED_AT = 64, 32, 4
 NETS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN}

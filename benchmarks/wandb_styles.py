@@ -19,7 +19,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.metrics import STEP_KEY
-from tests.support.wandb_log import Log, read_log
+from testbed.wandb_log import Log, read_log
 
 STEPS = 1000
 NORM = "gradwatch/grad_norm"

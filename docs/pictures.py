@@ -16,7 +16,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gradwatch
-from tests.training import classifier, digit_batches, learn
+from testbed.training import classifier, digit_batches, learn
 
 DOCS = Path(__file__).parent
 STEPS = 600

@@ -1,7 +1,7 @@
 """Twenty training loops as people write them, each with the truth noted beside.
 
 Call a loop as `loop(model, truth)` with `truth = Truth(model)`, where `model` is
-`tests.models.lstm()`. The rows are then in `truth.rows`.
+`testbed.models.lstm()`. The rows are then in `truth.rows`.
 """
 
 import copy
@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
-from tests.models import batches
+from testbed.models import batches
 
 
 @dataclass

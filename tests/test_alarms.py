@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import gradwatch
-from tests.models import Tagger
-from tests.training import (
+from testbed.models import Tagger
+from testbed.training import (
     adding_batches,
     classifier,
     digit_batches,

@@ -8,7 +8,7 @@ from gradwatch.block import ROWS, Block, Extras
 from gradwatch.facts import Facts, ModuleFacts
 from gradwatch.pipeline import Pipeline
 from gradwatch.record import StepRecord
-from tests.models import batches, lstm
+from testbed.models import batches, lstm
 
 
 def test_rows_are_records_on_demand():

@@ -18,8 +18,8 @@ from torch import nn
 import gradwatch
 from gradwatch.clip import AGC, AutoClip, LogZClip, NormClip, ZClip
 from gradwatch.record import Incident
-from tests import reference
-from tests.models import Tagger
+from testbed import reference
+from testbed.models import Tagger
 
 CLIPPERS = {
     "NormClip": NormClip,

@@ -6,7 +6,7 @@ import torch
 import gradwatch
 from gradwatch.metrics import run_key
 from gradwatch.numerics.spectral import spectral_radius
-from tests.models import batches, lstm
+from testbed.models import batches, lstm
 
 pytestmark = [
     pytest.mark.cuda,

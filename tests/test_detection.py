@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.detection import families, nets, score, tasks
+from benchmarks.detection import families, score
 from benchmarks.detection.case import (
     FAMILIES,
     Case,
@@ -18,6 +18,7 @@ from benchmarks.detection.case import (
     trained,
 )
 from benchmarks.detection.tools import TOOLS, Alarm, Report
+from testbed import nets, tasks
 
 
 def rows_of_digits(draw):

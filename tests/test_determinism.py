@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import gradwatch
-from tests.models import Tagger
-from tests.training import adding_batches, inflated, learn
+from testbed.models import Tagger
+from testbed.training import adding_batches, inflated, learn
 
 STEPS = 130
 

@@ -12,7 +12,7 @@ from gradwatch.cli import main
 from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.record import Incident
 from gradwatch.rules import replay
-from tests.models import batches, lstm
+from testbed.models import batches, lstm
 
 
 @pytest.mark.parametrize("kind", CATALOGUE)

@@ -18,7 +18,7 @@ from gradwatch.facts import (
     StreamFacts,
     from_format_1,
 )
-from tests.models import Loop, batches, lstm
+from testbed.models import Loop, batches, lstm
 
 LAWS = settings(deadline=None, derandomize=True, database=None)
 names = st.sampled_from(["rnn", "rnn.l0", "scaled", "nonfinite", "carriers", "cell"])

@@ -11,8 +11,8 @@ from gradwatch.facts import NO_FACTS, Facts, ModuleFacts
 from gradwatch.kinds.growth import Growth
 from gradwatch.kinds.vanishing import Vanishing
 from gradwatch.record import StepRecord
+from testbed.training import classifier, digit_batches
 from tests.test_kinds import stream
-from tests.training import classifier, digit_batches
 
 
 class Recall(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, rnn
 
 import gradwatch
-from tests.models import Loop, Tagger, batches, lstm
+from testbed.models import Loop, Tagger, batches, lstm
 
 
 def old_weight_norm(module, name):

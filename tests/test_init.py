@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations
 
 from gradwatch import init
 from gradwatch.recurrent import gate_matrices, recurrences, stored_weights
-from tests import reference
-from tests.models import Loop, Tagger
+from testbed import reference
+from testbed.models import Loop, Tagger
 
 MODULES = {
     "rnn": lambda: nn.RNN(3, 16, 2, bidirectional=True),

@@ -18,8 +18,8 @@ import gradwatch
 from gradwatch import cli, inspection
 from gradwatch.checkpoint import CheckpointError, read_weights
 from gradwatch.inspection import inspect
-from tests import reference
-from tests.models import Tagger
+from testbed import reference
+from testbed.models import Tagger
 
 # ---- what is computed
 
@@ -382,7 +382,7 @@ BAD = {
     "the same in the old format": (
         lambda d: raw(d, pickle.dumps(evil(d), protocol=2)), "wants to run posix.system"
     ),
-    "a whole module": (whole_module, "wants to run tests.models.Tagger"),
+    "a whole module": (whole_module, "wants to run testbed.models.Tagger"),
     "a zip bomb": (bomb, "unpacks to more than it holds"),
     "overlapping entries": (overlapping, "unpacks to more than it holds"),
     "cut off": (lambda d: cut(saved(d / "a.pt", state())), "broken or cut off"),

@@ -19,8 +19,8 @@ from gradwatch.kinds.latch import Hysteresis
 from gradwatch.kinds.no_gradient import NoGradient
 from gradwatch.kinds.not_updating import NotUpdating
 from gradwatch.record import Alert, StepRecord, Stream
-from tests.models import Tagger
-from tests.training import classifier, digit_batches, learn
+from testbed.models import Tagger
+from testbed.training import classifier, digit_batches, learn
 
 
 def adam(model, lr=1e-3):

@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import gradwatch
 from gradwatch.metrics import run_key
-from tests.models import Tagger, batches, lstm
+from testbed.models import Tagger, batches, lstm
 
 NORM = run_key("grad_norm")
 QUIET = {"dir": None, "wandb": None, "budget": None}

@@ -112,3 +112,32 @@ def test_no_room_is_too_large():
     sizes = {path: len(path.read_text().splitlines()) for _, path in rooms()}
     large = {str(p.relative_to(ROOT)): n for p, n in sizes.items() if n > 500}
     assert large == {}
+
+
+HOME = ROOT.parent
+MAY_ALSO = {
+    "testbed": {"gradwatch", "testbed"},
+    "benchmarks": {"gradwatch", "testbed", "benchmarks"},
+    "examples": {"gradwatch"},
+}
+"""Which folders of the project those beside the package may import."""
+ABOUT_BENCHMARKS = ("tests/test_detection.py", "tests/pins/families.py")
+"""Tests of a benchmark itself, and what they are told by it."""
+
+
+def roots(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        yield from (name.partition(".")[0] for name in names)
+
+
+def test_tests_and_benchmarks_are_untied():
+    ours = {"gradwatch", "tests", *MAY_ALSO}
+    for folder, allowed in MAY_ALSO.items():
+        for path in (HOME / folder).rglob("*.py"):
+            assert set(roots(path)) & ours <= allowed, path
+    for path in (HOME / "tests").rglob("*.py"):
+        if str(path.relative_to(HOME)) not in ABOUT_BENCHMARKS:
+            assert "benchmarks" not in set(roots(path)), path

@@ -7,7 +7,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import gradwatch
 from gradwatch import metrics
-from tests.models import Tagger, batches
+from testbed.models import Tagger, batches
 
 NETS = {
     "RNN_TANH": lambda: nn.RNN(4, 8),

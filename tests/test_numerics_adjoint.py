@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.flow import errors, reads
-from benchmarks.looking import looking_at
-from benchmarks.replay import cases
 from gradwatch.depths.flow import NAMES, Flow, backward
 from gradwatch.depths.trajectory import trajectory
 from gradwatch.numerics.adjoint import linearised, pulled_back
 from gradwatch.numerics.through_time import Weights, replay_layer
 from gradwatch.recurrent import recurrences
-from tests import reference
+from testbed import reference
+from testbed.adjoints import errors, reads
+from testbed.looking import looking_at
+from testbed.replays import cases
 
 ALL = [(case, read) for case in cases() for read in reads(case)]
 SOME = ALL[::41] + [(case, read) for case, read in ALL if case.chain][::3]

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradwatch.numerics import drift, spectral
 from gradwatch.numerics.drift import predicted_drift
-from tests import reference
+from testbed import reference
 
 
 def seeded(seed=0):

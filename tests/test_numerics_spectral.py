@@ -19,7 +19,7 @@ from gradwatch.numerics.spectral import (
     launch,
     spectral_radius,
 )
-from tests import reference
+from testbed import reference
 
 LAWS = settings(deadline=None, derandomize=True, max_examples=30, database=None)
 SEEDS = st.integers(0, 2**31)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch.numerics.streaming import median, push, robust_z, theil_sen
-from tests import reference
+from testbed import reference
 
 LAWS = settings(deadline=None, derandomize=True, max_examples=200, database=None)
 VALUES = st.floats(-1e100, 1e100)

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from benchmarks.looking import STATES, looking_at
-from benchmarks.replay import KINDS, Case, cases, errors
 from gradwatch.depths.trajectory import Trajectory, trajectory
 from gradwatch.numerics import activation, through_time
 from gradwatch.numerics.through_time import Weights, replay_layer, turned
 from gradwatch.recurrent import recurrences
-from tests import reference
+from testbed import reference
+from testbed.looking import STATES, looking_at
+from testbed.replays import KINDS, Case, cases, errors
 
 ALL = list(cases())
 SOME = ALL[::11] + [case for case in ALL if case.chain]

@@ -12,9 +12,9 @@ import gradwatch
 from gradwatch import init
 from gradwatch.parametrize import orthogonal, remove
 from gradwatch.recurrent import recurrences, stored_weights
-from tests import reference
-from tests.models import Loop, Tagger
-from tests.training import classifier, digit_batches, learn
+from testbed import reference
+from testbed.models import Loop, Tagger
+from testbed.training import classifier, digit_batches, learn
 
 MODELS = {
     "rnn": lambda: Tagger(nn.RNN(3, 12, 2, bidirectional=True), 24),

@@ -9,7 +9,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.record import StepRecord
-from tests.models import Tagger, batches
+from testbed.models import Tagger, batches
 
 
 def records():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from tests.models import Loop, Tagger, batches, lstm
+from testbed.models import Loop, Tagger, batches, lstm
 
 
 def step(model, optimizer, x):

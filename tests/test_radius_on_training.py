@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.radius import RUNS, trajectory
 from gradwatch.numerics.spectral import spectral_radius
-from tests import reference
+from testbed import reference
+from testbed.trajectories import RUNS, trajectory
 
 
 def follow(runs, steps, every):

@@ -18,7 +18,7 @@ from gradwatch.kinds.growth import Growth
 from gradwatch.kinds.spike import Spike
 from gradwatch.kinds.vanishing import Vanishing
 from gradwatch.record import Remedy, StepRecord, Stream, dump_line, parse
-from tests.models import Tagger
+from testbed.models import Tagger
 
 LSTM = Stream(
     name="rnn.l0", module="rnn", kind="LSTM", layer=0, direction="forward",

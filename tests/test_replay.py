@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import gradwatch
-from benchmarks.detection.sick_flow import orthogonal, recurrent
 from gradwatch.rules import replay
 from gradwatch.sinks import Wandb
+from testbed.weights import orthogonal, recurrent
 from tests.causes import exploding, loop, vanishing
 from tests.causes.run import adam, net, symbols, trained
 from tests.test_sinks_wandb import FakeRun

@@ -8,12 +8,12 @@ import torch
 
 import gradwatch
 from gradwatch.metrics import of, run_key
-from tests.models import batches, lstm
+from testbed.models import batches, lstm
 
 TRAIN = """
 import sys, torch, gradwatch
 from tests.test_watch import train
-from tests.models import lstm
+from testbed.models import lstm
 model = lstm()
 """
 
@@ -65,7 +65,7 @@ def test_start_step_moves_the_axis():
 RANK = """
 import os, sys, torch, torch.distributed as dist, gradwatch
 from torch.nn.parallel import DistributedDataParallel
-from tests.models import batches, lstm
+from testbed.models import batches, lstm
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
 model = DistributedDataParallel(lstm())

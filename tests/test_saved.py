@@ -15,7 +15,7 @@ from gradwatch.kinds.catalogue import default_rules
 from gradwatch.kinds.growth import Growth
 from gradwatch.kinds.lr_too_high import LrTooHigh
 from gradwatch.kinds.spike import Spike
-from tests.models import batches, lstm
+from testbed.models import batches, lstm
 
 
 @dataclass(slots=True)

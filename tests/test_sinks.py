@@ -5,7 +5,7 @@ import torch
 
 import gradwatch
 from gradwatch.sinks import Sink, TensorBoard
-from tests.models import lstm
+from testbed.models import lstm
 from tests.test_watch import train
 
 

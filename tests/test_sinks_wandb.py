@@ -22,8 +22,8 @@ from gradwatch.metrics import STEP_KEY, headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.sinks import Wandb
 from gradwatch.sinks.fold import Fold
-from tests.models import batches, lstm
-from tests.support.wandb_log import read_log
+from testbed.models import batches, lstm
+from testbed.wandb_log import read_log
 from tests.support.wandb_run import FakeRun
 from tests.support.wandb_server import WandbServer
 

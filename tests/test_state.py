@@ -9,8 +9,8 @@ from torch import nn
 
 import gradwatch
 from gradwatch import metrics
-from tests import reference
-from tests.models import Loop, Tagger, batches, lstm
+from testbed import reference
+from testbed.models import Loop, Tagger, batches, lstm
 
 
 def train(model, steps=6, data=None, lr=0.05, **watching):

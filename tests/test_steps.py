@@ -10,8 +10,8 @@ from torch.nn.utils import clip_grad_norm_
 import gradwatch
 from gradwatch.depths.drain import Drain
 from gradwatch.metrics import run_key
+from testbed.models import batches, lstm
 from tests import loops
-from tests.models import batches, lstm
 
 NORM, CLIPPED, RATIO = map(run_key, ("grad_norm", "grad_norm_clipped", "clip_ratio"))
 CLIP = 0.05

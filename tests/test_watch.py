@@ -18,7 +18,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.metrics import run_key
-from tests.models import Loop, Tagger, batches, lstm
+from testbed.models import Loop, Tagger, batches, lstm
 
 NORM = run_key("grad_norm")
 
@@ -126,7 +126,7 @@ def test_a_pickle_needs_no_gradwatch(tmp_path):
         assert b"gradwatch" not in pickle.dumps(model.rnn)
     code = (
         "import sys, torch; sys.modules['gradwatch'] = None\n"
-        "from tests.models import lstm\n"
+        "from testbed.models import lstm\n"
         f"m = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
         "m(torch.zeros(6, 5, 4)).sum().backward()\n"
     )
@@ -564,7 +564,7 @@ def test_import_pulls_in_no_optional_dependency():
 def test_an_alert_is_on_disk_before_the_next_statement(tmp_path):
     code = f"""
 import math, os, torch, gradwatch
-from tests.models import batches, lstm
+from testbed.models import batches, lstm
 model = lstm()
 watch = gradwatch.watch(model, dir={str(tmp_path)!r}, name="dies")
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -588,7 +588,7 @@ def test_a_run_ends_at_exit_with_its_verdict(tmp_path):
     code = f"""
 import gradwatch
 from tests.test_watch import train
-from tests.models import lstm
+from testbed.models import lstm
 model = lstm()
 gradwatch.watch(model, dir={str(tmp_path)!r}, name="exits")
 train(model, 20)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.detection import tasks
 from benchmarks.detection.case import Batch, Case, Draw, History, Label, Measured
 from benchmarks.detection.case import family as family
-from benchmarks.detection.nets import CellLoop, Reader, classes, values
 from benchmarks.detection.truth import Truth, keep, reach, unrolled
 from gradwatch.init import chrono_, identity_, orthogonal_
+from testbed import tasks
+from testbed.nets import CellLoop, Reader, classes, values
 
 HALF_OF_SUMS = 0.5 / 6
 CHARACTERS = 3.0

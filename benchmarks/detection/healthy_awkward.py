@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from benchmarks.detection import tasks
 from benchmarks.detection.case import Batch, Case, Draw, History, Label, Measured
 from benchmarks.detection.case import family as family
 from benchmarks.detection.healthy import (
@@ -33,10 +32,11 @@ from benchmarks.detection.healthy import (
     speller,
     text,
 )
-from benchmarks.detection.nets import Loss, classes, values
 from benchmarks.detection.truth import unrolled
 from benchmarks.remedies.unrolled import growth
 from gradwatch.init import chrono_, forget_bias_, orthogonal_
+from testbed import tasks
+from testbed.nets import Loss, classes, values
 
 
 def _growth(case: Case, history: History) -> float:

@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import (
     MultiStepLR,
 )
 
-from benchmarks.detection import tasks
 from benchmarks.detection.case import Batch, Case, Draw, History, Measured, family
 from benchmarks.detection.healthy import (
     CHARACTERS,
@@ -33,7 +32,8 @@ from benchmarks.detection.healthy import (
     speller,
     text,
 )
-from benchmarks.detection.nets import CellLoop, classes
+from testbed import tasks
+from testbed.nets import CellLoop, classes
 
 
 def _at_half(case: Case, history: History) -> float:

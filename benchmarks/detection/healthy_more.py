@@ -8,7 +8,6 @@ import math
 import torch
 from torch import nn
 
-from benchmarks.detection import tasks
 from benchmarks.detection.case import Case, Draw, family
 from benchmarks.detection.healthy import (
     by_row,
@@ -18,6 +17,7 @@ from benchmarks.detection.healthy import (
     reader,
     run,
 )
+from testbed import tasks
 
 # ---- rates and decay
 

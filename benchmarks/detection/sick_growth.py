@@ -9,25 +9,11 @@ from torch import Tensor, nn
 
 from benchmarks.detection import truth
 from benchmarks.detection.case import Case, Draw, family
-from benchmarks.detection.nets import CellLoop
-from benchmarks.detection.sick_flow import (
-    RATE,
-    SYMBOLS,
-    F,
-    I,
-    Layer,
-    O,
-    Z,
-    adam,
-    bias,
-    flow,
-    net,
-    of_radius,
-    orthogonal,
-    recurrent,
-)
-from benchmarks.detection.tasks import recall
+from benchmarks.detection.sick_flow import RATE, SYMBOLS, Layer, adam, flow, net
 from benchmarks.detection.truth import compared
+from testbed.nets import CellLoop
+from testbed.tasks import recall
+from testbed.weights import F, I, O, Z, bias, of_radius, orthogonal, recurrent
 
 RELU: Layer = partial(nn.RNN, nonlinearity="relu")
 STEPS, SLOW = 300, 1e-4

@@ -10,35 +10,20 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.detection import truth
 from benchmarks.detection.case import Case, Draw, family
-from benchmarks.detection.nets import CellLoop
 from benchmarks.detection.sick_flow import (
     RATE,
     SYMBOLS,
-    I,
-    Z,
     adam,
-    bias,
     first,
     flow,
     net,
-    orthogonal,
-    recurrent,
-    remembering,
     vanishing,
 )
 from benchmarks.detection.sick_growth import RELU, STEPS, dead_units, late
-from benchmarks.detection.tasks import Pair, recall
 from benchmarks.detection.truth import compared
-
-
-@torch.no_grad()
-def bias_of(rnn: nn.RNNBase, suffix: str, value: float, gate: int = 0) -> None:
-    """Set the bias of a gate, or of a vanilla net, in one layer alone."""
-    hidden = rnn.hidden_size
-    block = slice(gate * hidden, (gate + 1) * hidden)
-    rnn.get_parameter(f"bias_ih_{suffix}")[block] = value
-    rnn.get_parameter(f"bias_hh_{suffix}")[block] = 0.0
-
+from testbed.nets import CellLoop
+from testbed.tasks import Pair, recall
+from testbed.weights import I, Z, bias, bias_of, orthogonal, recurrent, remembering
 
 # ---- vanishing
 

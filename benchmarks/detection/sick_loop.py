@@ -9,7 +9,6 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.detection import truth
 from benchmarks.detection.case import Case, Draw, family
-from benchmarks.detection.nets import Reader, classes, values
 from benchmarks.detection.sick_flow import (
     RATE,
     SYMBOLS,
@@ -17,11 +16,12 @@ from benchmarks.detection.sick_flow import (
     first,
     labelled,
     net,
-    orthogonal,
     streams,
 )
-from benchmarks.detection.tasks import Pair, adding, digits, recall
 from benchmarks.detection.truth import compared
+from testbed.nets import Reader, classes, values
+from testbed.tasks import Pair, adding, digits, recall
+from testbed.weights import orthogonal
 
 STEPS = 300
 

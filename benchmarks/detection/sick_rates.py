@@ -10,11 +10,12 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.detection import truth
 from benchmarks.detection.case import Case, Draw, History, Measured, family
-from benchmarks.detection.nets import Reader, values
-from benchmarks.detection.sick_flow import SYMBOLS, adam, net, orthogonal
+from benchmarks.detection.sick_flow import SYMBOLS, adam, net
 from benchmarks.detection.sick_loop import hh, looped, rows
-from benchmarks.detection.tasks import Pair, adding, recall
 from benchmarks.detection.truth import compared
+from testbed.nets import Reader, values
+from testbed.tasks import Pair, adding, recall
+from testbed.weights import orthogonal
 
 ANYTHING_LARGE = (
     "exploding",

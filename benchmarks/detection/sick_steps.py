@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.detection.case import Case, Draw, History, Measured, family
-from benchmarks.detection.nets import Loss, classes
 from benchmarks.detection.sick_flow import RATE, SYMBOLS, adam, net, streams
 from benchmarks.detection.sick_loop import hh, looped, rows
-from benchmarks.detection.tasks import Pair, recall
 from benchmarks.detection.truth import compared, unrolled
+from testbed.nets import Loss, classes
+from testbed.tasks import Pair, recall
 
 SCALE, TINY = 2.0**16, 1e-30
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from benchmarks.detection.sick_flow import F, bias, orthogonal, recurrent
+from testbed.weights import F, bias, orthogonal, recurrent
 from tests.causes.run import (
     HELD,
     HIDDEN,

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from benchmarks.detection.nets import classes
-from benchmarks.detection.sick_flow import orthogonal
+from testbed.nets import classes
+from testbed.weights import orthogonal
 from tests.causes.run import HIDDEN, Case, Run, adam, looped, net, symbols
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import gradwatch
-from benchmarks.detection.nets import CellLoop, Reader, classes
-from benchmarks.detection.tasks import recall
+from testbed.nets import CellLoop, Reader, classes
+from testbed.tasks import recall
 
 SYMBOLS, HIDDEN, BATCH = 4, 20, 16
 ORTHOGONAL, CHRONO, HELD = "init.orthogonal_", "init.chrono_", "parametrize.orthogonal"

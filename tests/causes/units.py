@@ -5,9 +5,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from benchmarks.detection.nets import classes
-from benchmarks.detection.sick_flow import I, O, Z, bias, orthogonal
-from benchmarks.detection.sick_layers import bias_of
+from testbed.nets import classes
+from testbed.weights import I, O, Z, bias, bias_of, orthogonal
 from tests.causes.run import (
     CHRONO,
     HIDDEN,

@@ -7,17 +7,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss, pad
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from benchmarks.detection.nets import classes
-from benchmarks.detection.sick_flow import (
-    F,
-    I,
-    Z,
-    bias,
-    orthogonal,
-    recurrent,
-    remembering,
-)
-from benchmarks.detection.sick_layers import bias_of
+from testbed.nets import classes
+from testbed.weights import F, I, Z, bias, bias_of, orthogonal, recurrent, remembering
 from tests.causes.run import (
     CHRONO,
     HELD,

@@ -12,9 +12,9 @@ from torch.nn.utils import clip_grad_norm_, parametrizations, rnn
 
 import gradwatch
 from gradwatch.record import Remedy
+from testbed.models import Loop, Tagger, batches, lstm
 from tests.causes import exploding, loop, units, vanishing
 from tests.causes.run import Run, trained
-from tests.models import Loop, Tagger, batches, lstm
 
 Train = Callable[[Any], None]
 """Trains the model of a run, given its watch."""

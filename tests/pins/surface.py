@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 
 import gradwatch
 from gradwatch.sinks import Wandb
-from tests.models import Loop, Tagger, batches, lstm
+from testbed.models import Loop, Tagger, batches, lstm
 from tests.support.wandb_run import FakeRun
 
 STEPS = 320

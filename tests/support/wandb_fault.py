@@ -20,7 +20,7 @@ import wandb
 from torch import nn
 
 import gradwatch
-from tests.models import batches, lstm
+from testbed.models import batches, lstm
 
 _STEPS = 120
 _LIMIT_S = 40.0

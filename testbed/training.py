@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from tests.models import Tagger
+from testbed.models import Tagger
 
 
 def digit_batches(steps, batch=64, seed=0):
@@ -33,6 +33,7 @@ def adding_batches(steps, length=50, batch=32, seed=0):
 
 
 def classifier(kind, hidden=48, orthogonal=False, seed=0, **options):
+    """Return a net that reads a digit pixel by pixel."""
     torch.manual_seed(seed)
     model = Tagger(kind(1, hidden, **options), hidden, 10)
     if orthogonal:
@@ -55,6 +56,8 @@ def learn(model, optimizer, data, clip=None, at=None, change=None, loss_fn=None)
 
 
 def faster(optimizer, factor):
+    """Return what multiplies the learning rate."""
+
     def change():
         for group in optimizer.param_groups:
             group["lr"] *= factor
@@ -63,6 +66,8 @@ def faster(optimizer, factor):
 
 
 def inflated(model, factor):
+    """Return what multiplies the recurrent weights."""
+
     def change():
         with torch.no_grad():
             model.rnn.weight_hh_l0.mul_(factor)

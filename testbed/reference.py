@@ -278,6 +278,7 @@ def autoclip_thresholds(norms, percentile=10.0):
 
 
 def zclip_thresholds(norms, z_max=2.5, warm_up=25, memory=0.97):
+    """Return the threshold of ZClip at every norm."""
     first = norms[:warm_up]
     mean = sum(first) / warm_up
     variance = sum((g - mean) ** 2 for g in first) / warm_up
@@ -296,6 +297,7 @@ def zclip_thresholds(norms, z_max=2.5, warm_up=25, memory=0.97):
 
 
 def logzclip_thresholds(norms, z_max=4.0, warm_up=25, memory=0.97, floor=0.1):
+    """Return the threshold of LogZClip at every norm."""
     logs = [math.log(g) for g in norms]
     mean = statistics.median(logs[:warm_up])
     off = statistics.median(abs(v - mean) for v in logs[:warm_up])

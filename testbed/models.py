@@ -15,6 +15,7 @@ class Tagger(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, x):
+        """Return the read-out of the last step."""
         out = self.rnn(x)[0]
         if isinstance(out, nn.utils.rnn.PackedSequence):
             out = nn.utils.rnn.pad_packed_sequence(out)[0]
@@ -30,6 +31,7 @@ class Loop(nn.Module):
         self.head = nn.Linear(hidden, classes)
 
     def forward(self, x):
+        """Return the read-out of the last step."""
         state = None
         for row in x:
             state = self.cell(row, state)
@@ -37,12 +39,14 @@ class Loop(nn.Module):
 
 
 def lstm(hidden=8, features=4, **options):
+    """Return a small LSTM with a head, always the same one."""
     torch.manual_seed(0)
     width = (options.get("proj_size") or hidden) * (1 + options.get("bidirectional", 0))
     return Tagger(nn.LSTM(features, hidden, **options), width)
 
 
 def batches(steps, length=6, batch=5, features=4, seed=1):
+    """Return random inputs, shape ``(steps, length, batch, features)``."""
     generator = torch.Generator().manual_seed(seed)
     shape = (steps, length, batch, features)
     return torch.randn(shape, generator=generator)
