@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.replay import cost
+from benchmarks.results import Results
 from gradwatch.depths.drain import Drain
 from gradwatch.depths.flow import Flow
 from gradwatch.depths.trajectory import Trajectory
@@ -51,7 +52,8 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = list(cases())
     chosen = chosen[::15] if quick else chosen
-    print("| module | cases | float64 | float32 |\n|---|---|---|---|")
+    results = Results("flow", keep=not quick)
+    results.table("errors", ["module", "cases", "float64", "float32"])
     for kind in KINDS:
         for chain in (False, True):
             own = [
@@ -66,8 +68,8 @@ def main() -> None:
                     for dtype in (torch.float64, torch.float32)
                 ]
                 name = kind + (", one step a call" if chain else "")
-                print(f"| {name} | {len(own)} | {' | '.join(row)} |", flush=True)
-    print("\n| module | 4 of 32 | 8 of 32 | all 32 |\n|---|---|---|---|")
+                results.row(name, len(own), *row)
+    results.table("cost", ["module", "4 of 32", "8 of 32", "all 32"])
     for name, make, length in COSTS:
         row = []
         for samples in (4, 8, None):
@@ -77,7 +79,8 @@ def main() -> None:
             ratios = cost(module, x, run_flow, samples=samples, rounds=rounds)
             low, middle, high = statistics.quantiles(ratios, n=4)
             row.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
-        print(f"| {name} | {' | '.join(row)} |", flush=True)
+        results.row(name, *row)
+    results.save()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.results import Results
 from gradwatch.numerics.spectral import spectral_radius
 from testbed.trajectories import RUNS, gates, trajectory
 
@@ -110,14 +111,16 @@ def main() -> None:
     cost = {hidden: costs(hidden, rounds) for hidden in (64, 128)}
     error, certified = errors(steps, every)
     values = len(next(iter(error.values())))
-    print(
+    results = Results("radius", keep=not quick)
+    title = (
         f"Relative error of {values} radii along {len(RUNS)} runs of {steps} steps, "
         f"the first {WARM_UP:.0%} of each left out; cost of one refresh as a share of "
         f"a training step of LSTM(64->H), T=100, B=32: median of {rounds} pairs "
-        "(quartiles).\n"
+        "(quartiles)."
     )
-    print("| method | median | p95 | max | certified | cost, H=64 | cost, H=128 |")
-    print("|---|---|---|---|---|---|---|")
+    costs_of = [f"cost, H={hidden}" for hidden in cost]
+    head = ["method", "median", "p95", "max", "certified", *costs_of]
+    results.table("methods", head, title)
     for name, off in error.items():
         ranked = sorted(off)
         p95 = ranked[int(0.95 * len(ranked))]
@@ -128,7 +131,8 @@ def main() -> None:
         for ratios in cost.values():
             low, middle, high = statistics.quantiles(ratios[name], n=4)
             row.append(f"{100 * middle:.0f} % ({100 * low:.0f}-{100 * high:.0f})")
-        print(f"| {name} | {' | '.join(row)} |")
+        results.row(name, *row)
+    results.save()
 
 
 if __name__ == "__main__":

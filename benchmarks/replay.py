@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.results import Results
 from gradwatch.depths.drain import Drain
 from gradwatch.depths.state import State
 from gradwatch.depths.trajectory import Trajectory, trajectory
@@ -105,8 +106,11 @@ def main() -> None:
     chosen = list(cases())
     chosen = chosen[::7] if quick else chosen
     print(f"{len(chosen)} cases; largest error of any case of the row\n")
-    print("| module | cases | states, gates f64 | metrics f64 | f32 | metrics f32 |")
-    print("|---|---|---|---|---|---|")
+    results = Results("replay", keep=not quick)
+    results.table(
+        "errors",
+        ["module", "cases", "states, gates f64", "metrics f64", "f32", "metrics f32"],
+    )
     for kind in KINDS:
         for chain in (False, True):
             own = [c for c in chosen if c.kind == kind and c.chain == chain]
@@ -117,8 +121,8 @@ def main() -> None:
                 found = [errors(case, dtype) for case in own]
                 row += [f"{max(column):.0e}" for column in zip(*found, strict=True)]
             name = kind + (", one step a call" if chain else "")
-            print(f"| {name} | {len(own)} | {' | '.join(row)} |")
-    print("\n| module | cost of a state run, in steps (quartiles) |\n|---|---|")
+            results.row(name, len(own), *row)
+    results.table("cost", ["module", "cost of a state run, in steps (quartiles)"])
     for name, make, features, hidden, length, options in COSTS:
         rounds = 5 if quick else (20 if length > 500 else 60)
         torch.manual_seed(0)
@@ -126,7 +130,8 @@ def main() -> None:
         x = torch.randn(length, 16 if hidden == 32 else 32, features)
         ratios = cost(module, x, run_state, samples=4, rounds=rounds)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {name} | {middle:.2f} ({low:.2f}-{high:.2f}) |")
+        results.row(name, f"{middle:.2f} ({low:.2f}-{high:.2f})")
+    results.save()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from benchmarks.results import Results
 from gradwatch.depths.trajectory import Trajectory, trajectory
 from gradwatch.hooks.probe import NOTHING
 from gradwatch.numerics.activation import statistics as measured
@@ -70,9 +71,12 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     steps, every = (30, 5) if quick else (600, 10)
-    print(f"{steps} steps of Adam 3e-3, H={HIDDEN}, measured every {every}.\n")
-    print("| net | metric | range along the run | error: median | p95 | largest |")
-    print("|---|---|---|---|---|---|")
+    results = Results("sampling", keep=not quick)
+    results.table(
+        "errors",
+        ["net", "metric", "range along the run", "error: median", "p95", "largest"],
+        f"{steps} steps of Adam 3e-3, H={HIDDEN}, measured every {every}.",
+    )
     for kind in NETS:
         pairs = list(follow(kind, steps, every))
         for name in pairs[0][0]:
@@ -84,7 +88,8 @@ def main() -> None:
                 f"{errors[int(0.95 * len(errors))]:.2g}",
                 f"{errors[-1]:.2g}",
             )
-            print(f"| {kind.lower()} | `{name}` | {' | '.join(row)} |")
+            results.row(kind.lower(), f"`{name}`", *row)
+    results.save()
 
 
 if __name__ == "__main__":

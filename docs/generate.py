@@ -3,10 +3,15 @@
 Of ``docs/alerts/<kind>.md`` all down to the second mark is generated, of
 ``docs/alerts.md`` and ``docs/files.md`` the tables; the rest is by hand and kept.
 
+Tables of results, between their marks, are those that the benchmarks have kept in
+``docs/results``.
+
 Run: make docs
 """
 
 import dataclasses
+import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -281,7 +286,37 @@ def due(docs: Path = DOCS) -> dict[Path, str]:
     for name, kind in KINDS.items():
         path = docs / "alerts" / f"{name}.md"
         pages[path] = alert_head(kind) + by_hand(path)
+    for path in sorted(docs.glob("*.md")):
+        text = pages.get(path) or path.read_text(encoding="utf-8")
+        if _RESULTS.search(text):
+            pages[path] = with_results(text, docs / "results")
     return pages
+
+
+def with_results(text: str, results: Path) -> str:
+    """Return a page with the tables of results between their marks as they are kept.
+
+    Args:
+        text: The page.
+        results: The folder of what the benchmarks have kept.
+    """
+
+    def table_of(marked: re.Match[str]) -> str:
+        name, key = marked["name"], marked["key"]
+        kept = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        found, versions = kept["tables"][key], kept["versions"]
+        used = ", ".join(f"{what} {which}" for what, which in versions.items())
+        told = f"{kept['date']}, `{kept['command']}`; {kept['machine']}; {used}"
+        body = table(found["head"], found["rows"])
+        return f"<!-- results: {name}/{key} -->\n{body}\n({told})\n{_RESULTS_END}"
+
+    return _RESULTS.sub(table_of, text)
+
+
+_RESULTS_END: Final = "<!-- end of results -->"
+_RESULTS: Final = re.compile(
+    rf"<!-- results: (?P<name>\w+)/(?P<key>\w+) -->\n.*?{_RESULTS_END}", re.DOTALL
+)
 
 
 def by_hand(path: Path) -> str:

@@ -42,7 +42,7 @@ from testbed.nets import Loss, classes, values
 def _growth(case: Case, history: History) -> float:
     """Log10 of how much the recurrence can enlarge a gradient, at the end."""
     _, streams, _ = unrolled(case)
-    return max(growth(stream) for stream in streams.values())  # type: ignore[arg-type]
+    return max(growth(stream) for stream in streams.values())
 
 
 def _clipped(case: Case, history: History) -> float:

@@ -235,7 +235,7 @@ def grows(case: Case, history: History) -> Measured:
     """Gradients grow through time, from the onset to the end."""
     early, late = [], []
     for number, (_, streams, _) in _looks(case):
-        found = [growth(streams[name]) for name in case.label.streams]  # type: ignore[arg-type]
+        found = [growth(streams[name]) for name in case.label.streams]
         (early if number < _settled(case) else late).extend(found)
     values = {"growth_smallest": min(late), "growth_end": late[-1]}
     if early:
@@ -251,7 +251,7 @@ def grows_to_nan(case: Case, history: History) -> Measured:
     for number, weights in case.notes["weights"].items():
         if number <= first - 20:
             _, streams, _ = unrolled(case, weights)
-            found[number] = max(growth(streams[n]) for n in case.label.streams)  # type: ignore[arg-type]
+            found[number] = max(growth(streams[n]) for n in case.label.streams)
     sick = [number for number, value in found.items() if value >= GROWTH]
     notice = first - min(sick, default=first)
     values = {"first_nonfinite": first, "notice": notice, "growth": max(found.values())}
