@@ -393,7 +393,8 @@ class Watch:
             ValueError: If ``state`` is not what :meth:`state_dict` returned, or of a
                 version that this one cannot read.
         """
-        missing = {"step", "schedule", "pipeline"} - set(state)
+        given = state.keys() if isinstance(state, Mapping) else set[str]()
+        missing = {"step", "schedule", "pipeline"} - given
         if missing:
             raise ValueError(
                 f"the state lacks {', '.join(sorted(missing))}; expected what "

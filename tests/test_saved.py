@@ -175,6 +175,9 @@ def test_states_without_a_version_are_read():
         }
     )
     assert rates.active and rates.state_dict()["running"]["rnn.l0"]["away"] == 1
+    gone = LrTooHigh([])
+    gone.load_state_dict(rates.state_dict())
+    assert not gone.active  # its stream is no more
     growth.load_state_dict(
         {
             "levels": {"over": {"rnn.l0": [3, 5]}, "raised": {"rnn.l0": 0}},

@@ -141,7 +141,8 @@ class LrTooHigh(Remembering[_State]):
     @property
     def active(self) -> bool:
         """Whether updates are still too large somewhere."""
-        return any(one.raised for one in self._state.running.values())
+        each = self._state.running  # of streams that are no more, too, where resumed
+        return any(s.name in each and each[s.name].raised for s, _ in self._watched)
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
