@@ -1,4 +1,4 @@
-"""The recurrent weights of a model or checkpoint at rest: a table and a verdict.
+"""The recurrent weights of a model or checkpoint: a table and a verdict.
 
 Nothing is trained and no input is needed. What it can tell is what the weights alone
 decide: whether a small signal grows or dies out from rest, over as many steps as the
@@ -40,7 +40,7 @@ _LARGEST_LOG: Final = 709.0
 """exp() of more overflows."""
 _GROWS: Final = 1e3
 _FADES: Final = 1e-3
-"""Gain over the sequence from which on it is said to grow, or to die out."""
+"""Gain over the sequence from which on it counts as growing, or dying out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspected:
-    """One stream at rest.
+    """One stream, from its weights alone.
 
     Attributes:
         stream: Its name.
@@ -342,7 +342,7 @@ def _remedy(stream: Stream, verdict: str, steps: int) -> Remedy | None:
 
 
 def _what(found: Inspected, steps: int) -> str:
-    """Return what is to be said of a stream."""
+    """Return what there is to report of a stream."""
     if found.verdict == "broken":
         return "holds NaN or Inf; go back to a checkpoint before that"
     what = "grows" if found.verdict == "grows" else "dies out"

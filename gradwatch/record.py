@@ -127,7 +127,7 @@ class Alert:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
-    """One kind of trouble over all the streams that show it, from start to end.
+    """What is wrong, of one kind, over all streams that show it, from start to end.
 
     Attributes:
         kind: The kind of the alert that opened it.

@@ -242,7 +242,8 @@ def _explicit(every: int | Mapping[str, int] | None) -> dict[str, int]:
         )
     if unknown := sorted(repr(depth) for depth in chosen if depth not in DEPTHS):
         raise ValueError(
-            f"every names {', '.join(unknown)}; the depths are {', '.join(DEPTHS)}."
+            f"every names {', '.join(unknown)}; the probe groups are "
+            f"{', '.join(DEPTHS)}."
         )
     for depth, steps in chosen.items():
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:

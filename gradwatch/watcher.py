@@ -63,7 +63,7 @@ def watch(
         model: A bare nn.RNN, nn.LSTM, nn.GRU or cell, or any module, wrapped or not,
             that contains some.
         every: Steps between two measurements: one int for state, spectrum and flow,
-            or a mapping from depth to steps. None: the defaults of each depth.
+            or a mapping from probe group to steps. None: the defaults of each.
         budget: Share of the training time that state, spectrum and flow may take;
             None fixes the cadences.
         flow_samples: How many sequences are replayed; None: all.
@@ -338,7 +338,7 @@ class Watch:
         return done.answer
 
     def probe_now(self) -> None:
-        """Have every depth measured at the next step."""
+        """Have every probe group measured at the next step."""
         if self._engine is not None:
             self._engine.probe_now()
 

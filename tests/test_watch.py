@@ -424,7 +424,7 @@ BAD = {
     "unknown depth": (
         lambda: gradwatch.watch(lstm(), every={"rho": 5}),
         ValueError,
-        "the depths are gradients, state",
+        "the probe groups are gradients, state",
     ),
     "budget": (lambda: gradwatch.watch(lstm(), budget=-1), ValueError, "budget is -1"),
     "start": (lambda: gradwatch.watch(lstm(), start_step=-1), ValueError, "start_step"),

@@ -1,4 +1,4 @@
-"""From alerts to incidents: one trouble, one alarm."""
+"""From alerts to incidents: one alarm for all that one cause shows."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Kind:
         meaning: What is wrong, in a sentence.
         evidence: The numbers it is decided on.
         warm_up: What has to have been seen before anything is judged.
-        confirmed: How often, or how long, before it is said.
+        confirmed: How often, or how long, before it is reported.
         over: When the incident ends.
         excused: What looks the same and is no fault; empty for nothing.
         causes: Name -> cause; the key None is what is reported while undecided.

@@ -56,7 +56,7 @@ class _State:
 class Missing(Remembering[_State]):
     """For how many steps something is missing in each stream, and the facts as known.
 
-    A subclass tells of one step whether it is, and what is said when it has lasted.
+    A subclass tells of one step whether it is, and what is reported when it has lasted.
     """
 
     _row: Kind
@@ -78,7 +78,7 @@ class Missing(Remembering[_State]):
         raise NotImplementedError
 
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
-        """Return what is said once it has been missing for as long."""
+        """Return what is reported once it has been missing for as long."""
         raise NotImplementedError
 
     def update(self, record: StepRecord) -> list[Alert]:

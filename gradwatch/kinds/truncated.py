@@ -21,7 +21,7 @@ TRUNCATED = Kind(
     evidence={},
     warm_up="none",
     confirmed="at once: by where the states lie in memory",
-    over="at once; it is said once a stream",
+    over="at once; it is reported once a stream",
     causes={
         "truncation": Cause(
             "by structure",

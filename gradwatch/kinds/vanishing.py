@@ -50,7 +50,8 @@ VANISHING = Kind(
             "loss has to go on falling, or the read-out alone has learnt",
         ),
         "travel": Evidence(
-            "sum of `update_ratio` since the first probe, with the loss logged",
+            "cumulative update size, the sum of `update_ratio`, since the first "
+            "probe, with the loss logged",
             1.0,
             None,
             "healthy nets that begin without reach open at .3 to .7",
@@ -84,8 +85,8 @@ VANISHING = Kind(
     confirmed=(
         "after 100 steps alone (300 where the loss is not logged) where the cause does "
         "not go away by itself: saturation, a shut gate, a state cut off; after five "
-        "probes where gradients had reached the first steps before; else by the way "
-        "that the weights have gone"
+        "probes where gradients had reached the first steps before; else by the "
+        "cumulative update size"
     ),
     over="after 3 probes at -4.5 or above, or with `signal` below .5",
     excused="sequences of 5 steps or fewer; a task that is being learnt",
@@ -253,8 +254,8 @@ class Vanishing(Remembering[_State]):
     """No gradient reaches the first steps, for long, and nothing is learnt without.
 
     At the first probe that is a notice: many nets open by themselves. It is an alarm
-    once it has lasted what such nets need, by a cause that stays or by the way that
-    the weights have gone; at once where the gradient had reached the first steps. See
+    once it has lasted what such nets need, by a cause that stays or by the cumulative
+    update size; at once where the gradient had reached the first steps. See
     the catalogue.
     """
 
@@ -413,7 +414,7 @@ class Vanishing(Remembering[_State]):
         return told or signal < VANISHING.at("learnt")
 
     def _moved(self, stream: Stream, known: Mapping[str, Any], middle: float) -> bool:
-        """Tell whether the weights have gone further than nets that open need."""
+        """Tell whether the cumulative update is larger than nets that open need."""
         level = "travel" if self._state.losses.share is not None else "travel_alone"
         if level == "travel" and self._cause(stream) == "padding":
             level = "travel_padded"
