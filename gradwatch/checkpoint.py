@@ -24,6 +24,10 @@ from gradwatch.recurrent import GATES, clean_path
 
 _PICKLE_LIMIT: Final = 16 * 2**20
 """Bytes of the part of a checkpoint that is not tensors; usually some hundred kB."""
+_TOO_MUCH: Final = (
+    "would allocate far more memory than weights need, and was not read; save "
+    "model.state_dict() alone."
+)
 _HUNGRY: Final = b"builtins\nbytearray"
 """What a pickle may ask for by torch's rules, of any size, and weights never do."""
 _WHOLE_LIMIT: Final = 4 * 2**30
@@ -78,7 +82,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if not file.exists():
             raise CheckpointError(f"{file} does not exist.")
         if not file.is_file():
-            raise CheckpointError(f"{file} is no ordinary file.")
+            raise CheckpointError(f"{file} is not a regular file.")
         return _file(file)
     except OSError as error:
         why = error.strerror or type(error).__name__
@@ -136,10 +140,11 @@ def _zipped(file: Path) -> dict[str, Tensor]:
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not stored or sum(e.file_size for e in entries) > file.stat().st_size:
         raise CheckpointError(
-            f"{file} unpacks to more than it holds; torch.save writes no such file."
+            f"{file} is compressed, or declares more data than it contains; "
+            "torch.save writes no such file."
         )
     if any(_HUNGRY in data for data in pickles):
-        raise CheckpointError(f"{file} asks for memory that no weights need.")
+        raise CheckpointError(f"{file} {_TOO_MUCH}")
     if any(
         entry.filename.endswith(".pkl") and entry.file_size > _PICKLE_LIMIT
         for entry in entries
@@ -155,7 +160,7 @@ def _old(file: Path) -> dict[str, Tensor]:
         )
     with file.open("rb") as opened:
         if _HUNGRY in opened.read(_PICKLE_LIMIT):
-            raise CheckpointError(f"{file} asks for memory that no weights need.")
+            raise CheckpointError(f"{file} {_TOO_MUCH}")
     return tensors_of(_loaded(file, mmap=False))
 
 

@@ -195,7 +195,7 @@ def _short(name: str, room: int) -> str:
 
 def _incident(incident: Incident) -> str:
     """Return a line on an incident: since when, where, why, and by which numbers."""
-    until = "open" if incident.until is None else f"until step {incident.until}"
+    until = "still open" if incident.until is None else f"until step {incident.until}"
     at = f" in {', '.join(incident.streams[:3])}" if incident.streams else ""
     cause = f", cause {incident.cause}" if incident.cause else ""
     shown_numbers = ", ".join(
@@ -241,7 +241,7 @@ def verdict(
         head = f"{steps} steps, {_count(len(alarms), 'alarm')}, first at step {first}"
     if steps:
         if notices:
-            still = f", {len(open_notices)} still open" if open_notices else ""
+            still = f" ({len(open_notices)} still open)" if open_notices else ""
             head += f", {_count(notices, 'notice')}{still}"
         head += f"; {where}"
     lines = [head, *map(_incident, alarms[:_SHOWN])]

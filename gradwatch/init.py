@@ -151,8 +151,8 @@ def identity_(
         )
     if tanh := [r.stream for r in found if r.stream.kind == "RNN_TANH"]:
         warnings.warn(
-            f"{_listed(tanh)} tanh: its slope is 1 at 0 alone, so that the identity "
-            "forgets; it is meant for nonlinearity='relu'.",
+            f"{_listed(tanh)} tanh, whose slope is 1 at 0 alone, so that the identity "
+            "still forgets; it is meant for nonlinearity='relu'.",
             stacklevel=2,
         )
 
@@ -241,10 +241,10 @@ def zero_bias_(
         if gates is None:
             return _zero_biases(old)
         if unknown := [gate for gate in gates if gate not in stream.gates]:
-            has = " ".join(stream.gates) or "none, being no LSTM or GRU"
+            has = " ".join(stream.gates) or "none, as it is no LSTM or GRU"
             raise ValueError(
                 f"{stream.name} has no gate {unknown[0]!r}; its gates: {has}. "
-                "streams= names the streams that are meant."
+                "Choose the streams with streams=."
             )
         zero = torch.zeros(stream.hidden_size, dtype=torch.float64)
         return _gate_biases(stream, old, dict.fromkeys(gates, zero))
@@ -435,7 +435,7 @@ def _gated(model: nn.Module, streams: Streams, what: str) -> list[Recurrence]:
     if not gated or (streams is not None and len(gated) < len(found)):
         vanilla = [r.stream for r in found if not r.stream.gates]
         raise ValueError(
-            f"{what} sets the bias of a gate; {_listed(vanilla)} vanilla and without "
-            "one. Name an nn.LSTM or nn.GRU, or use orthogonal_."
+            f"{what} sets the bias of a gate; {_listed(vanilla)} vanilla and has "
+            "none. Choose LSTMs or GRUs with streams=, or use orthogonal_."
         )
     return gated

@@ -173,6 +173,8 @@ class Latest(dict[str, float]):
 
     def __missing__(self, key: str) -> float:
         """Raise a KeyError that names the nearest keys, or how many there are."""
+        if not self:
+            raise KeyError(f"{key!r} has not been measured; nothing has been yet")
         near = difflib.get_close_matches(str(key), self, n=3)
         there = f"near it: {', '.join(near)}" if near else f"there are {len(self)} keys"
         raise KeyError(f"{key!r} has not been measured; {there}")

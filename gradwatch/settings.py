@@ -48,7 +48,7 @@ class Settings:
         self.wandb = _wandb_sink(self.wandb)
         if isinstance(self.mute, str):
             raise TypeError(
-                f"mute is {self.mute!r}; expected several: mute=[{self.mute!r}]."
+                f"mute is {self.mute!r}; expected a list: mute=[{self.mute!r}]."
             )
         self.mute = tuple(self.mute)
         if not (
@@ -101,4 +101,9 @@ def _wandb_sink(given: Any) -> Wandb | None:
                 "gradwatch.sinks.Wandb(...)."
             )
         return Wandb()
+    if isinstance(given, bool | int | float):
+        raise TypeError(
+            f'wandb is {given!r}; expected "auto", a run, None for none, or '
+            "gradwatch.sinks.Wandb(...)."
+        )
     return Wandb(given)

@@ -318,19 +318,19 @@ class Watch:
             raise RuntimeError("this watch is closed or off; nothing was applied.")
         if processes() > 1:
             raise RuntimeError(
-                "one process of several knows of this alert; call the remedy on every "
-                f"rank alike instead: {remedies.line(remedy)}"
+                "with several processes a remedy has to change every rank alike; call "
+                f"it yourself on each: {remedies.line(remedy)}"
             )
         given = several(optimizer) or engine.optimizers()
         if not given:
             raise ValueError(
-                "no optimizer was seen to step yet; name it: "
+                "no optimizer has stepped yet, so pass it: "
                 "watch.apply(remedy, optimizer=optimizer)."
             )
         engine.settle()
         if engine.open:
             raise RuntimeError(
-                "gradients of the old weights wait for an optimizer; apply a remedy "
+                "there are gradients that no optimizer has used yet; apply a remedy "
                 "between optimizer.step() and the next backward()."
             )
         done = remedies.apply(remedy, model, given)
@@ -409,8 +409,9 @@ class Watch:
             if isinstance(error, ValueError):
                 raise
             raise ValueError(
-                f"the state cannot be read ({type(error).__name__}: {error}); expected "
-                "what watch.state_dict() returned. Nothing was changed."
+                f"the state is incomplete or damaged ({type(error).__name__}: "
+                f"{error}); expected what watch.state_dict() returned. Nothing was "
+                "changed."
             ) from error
 
     def _go_on_from(self, state: Mapping[str, Any]) -> None:

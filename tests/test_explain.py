@@ -52,8 +52,8 @@ def test_nothing_else_does(monkeypatch, word, caplog):
 @pytest.mark.parametrize(
     ("mute", "error", "told"),
     [
-        (["explosion"], ValueError, "there are cleared_early, dead_units"),
-        ([("vanishing", "rnn.l7")], ValueError, r"there are rnn\.l0"),
+        (["explosion"], ValueError, "the kinds are cleared_early, dead_units"),
+        ([("vanishing", "rnn.l7")], ValueError, r"the streams are rnn\.l0"),
         ([("vanishing",)], ValueError, "a pair of a kind"),
         ([3], ValueError, "mute holds 3"),
         ("spike", TypeError, r"mute=\['spike'\]"),
@@ -71,7 +71,7 @@ def test_what_exists_is_muted():
     mute = ("spike", ("vanishing", "rnn.l0"), ("nonfinite", None))
     with gradwatch.watch(lstm(), dir=None, wandb=None, mute=mute) as watch:
         assert watch.health["failed"] == {}
-    with pytest.raises(ValueError, match="there are"):
+    with pytest.raises(ValueError, match="the kinds are"):
         replay([], watch.streams, mute=["explosion"])
 
 
@@ -88,7 +88,7 @@ def test_a_missing_key_names_its_neighbours():
     model = lstm()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with gradwatch.watch(model, dir=None, wandb=None) as watch:
-        with pytest.raises(KeyError, match="there are 0 keys"):
+        with pytest.raises(KeyError, match="nothing has been yet"):
             watch.latest["gradwatch/grad_norm"]
         for x in batches(2):
             optimizer.zero_grad()
@@ -146,16 +146,16 @@ def test_the_closing_lines_name_what_is_open_with_its_numbers():
     over = incident("truncated", "info", until=8)
     lines = console.verdict(90, [past, notice, over], 3, [], None).split("\n")
     assert lines == [
-        "90 steps, 1 alarm, first at step 7, 3 notices, 1 still open; records in "
+        "90 steps, 1 alarm, first at step 7, 3 notices (1 still open); records in "
         "memory only",
         "  exploding since step 7, until step 60 in rnn.l0, cause drift: growth_log10 "
         "20.6 (threshold 2.7)",
-        "  drift since step 7, open in rnn.l0, cause drift: rho 1.5 (notice)",
+        "  drift since step 7, still open in rnn.l0, cause drift: rho 1.5 (notice)",
     ]
     [line] = console.verdict(90, [], 0, [], None).split("\n")
     assert line == "90 steps, no alarm; records in memory only"
     line, _ = console.verdict(90, [notice], 1, [], None).split("\n")
-    assert line.startswith("90 steps, no alarm, 1 notice, 1 still open; ")
+    assert line.startswith("90 steps, no alarm, 1 notice (1 still open); ")
 
 
 def test_a_nan_that_another_explains_is_a_dash():

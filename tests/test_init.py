@@ -452,7 +452,7 @@ def test_a_foreign_optimizer_is_refused_and_nothing_changed():
         (lambda: init.chrono_(nn.RNN(2, 3), 9), "rnn.l0 is vanilla"),
         (lambda: init.forget_bias_(nn.LSTM(2, 3, bias=False)), "bias=True"),
         (lambda: init.zero_bias_(nn.GRU(2, 3), gates=["o"]), "no gate 'o'"),
-        (lambda: init.zero_bias_(nn.RNN(2, 3), gates=["f"]), "none, being no LSTM"),
+        (lambda: init.zero_bias_(nn.RNN(2, 3), gates=["f"]), "none, as it is no LSTM"),
         (lambda: init.orthogonal_(nn.Linear(2, 3)), "contains no nn.RNN"),
         (lambda: init.orthogonal_(nn.RNN(2, 3).half(), 1e6), "does not fit into"),
         (lambda: init.orthogonal_(nn.RNN(2, 3, device="meta")), "device 'meta'"),

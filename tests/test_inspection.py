@@ -383,8 +383,8 @@ BAD = {
         lambda d: raw(d, pickle.dumps(evil(d), protocol=2)), "wants to run posix.system"
     ),
     "a whole module": (whole_module, "wants to run testbed.models.Tagger"),
-    "a zip bomb": (bomb, "unpacks to more than it holds"),
-    "overlapping entries": (overlapping, "unpacks to more than it holds"),
+    "a zip bomb": (bomb, "declares more data than it contains"),
+    "overlapping entries": (overlapping, "declares more data than it contains"),
     "cut off": (lambda d: cut(saved(d / "a.pt", state())), "broken or cut off"),
     "cut off, old format": (
         lambda d: cut(saved(d / "a.pt", state(), _use_new_zipfile_serialization=False)),
@@ -405,9 +405,9 @@ BAD = {
         lambda d: raw(d, b'{"weight_map": {"weight_hh_l0": "a.pt"}}'),
         "is an index itself",
     ),
-    "a bytearray of 3 GB": (hungry, "asks for memory"),
+    "a bytearray of 3 GB": (hungry, "would allocate far more memory"),
     "the same in the old format ": (
-        lambda d: raw(d, GREEDY), "asks for memory"
+        lambda d: raw(d, GREEDY), "would allocate far more memory"
     ),
     "a missing shard": (
         lambda d: raw(d, b'{"weight_map": {"weight_hh_l0": "gone.bin"}}'),
@@ -420,7 +420,7 @@ BAD = {
     ),
     "an empty folder": (lambda d: d, "holds none of"),
     "missing": (lambda d: d / "gone.pt", "does not exist"),
-    "a pipe": (pipe, "no ordinary file"),
+    "a pipe": (pipe, "not a regular file"),
     "no recurrent weights": (
         lambda d: saved(d / "a.pt", nn.Linear(2, 2).state_dict()),
         "no recurrent weights",

@@ -187,7 +187,7 @@ def test_apply_waits_for_the_step_and_can_follow_itself():
     with gradwatch.watch(model, dir=None, wandb=None) as watch:
         train(model, optimizer, 2)
         model(torch.randn(5, 2, 3)).sum().backward()
-        with pytest.raises(RuntimeError, match="wait for an optimizer"):
+        with pytest.raises(RuntimeError, match="no optimizer has used yet"):
             watch.apply(Remedy(name="init.orthogonal_"))
         optimizer.step()
         watch.apply(Remedy(name="parametrize.orthogonal"))

@@ -623,7 +623,8 @@ def test_an_unreachable_server_costs_training_nothing(fault, server, lines):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the child through /proc")
 @pytest.mark.parametrize(
-    ("fault", "line"), [("kill", "W&B failed 3 times"), ("stop", "W&B does not take")]
+    ("fault", "line"),
+    [("kill", "W&B failed 3 times"), ("stop", "W&B is not accepting")],
 )
 def test_training_outlives_the_process_of_wandb(fault, line, tmp_path):
     ran = subprocess.run(
@@ -691,7 +692,7 @@ def test_a_stuck_service_loses_the_oldest_and_recovers():
         sink.write(record(i))
     assert time.perf_counter() - began < 1.0
     assert 495 <= sink.dropped <= 500
-    assert len(heard) == 1 and "W&B does not take" in heard[0]
+    assert len(heard) == 1 and "W&B is not accepting" in heard[0]
     free.set()
     sink.flush()
     assert run.waiting[STEP_KEY] == 1499

@@ -254,7 +254,7 @@ def test_the_table_says_where_a_module_was_not_called_or_is_gone():
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         model.rnn.forward(batches(1)[0])[0].sum().backward()
         optimizer.step()
-        assert "rnn.l0: rho not measured" in repr(watch)
+        assert "rnn.l0: rho is not measured" in repr(watch)
         model.rnn = nn.LSTM(4, 8)
         gc.collect()
         train(model, 2)
@@ -436,7 +436,11 @@ BAD = {
         "pass it as wandb=",
     ),
     "wandb": (lambda: gradwatch.watch(lstm(), wandb="yes"), ValueError, '"auto"'),
-    "run": (lambda: gradwatch.watch(lstm(), wandb=3), TypeError, "got a int as run"),
+    "run": (
+        lambda: gradwatch.watch(lstm(), wandb=3),
+        TypeError,
+        "wandb is 3; expected",
+    ),
     "alert": (lambda: gradwatch.watch(lstm(), on_alert=3), TypeError, "on_alert is 3"),
 }
 

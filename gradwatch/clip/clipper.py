@@ -105,7 +105,7 @@ class Clipper(ABC):
     on the host.
 
     Args:
-        patience: The refusal of this many steps in a row raises; None: never. Under a
+        patience: The refusal of so many consecutive steps raises; None: never. Under a
             GradScaler refused steps are expected, and counted for this only once its
             scale has fallen to 1.
     """
@@ -178,7 +178,7 @@ class Clipper(ABC):
             TypeError: If ``parameters`` is something else.
             ValueError: If the gradients are still multiplied by the loss scale, or
                 ``scaler`` is given without ``optimizer``.
-            FloatingPointError: If ``patience`` steps in a row were refused.
+            FloatingPointError: If ``patience`` consecutive steps were refused.
         """
         if scaler is not None:
             _check_unscaled(optimizer, scaler)
@@ -382,9 +382,10 @@ class Clipper(ABC):
         what = f"the gradients of {', '.join(names)} hold NaN or Inf"
         if self.patience is not None and self._in_row >= self.patience:
             raise FloatingPointError(
-                f"{self._in_row} steps in a row were refused: {what}. The weights are "
-                "as they were before the first of them. Look for the cause with "
-                "torch.autograd.set_detect_anomaly(True); patience=None goes on."
+                f"{self._in_row} consecutive steps were refused: {what}. The weights "
+                "are as they were before the first of them. Look for the cause with "
+                "torch.autograd.set_detect_anomaly(True). To go on regardless, pass "
+                "patience=None."
             )
         if self.refused & (self.refused - 1) == 0 and not expected:  # 1, 2, 4, 8, ...
             console.say(f"refused a step: {what} ({self.refused} in all)", _LEVEL)

@@ -96,8 +96,8 @@ def _note(
     weight = plain_weight(recurrence)
     if begun and facts.T is None:
         return (
-            "rho not measured: no gradient has reached a call of the module "
-            "(called by .forward?)"
+            "rho is not measured: no gradient has come back through the module (call "
+            "module(x), not module.forward(x))"
         )
     if facts.replay is not None:
         times = f"left out ({lost} times)"

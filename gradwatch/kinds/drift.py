@@ -117,14 +117,18 @@ class Drift(Remembering[_State]):
         key, since = stream_key(stream, "rho_total_drift"), self._levels.since
         rho = record.metrics.get(stream_key(stream, "rho"))
         trend = record.metrics.get(stream_key(stream, "rho_trend"))
-        shown = f"ln(rho / rho at the start) = {moved:+.2f} (notice from 0.5)"
+        shown = (
+            f"total drift {moved:+.2f}, the logarithm of rho over rho at the start "
+            f"(notice at +-{self._levels.raise_at:g})"
+        )
         if rho is not None:
             shown += f"; rho is {rho:.3g}"
         if trend is not None:
-            shown += f", trend {trend:+.2g} a step"
+            shown += f", slope {trend:+.2g} per step"
         way = "last longer and explode sooner" if moved > 0 else "die out sooner"
         remedy = DRIFT.remedy("drift", stream)
         assert remedy is not None
+        line = remedies.line(remedy)
         return text.alert(
             DRIFT,
             record,
@@ -136,5 +140,5 @@ class Drift(Remembering[_State]):
             stream=stream,
             remedy=remedy,
             why=DRIFT.causes["drift"].why.format(way=way),
-            do=f"weight decay, or: {remedies.line(remedy)}",
+            do=f"weight decay, or: {line}" if moved > 0 else line,
         )

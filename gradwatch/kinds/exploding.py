@@ -85,8 +85,8 @@ EXPLODING = Kind(
         ),
         "active_subnetwork": Cause(
             "a ReLU net with rho below 1 of which fewer units are on",
-            "rho is below 1, but the part of the net that is active is not: only the "
-            "units that fire count",
+            "rho of the whole matrix is below 1, but that of the units that fire is "
+            "not",
             remedy="init.orthogonal_",
         ),
         "large_radius": Cause(
@@ -96,7 +96,7 @@ EXPLODING = Kind(
         ),
         "chaos": Cause(
             "a tanh net with rho at 1 or above",
-            "rho is 1 or above and the activation does not hold it back: chaos",
+            "rho is 1 or above and the activation does not damp it: the net is chaotic",
             remedy="init.orthogonal_",
         ),
         None: Cause(

@@ -54,14 +54,14 @@ GATE_STUCK = Kind(
         ),
         "output_gate": Cause(
             "`shut/o`: o is below .05",
-            "the cell shows nothing of what it holds, and no gradient comes in: the "
+            "the output of the cell is shut off, so that no gradient gets in: the "
             "output gate's bias or input weights hold it shut",
             _ZERO_BIASES,
             remedy="init.zero_bias_",
         ),
         "update_gate": Cause(
             "`open/z`: z is above .95",
-            "z keeps: the state is never renewed, whatever the input is",
+            "z near 1 keeps the old state: it is never renewed, whatever the input is",
             remedy="init.chrono_",
         ),
     },

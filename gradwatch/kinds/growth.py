@@ -148,8 +148,8 @@ class Growth(Remembering[_State]):
             severity="info",
             since=self._state.rising[stream.name],
             what=(
-                f"growth through time in {stream.name} is rising; at this pace over "
-                f"the threshold within about {rounded} steps"
+                f"growth through time in {stream.name} is rising; at this pace it "
+                f"crosses the alarm threshold within about {rounded} steps"
             ),
             shown=(
                 f"growth_log10 {growth:.1f}, up in {_SAMPLES} probes (alarm from "
@@ -174,7 +174,7 @@ class Growth(Remembering[_State]):
             shown=(
                 f"growth_log10 {growth:.1f} (alarm from {levels.raise_at} at "
                 f"{levels.running} consecutive probes, or {levels.at_once}): a "
-                f"gradient grows to 10^{growth:.1f} of its size on its way back"
+                f"gradient grows to 10^{growth:.1f} times its size on its way back"
             ),
             cause=cause,
             evidence={key: (growth, levels.raise_at)},

@@ -94,11 +94,12 @@ def check_mute(
             ) from None
         if kind not in kinds and not any_kind:
             raise ValueError(
-                f"mute names the kind {kind!r}; there are {', '.join(kinds)}."
+                f"mute names the kind {kind!r}; the kinds are {', '.join(kinds)}."
             )
         if stream is not None and stream not in streams:
             raise ValueError(
-                f"mute names the stream {stream!r}; there are {', '.join(streams)}."
+                f"mute names the stream {stream!r}; the streams are "
+                f"{', '.join(streams)}."
             )
 
 

@@ -55,7 +55,7 @@ LOSS_DIVERGENCE = Kind(
         "bad_batch": Cause(
             "it began with a spike of the gradient norm",
             "it began at one batch with a gradient norm far above all others",
-            "torch.save(batch, 'batch.pt')  # look at the batch of step {since}",
+            "torch.save(batch, 'batch.pt')  # that of step {since}, in another run",
         ),
         "lr": Cause(
             "the learning rate is three times what it was at the best, or updates are "
@@ -68,7 +68,7 @@ LOSS_DIVERGENCE = Kind(
             "else",
             "the learning rate is as it was, so the data are not: other targets, "
             "another order, another source",
-            "print(batch)  # of step {since} and of one before it",
+            "print(batch)  # that of step {since} and an earlier one, in another run",
         ),
     },
     numbers={

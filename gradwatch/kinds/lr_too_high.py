@@ -210,8 +210,8 @@ class LrTooHigh(Remembering[_State]):
     ) -> Alert:
         share = self._state.losses.recent
         shown = (
-            f"update_ratio {size:.2g} (alarm from {LR_TOO_HIGH.at('ratio')} as the "
-            f"median of {self._last} steps, {LR_TOO_HIGH.at('jump'):g} twice, or "
+            f"update_ratio {size:.2g} (alarm at {LR_TOO_HIGH.at('ratio')} as the "
+            f"median of {self._last} steps, at {LR_TOO_HIGH.at('jump'):g} twice, or at "
             f"{LR_TOO_HIGH.at('leap'):g})"
         )
         if share is not None:

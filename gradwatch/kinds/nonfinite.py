@@ -25,7 +25,7 @@ NONFINITE = Kind(
             "`nonfinite`, gradient tensors with NaN or Inf", 1, 0, "exact"
         ),
         "skips": Evidence(
-            "skipped steps in a row that are excused, at most",
+            "consecutive skipped steps that are excused, at most",
             10,
             None,
             "a loss scaler that begins too high halves itself this often",
@@ -34,28 +34,31 @@ NONFINITE = Kind(
     warm_up="none",
     confirmed="at once",
     over="after 25 finite steps",
-    excused="what a GradScaler or a refusing clipper skips, up to 10 steps in a row",
+    excused="what a GradScaler or a refusing clipper skips, up to 10 consecutive steps",
     causes={
         "nan_data": Cause(
             "the logged loss, or the input, is not finite",
-            "the loss was already not finite: the input, the target or the forward",
+            "the loss was not finite either: look at the input, the target and the "
+            "forward pass",
             "assert torch.isfinite(batch).all(), 'NaN or Inf in the input'",
         ),
         "nan_backward": Cause(
             "the logged loss is finite",
-            "the loss was finite, so backward made it: sqrt, log or a division at 0",
+            "the loss was finite, so it arose in backward: often sqrt or log at 0, or "
+            "a division by 0",
             _ANOMALY,
         ),
         "fp16_overflow": Cause(
-            "the scaler has skipped more than 10 steps in a row though the input is "
+            "the scaler has skipped more than 10 consecutive steps though the input is "
             "finite; or the net computes in float16 and the loss is finite",
-            "float16 overflows; where a loss scaler halves for ever, its scale is not "
-            "what is too large",
+            "values overflow in float16; if a loss scaler keeps halving its scale, the "
+            "overflow is in the forward or backward pass, not in the scale",
             "scaler = torch.amp.GradScaler(enabled=False)  # and autocast to bfloat16",
         ),
         None: Cause(
             "no loss was logged",
-            "undecided without the loss: watch.log(loss=...) tells data from backward",
+            "undecided: no loss is logged; with watch.log(loss=loss) bad data can be "
+            "told from a fault in backward",
             _ANOMALY,
         ),
     },
@@ -170,7 +173,7 @@ class Nonfinite(Remembering[_State]):
         else:
             shown += "; no gradient was finite before"
         if self._state.skips > _SKIPS_ALLOWED:
-            what = f"{self._state.skips} steps in a row were skipped for NaN or Inf"
+            what = f"{self._state.skips} consecutive steps were skipped for NaN or Inf"
         return text.alert(
             NONFINITE,
             record,

@@ -50,8 +50,8 @@ NOT_UPDATING = Kind(
         ),
         None: Cause(
             "the optimizer holds it at a rate that is not 0",
-            "the optimizer holds it and its gradient is not 0: the update is lost, "
-            "below the weight's precision or cut off",
+            "the optimizer holds it and its gradient is not 0: the update has no "
+            "effect: it is below the weight's precision, or something discards it",
             "print([group['lr'] for group in optimizer.param_groups])",
         ),
     },

@@ -106,7 +106,7 @@ class OverClipping(OfSteps[_State]):
                 OVER_CLIPPING,
                 record,
                 since=since,
-                what="the clip leaves nothing of the gradients",
+                what="clipping leaves almost nothing of the gradients",
                 shown=(
                     f"clip_ratio {ratio:.2g} (alarm from "
                     f"{OVER_CLIPPING.at('clip_ratio')} down), largest update_ratio "

@@ -29,8 +29,8 @@ REPEATED_BATCH = Kind(
     causes={
         "data": Cause(
             "by measurement",
-            "one batch is served at each step; no fault if it is all the data, or to "
-            "be fitted on purpose",
+            "one batch is served at each step; not a fault if it is all your data, or "
+            "is overfitted on purpose",
             "for batch in loader: ...  # not next(iter(loader)) at each step",
         )
     },

@@ -88,7 +88,11 @@ def filled(line: str, *, since: int = 0, stream: Stream | None = None) -> str:
 
 def remedy_line(remedy: Remedy, since: int) -> str:
     """Return the line that applies a remedy, with where to go back to."""
-    where = f"from a checkpoint before step {since}" if since else "best from the start"
+    where = (
+        f"from a checkpoint before step {since}"
+        if since
+        else "best applied before training starts"
+    )
     return f"{remedies.line(remedy)}  # {where}"
 
 

@@ -27,7 +27,7 @@ TRUNCATED = Kind(
             "by structure",
             "truncated backpropagation through time: nothing farther back than "
             "{length} steps is learnt from; no fault by itself",
-            "a longer piece of the sequence in each call, if more is needed",
+            "if more is needed, pass a longer piece of the sequence to each call",
         )
     },
 )
@@ -77,7 +77,7 @@ class Truncated(Remembering[_State]):
             record,
             since=record.step,
             what=f"the state of {stream.name} is detached every {length} steps",
-            shown="it begins with the state of an earlier call, which has no graph",
+            shown="each call starts from an earlier one's state, without its graph",
             cause="truncation",
             evidence={},
             stream=stream,

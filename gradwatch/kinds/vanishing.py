@@ -94,11 +94,12 @@ VANISHING = Kind(
         "truncation": Cause(
             "the state is detached between calls, in mid-sequence",
             "the state is detached: no gradient passes to an earlier call",
-            "a longer piece of the sequence in each call; no detach() in between",
+            "pass a longer piece of the sequence to each call, no detach() between",
         ),
         "padding": Cause(
             "the input is all zeros in the last third of the steps or more",
-            "the state is read behind the padding: what is wanted has died out by then",
+            "the state is read after the padding, by which time the sequence has "
+            "faded from it",
             "pack_padded_sequence(x, lengths, enforce_sorted=False), or read out at "
             "each length",
         ),
@@ -445,18 +446,21 @@ class Vanishing(Remembering[_State]):
         length, cut = self._length(stream), self._seen.module(stream).cut or 0
         cause = self._cause(stream)
         shown = (
-            f"the first step gets 10^{reach:.1f} of the largest adjoint (from "
-            f"10^{_LOW:.0f})"
+            f"the gradient at the first step is 10^{reach:.1f} of the largest one "
+            f"(reported at 10^{_LOW:.0f} or below)"
         )
         if cut:
             reach = -float("inf")
             shown = f"the first {cut} of {length} steps are cut off and get nothing"
-        shown += f"; signal {record.metrics.get(keys['signal'], 1.0):.2f} of its start"
+        signal = record.metrics.get(keys["signal"], 1.0)
+        shown += f"; the output gradient is {signal:.2f} times what it was at first"
         if known["travel"]:
-            shown += f"; the weights have moved by {known['travel']:.2g} of their norm"
+            shown += (
+                f"; cumulative update size {known['travel']:.2g} of the weights' norm"
+            )
         if self._state.losses.share is not None:
             shown += f"; the loss is at {self._state.losses.share:.2f} of its start"
-        far = f"{horizon:.0f}" if horizon is not None else "few"
+        far = f"{horizon:.0f}" if horizon is not None else "only a few"
         why = VANISHING.causes[cause].why
         return text.alert(
             VANISHING,

@@ -31,7 +31,7 @@ _SETTLE_S: Final = 0.01
 """Twice what a thread may wait for the interpreter: an earlier commit shows by then."""
 _STREAMS: Final = 8
 _SLOW: Final = (
-    "W&B does not take what is sent to it; what has waited longest is dropped. "
+    "W&B is not accepting data fast enough; the oldest records are dropped. "
     "Training and the run folder are not affected."
 )
 
