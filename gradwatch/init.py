@@ -213,7 +213,7 @@ def zero_bias_(
     streams: Streams = None,
     optimizer: Optimizers = None,
 ) -> list[Changed]:
-    """Set both biases to 0, of all gates or of some: a gate at rest is then half open.
+    """Set both biases to 0, of all gates or of some: without input they are half open.
 
     What frees a gate that its bias holds shut, such as the output gate of an LSTM.
 

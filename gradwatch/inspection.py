@@ -75,7 +75,7 @@ class Inspected:
         forget_bias: Mean of both biases' sum of the gate that keeps: f, or a GRU's z.
             None for a vanilla net.
         timescale: Median over the units of ``1 + exp(bias)``: the steps that a unit
-            keeps its state for, at rest. None for a vanilla net.
+            keeps its state for, by the biases alone. None for a vanilla net.
         rate: By what factor a signal that is small enough changes at each step. rho of
             W_hh for a vanilla net; for a gated one, of the Jacobian of state to state
             where input and state are 0.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from torch.optim import LBFGS, Adagrad, Optimizer
 
 from gradwatch.numerics.spectral import spectral_radius
 from gradwatch.record import Stream
-from gradwatch.recurrent import Recurrence, gate_matrices, stored_weights
+from gradwatch.recurrent import KEEPS, Recurrence, gate_matrices, stored_weights
 
-_KEEPS: Final = {"LSTM": "f", "GRU": "z"}
-"""Kind of net -> the gate that keeps the state: 1 / (1 - sigmoid(b)) = 1 + exp(b)."""
 Optimizers = Optimizer | Iterable[Optimizer] | None
 
 
@@ -112,7 +110,7 @@ def write(
 def _memory(recurrence: Recurrence) -> float | None:
     """Return the median memory in steps, by the gate's biases; None without one."""
     stream, weights = recurrence.stream, stored_weights(recurrence)
-    gate = _KEEPS.get(stream.kind)
+    gate = KEEPS.get(stream.kind)
     if gate is None or "bias_ih" not in weights:
         return None
     bias = (weights["bias_ih"].double() + weights["bias_hh"].double()).detach()

@@ -18,6 +18,8 @@ VERSION_KEY: Final = "version"
 
 Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _NONE: Final[Mapping[int, Upgrade]] = types.MappingProxyType({})
+UNCHANGED: Final[Mapping[int, Upgrade]] = types.MappingProxyType({0: dict})
+"""For a state that was the same before it had a version."""
 
 
 class State(Protocol):
@@ -110,8 +112,9 @@ def _replace(state: Any, new: Any, keep: Collection[str] = ()) -> None:
             setattr(state, field.name, value)
 
 
-def _frozen(value: Any) -> bool:
-    return bool(type(value).__dataclass_params__.frozen)
+def _frozen(kind: Any) -> bool:
+    """Tell whether a dataclass, or what is of one, is frozen."""
+    return bool(kind.__dataclass_params__.frozen)
 
 
 # ---- by types
@@ -128,17 +131,13 @@ def _dataclass(kind: Any, raw: Any, path: str, complete: bool) -> Any:
             f"{', '.join(fields)}."
         )
     # A fact that is None is left out; so may be what was empty in an older layout.
-    lenient = _frozen_kind(kind) or not complete
+    lenient = _frozen(kind) or not complete
     needed = [name for name, f in fields.items() if not (lenient and _has_default(f))]
     if missing := sorted(name for name in needed if name not in raw):
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     return kind(
         **{k: _value(hints[k], v, f"{path}, {k},", complete) for k, v in raw.items()}
     )
-
-
-def _frozen_kind(kind: Any) -> bool:
-    return bool(kind.__dataclass_params__.frozen)
 
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:

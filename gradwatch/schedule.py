@@ -53,10 +53,6 @@ class _State:
     steps: list[float]
 
 
-_OLDER: Final[Mapping[int, saved.Upgrade]] = {0: dict}
-"""Without a version it was the same."""
-
-
 class Schedule:
     """The cadence of each depth, kept within a budget.
 
@@ -199,7 +195,7 @@ class Schedule:
         Raises:
             ValueError: If ``state`` is not what :meth:`state_dict` returned.
         """
-        read = saved.read(_State, state, "the schedule", _OLDER)
+        read = saved.read(_State, state, "the schedule", saved.UNCHANGED)
         self.changes += 1
         if self.budget is not None:
             self._stretch.update(read.stretch)

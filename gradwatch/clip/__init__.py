@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 import numpy as np
 import torch
@@ -109,6 +109,8 @@ class _Adaptive(Clipper):
     the gradients are clipped to norm 1.
     """
 
+    _saved_as: ClassVar[type[ClipperState]] = _AdaptiveState
+
     def __init__(self, *, watch: Any, patience: int | None) -> None:
         self._watch = watch
         super().__init__(patience=patience)
@@ -144,8 +146,8 @@ class _Adaptive(Clipper):
     def _take_in(self, norm: float, let_through: float) -> None:
         """Move the statistic on by the norm of a step, before and after clipping."""
 
-    def _state(self) -> ClipperState:
-        return _AdaptiveState(**self._counts(), seen=self._seen)
+    def _fields(self) -> dict[str, Any]:
+        return {**super()._fields(), "seen": self._seen}
 
     def _go_on_from(self, state: Any) -> None:
         super()._go_on_from(state)
@@ -166,6 +168,8 @@ class AutoClip(_Adaptive):
     References:
         Seetharaman et al. (2020), arXiv:2007.14469, with an unbounded history.
     """
+
+    _saved_as = _AutoState
 
     def __init__(
         self,
@@ -210,9 +214,8 @@ class AutoClip(_Adaptive):
             self._history.popleft()
         self._history.append(norm)
 
-    def _state(self) -> ClipperState:
-        history = list(self._history)
-        return _AutoState(**self._counts(), seen=self._seen, history=history)
+    def _fields(self) -> dict[str, Any]:
+        return {**super()._fields(), "history": list(self._history)}
 
     def _go_on_from(self, state: Any) -> None:
         super()._go_on_from(state)
@@ -222,6 +225,8 @@ class AutoClip(_Adaptive):
 
 class _Running(_Adaptive):
     """A running mean and variance, begun from the first 25 values."""
+
+    _saved_as = _RunningState
 
     def __init__(self, z_max: float, *, watch: Any, patience: int | None) -> None:
         self.z_max = _positive("z_max", z_max)
@@ -247,14 +252,9 @@ class _Running(_Adaptive):
         """Return mean and variance of the first values."""
         return float(np.mean(first)), float(np.var(first))
 
-    def _state(self) -> ClipperState:
-        return _RunningState(
-            **self._counts(),
-            seen=self._seen,
-            first=self._first,
-            mean=self._mean,
-            var=self._variance,
-        )
+    def _fields(self) -> dict[str, Any]:
+        own = {"first": self._first, "mean": self._mean, "var": self._variance}
+        return {**super()._fields(), **own}
 
     def _go_on_from(self, state: Any) -> None:
         super()._go_on_from(state)

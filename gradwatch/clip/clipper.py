@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -94,10 +94,6 @@ class ClipperState:
     carried: dict[str, Any]
 
 
-_OLDER: Final[Mapping[int, saved.Upgrade]] = {0: dict}
-"""Without a version it was the same."""
-
-
 class Clipper(ABC):
     """Clips the gradients of one optimizer's parameters, and refuses broken ones.
 
@@ -109,6 +105,8 @@ class Clipper(ABC):
             GradScaler refused steps are expected, and counted for this only once its
             scale has fallen to 1.
     """
+
+    _saved_as: ClassVar[type[ClipperState]] = ClipperState
 
     def __init__(self, *, patience: int | None = 10) -> None:
         if patience is not None and patience < 1:
@@ -228,7 +226,7 @@ class Clipper(ABC):
             held = with_gradient(of_optimizer(optimizer) if chosen is None else chosen)
             others = [] if chosen is None else _others(held, optimizer)
             # A fused optimizer unscales by itself, later.
-            pending = getattr(optimizer, "grad_scale", None)
+            pending = _torch.fused_scale(optimizer)
             scale = 1.0 if pending is None else float(pending)
             return self._clip(
                 held, others, scale=scale, scaler=scaler, optimizer=optimizer
@@ -256,7 +254,10 @@ class Clipper(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics and counts, as plain values for a checkpoint."""
-        return {"kind": type(self).__name__, **saved.write(self._state())}
+        return {
+            "kind": type(self).__name__,
+            **saved.write(self._saved_as(**self._fields())),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
@@ -271,14 +272,10 @@ class Clipper(ABC):
                 f"the state is of a {kind}; expected what {own}.state_dict() returned."
             )
         plain = {key: value for key, value in state.items() if key != "kind"}
-        self._go_on_from(saved.read(type(self._state()), plain, own, _OLDER))
+        self._go_on_from(saved.read(self._saved_as, plain, own, saved.UNCHANGED))
 
-    def _state(self) -> ClipperState:
-        """Return what is saved."""
-        return ClipperState(**self._counts())
-
-    def _counts(self) -> dict[str, Any]:
-        """Return the fields of :class:`ClipperState`."""
+    def _fields(self) -> dict[str, Any]:
+        """Return the fields of what is saved."""
         return {
             "steps": self.steps,
             "clipped": self.clipped,

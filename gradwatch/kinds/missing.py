@@ -7,6 +7,7 @@ notice, and a weight that no optimizer holds needs no gradient.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class _State:
     seen: SeenState = field(default_factory=SeenState)
 
 
-class Missing(Remembering[_State]):
+class Missing(Remembering[_State], ABC):
     """For how many steps something is missing in each stream, and the facts as known.
 
     A subclass tells of one step whether it is, and what is reported when it has lasted.
@@ -73,13 +74,13 @@ class Missing(Remembering[_State]):
         """Whether it is still missing somewhere."""
         return bool(self._state.raised)
 
+    @abstractmethod
     def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
         """Return how long it has to be missing; None where it is not, or excused."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
         """Return what is reported once it has been missing for as long."""
-        raise NotImplementedError
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
