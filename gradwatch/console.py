@@ -235,10 +235,13 @@ def verdict(
             "this watch, with loss.backward()?"
         )
     elif not alarms:
-        head = f"{steps} steps, no alarm"
+        head = f"{_count(steps, 'step')}, no alarm"
     else:
         first = min(i.since for i in alarms)
-        head = f"{steps} steps, {_count(len(alarms), 'alarm')}, first at step {first}"
+        head = (
+            f"{_count(steps, 'step')}, {_count(len(alarms), 'alarm')}, first at step "
+            f"{first}"
+        )
     if steps:
         if notices:
             still = f" ({len(open_notices)} still open)" if open_notices else ""

@@ -129,8 +129,8 @@ class Facts:
     def with_later(self, later: Facts) -> Facts:
         """Return these facts, with later ones in place of what they speak of."""
         return Facts(
-            step=_joined(self.step, later.step),
-            run=_joined(self.run, later.run),
+            step=joined(self.step, later.step),
+            run=joined(self.run, later.run),
             modules={**self.modules, **later.modules},
             streams={**self.streams, **later.streams},
         )
@@ -168,7 +168,8 @@ def _differing(
     return {name: value for name, value in now.items() if known.get(name) != value}
 
 
-def _joined(early: _Scope, later: _Scope) -> _Scope:
+def joined(early: _Scope, later: _Scope) -> _Scope:
+    """Return facts of one scope, with later ones in place of what they speak of."""
     return dataclasses.replace(early, **_plain(later))
 
 

@@ -175,9 +175,15 @@ class Latest(dict[str, float]):
         """Raise a KeyError that names the nearest keys, or how many there are."""
         if not self:
             raise KeyError(f"{key!r} has not been measured; nothing has been yet")
-        near = difflib.get_close_matches(str(key), self, n=3)
-        there = f"near it: {', '.join(near)}" if near else f"there are {len(self)} keys"
-        raise KeyError(f"{key!r} has not been measured; {there}")
+        raise KeyError(f"{key!r} has not been measured; {_near(key, self)}")
+
+
+def _near(key: object, known: Collection[str]) -> str:
+    """Return which keys are near one that is missing, or how many there are."""
+    last = str(key).rpartition("/")[2]
+    ending = [name for name in sorted(known) if name.rpartition("/")[2] == last]
+    near = ending[:3] or difflib.get_close_matches(str(key), known, n=3)
+    return f"near it: {', '.join(near)}" if near else f"there are {len(known)} keys"
 
 
 class Records(Sequence[StepRecord]):
@@ -211,12 +217,7 @@ class Records(Sequence[StepRecord]):
         """
         found = [(r.step, r.metrics[key]) for r in self._records if key in r.metrics]
         if not found:
-            last = key.rsplit("/", 1)[-1]
-            near = [known for known in self.keys() if last in known][:5]
-            raise KeyError(
-                f"no record holds {key!r}; "
-                + (f"close to it: {', '.join(near)}" if near else "see .keys()")
-            )
+            raise KeyError(f"no record holds {key!r}; {_near(key, self.keys())}")
         steps, values = zip(*found, strict=True)
         return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
 

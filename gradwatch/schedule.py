@@ -65,8 +65,8 @@ class Schedule:
     Raises:
         TypeError: If ``every`` is neither an int, a mapping nor None, or ``budget``
             neither a number nor None.
-        ValueError: If a depth is unknown, a cadence is below 1 or the budget is not
-            above 0.
+        ValueError: If a depth is unknown, a cadence is below 1, or the budget is not
+            above 0 and at most 1.
     """
 
     def __init__(
@@ -214,12 +214,12 @@ def _share(budget: float | None) -> float | None:
     if budget is None:
         return None
     wanted = (
-        f"budget is {budget!r}; expected a share of the training time above 0, such as "
-        "budget=0.03, or None to fix the cadences."
+        f"budget is {budget!r}; expected a share of the training time above 0 and at "
+        "most 1, such as budget=0.03 for 3 %, or None to fix the cadences."
     )
     if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise TypeError(wanted)
-    if not budget > 0:
+    if not 0 < budget <= 1:
         raise ValueError(wanted)
     return budget
 

@@ -34,7 +34,7 @@ class Settings:
     rules: Sequence[Rule] | None = None
     mute: Iterable[str | tuple[str, str]] = ()
     on_alert: OnAlert = None
-    sinks: tuple[Sink, ...] = ()
+    sinks: Iterable[Sink] = ()
     wandb: Any = None
     dir: str | os.PathLike[str] | None = None
     name: str | None = None
@@ -46,11 +46,9 @@ class Settings:
         """Check what the types cannot."""
         self.schedule = Schedule(self.every, self.budget)
         self.wandb = _wandb_sink(self.wandb)
-        if isinstance(self.mute, str):
-            raise TypeError(
-                f"mute is {self.mute!r}; expected a list: mute=[{self.mute!r}]."
-            )
-        self.mute = tuple(self.mute)
+        self.mute = _several("mute", self.mute)
+        self.sinks = _several("sinks", self.sinks)
+        self.rules = None if self.rules is None else _several("rules", self.rules)
         if not (
             self.on_alert is None or self.on_alert == "raise" or callable(self.on_alert)
         ):
@@ -66,6 +64,17 @@ class Settings:
         if samples is not None and (not isinstance(samples, int) or samples < 1):
             raise ValueError(
                 f"flow_samples is {samples!r}; expected at least 1, or None for all."
+            )
+        for rule in self.rules or ():
+            if not isinstance(rule, Rule):
+                raise TypeError(
+                    f"rules holds a {type(rule).__name__}; expected objects with "
+                    "update(record) -> list of Alert, such as "
+                    "gradwatch.rules.default_rules(streams) returns."
+                )
+        if self.scaler is not None and not hasattr(self.scaler, "get_scale"):
+            raise TypeError(
+                f"scaler is a {type(self.scaler).__name__}; expected a GradScaler."
             )
         for sink in self.sinks:
             if isinstance(sink, Wandb):
@@ -89,6 +98,13 @@ class Settings:
     def patient(self) -> bool:
         """Whether steps may wait: nobody but gradwatch looks at each."""
         return not self.sinks and self.rules is None
+
+
+def _several(name: str, given: Any) -> tuple[Any, ...]:
+    """Return what an argument lists; a single object is no list of one."""
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        return tuple(given)
+    raise TypeError(f"{name} is {given!r}; expected a list: {name}=[{given!r}].")
 
 
 def _wandb_sink(given: Any) -> Wandb | None:

@@ -95,12 +95,6 @@ def watch(
     if _disabled():
         return Watch(None, Settings())
     found = recurrences(model)
-    if (known := _watching(found)) is not None:
-        console.report(
-            "this model is watched already; the same watch is returned and the "
-            "arguments of this call are not used. Close it first to change them."
-        )
-        return known
     settings = Settings(
         every=every,
         budget=budget,
@@ -108,15 +102,21 @@ def watch(
         rules=rules,
         mute=mute,
         on_alert=on_alert,
-        sinks=tuple(sinks),
+        sinks=sinks,
         wandb=wandb,
         dir=dir,
         name=name,
         scaler=scaler,
         start_step=start_step,
     )
-    named = default_rules([]) if rules is None else rules
+    named = default_rules([]) if settings.rules is None else settings.rules
     check_mute(settings.mute, named, [r.stream.name for r in found])
+    if (known := _watching(found)) is not None:
+        console.report(
+            "this model is watched already; the same watch is returned and the "
+            "arguments of this call are not used. Close it first to change them."
+        )
+        return known
     return Watch(model, settings, found)
 
 
@@ -266,6 +266,7 @@ class Watch:
             loss: A number, or a tensor of one element.
 
         Raises:
+            TypeError: If it is no number.
             ValueError: If the tensor has more than one element.
         """
         value: float | Tensor
@@ -278,7 +279,12 @@ class Watch:
             loss = loss.detach().reshape(())
             value = float(loss) if loss.device.type == "cpu" else loss
         else:
-            value = float(loss)
+            try:
+                value = float(loss)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"loss is {loss!r}; expected a number or a tensor of one element."
+                ) from None
         if self._engine is not None:
             self._engine.log(value)
 

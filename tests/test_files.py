@@ -94,7 +94,7 @@ def test_series_and_keys():
     assert steps.tolist() == [0, 2] and values.tolist() == [1.0, 3.0]
     assert kept.keys() == ["a/b", "c/b"]
     assert [r.step for r in kept[1:]] == [1, 2]
-    with pytest.raises(KeyError, match=r"close to it: a/b, c/b"):
+    with pytest.raises(KeyError, match=r"near it: a/b, c/b"):
         kept.series("z/b")
 
 

@@ -223,12 +223,13 @@ def test_a_useless_cadence_is_refused(every, error, said):
     [
         (0, ValueError),
         (-0.1, ValueError),
+        (3, ValueError),
         (math.nan, ValueError),
         (True, TypeError),
         ("3%", TypeError),
     ],
 )
 def test_a_useless_budget_is_refused(budget, error):
-    said = rf"budget is {budget!r}; expected a share .* budget=0.03, or None"
+    said = rf"budget is {budget!r}; expected a share .* budget=0.03 for 3 %, or None"
     with pytest.raises(error, match=said):
         Schedule(budget=budget)

@@ -442,6 +442,18 @@ BAD = {
         "wandb is 3; expected",
     ),
     "alert": (lambda: gradwatch.watch(lstm(), on_alert=3), TypeError, "on_alert is 3"),
+    "sinks": (lambda: gradwatch.watch(lstm(), sinks=3), TypeError, r"sinks=\[3\]"),
+    "rules": (
+        lambda: gradwatch.watch(lstm(), rules=[3]),
+        TypeError,
+        "rules holds a in",
+    ),
+    "scaler": (lambda: gradwatch.watch(lstm(), scaler=3), TypeError, "a GradScaler"),
+    "loss": (
+        lambda: gradwatch.watch(lstm()).log(loss="much"),
+        TypeError,
+        "loss is 'much'; expected a number",
+    ),
 }
 
 
@@ -450,6 +462,12 @@ def test_bad_input_gets_a_clear_error(name):
     call, error, text = BAD[name]
     with pytest.raises(error, match=text):
         call()
+
+
+def test_arguments_are_checked_on_a_model_that_is_watched_already():
+    model = lstm()
+    with gradwatch.watch(model, dir=None), pytest.raises(ValueError, match="budget"):
+        gradwatch.watch(model, budget=3)
 
 
 class Small(nn.Module):

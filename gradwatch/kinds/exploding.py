@@ -340,7 +340,7 @@ class Exploding(Remembering[_State]):
         }
         if cause is not None and stream is not None:
             grown = self._seen.of(stream).get("growth_log10", 0.0)
-            evidence[stream_key(stream, "growth_log10")] = (grown, _GROWS)
+            evidence[stream_key(stream, "growth_log10")] = (grown, None)
             shown += f"; growth_log10 {grown:.1f} in {stream.name}"
         return text.alert(
             EXPLODING,

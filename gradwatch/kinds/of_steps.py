@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from gradwatch.facts import RUN_SCOPE, RunFacts
+from gradwatch.facts import RUN_SCOPE, RunFacts, joined
 from gradwatch.kinds.kind import Kind
 from gradwatch.kinds.latch import Running
 from gradwatch.kinds.remembering import Remembering
@@ -51,12 +51,8 @@ class OfSteps(Remembering[S]):
         return self._state.running.raised
 
     def _note(self, record: StepRecord) -> None:
-        known, now = self._state.run, record.facts.run
-        if now is not RUN_SCOPE:
-            self._state.run = RunFacts(
-                cleared=known.cleared if now.cleared is None else now.cleared,
-                scaled=known.scaled if now.scaled is None else now.scaled,
-            )
+        if record.facts.run is not RUN_SCOPE:
+            self._state.run = joined(self._state.run, record.facts.run)
 
     def _moved(self, record: StepRecord) -> float | None:
         """Return the largest update ratio of the step; None where none was measured."""
