@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -60,14 +61,28 @@ def shown(text: object) -> str:
     )
 
 
+_undelivered: Counter[str] = Counter()
+
+
+def undelivered() -> int:
+    """Return how many messages of this process a console, or a handler, has lost."""
+    return _undelivered.total()
+
+
 def say(text: str, level: int = logging.INFO) -> None:
-    """Log a text, every line of it with control characters escaped."""
-    log.log(level, "gradwatch: %s", "\n".join(shown(x) for x in text.split("\n")))
+    """Log a text, every line of it with control characters escaped.
+
+    What a handler raises stays here, and is counted: it is no fault of the training.
+    """
+    try:
+        set_up()
+        log.log(level, "gradwatch: %s", "\n".join(shown(x) for x in text.split("\n")))
+    except Exception as error:
+        _undelivered[type(error).__name__] += 1
 
 
 def report(line: str) -> None:
     """Say what went wrong, as a warning."""
-    set_up()
     say(line, logging.WARNING)
 
 
@@ -79,7 +94,6 @@ def greet(streams: Sequence[Stream], folder: object, wandb: str | None) -> None:
         folder: Where the records go; None for memory alone.
         wandb: What becomes of them in W&B, in words; None for nothing.
     """
-    set_up()
     modules = len({stream.module for stream in streams})
     parts = [
         f"watching {_count(len(streams), 'stream')} in {_count(modules, 'module')}",

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from threading import get_ident
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -81,7 +81,7 @@ class Engine:
         self.closed, self._intake = False, intake
         self._paused, self._measuring = False, measuring
         self._schedule, self._health = settings.schedule, health
-        self._guard = health.guard("gradients", self._look_no_more)
+        self._guard = health.guard("gradients", self._recover)
         self._clock = ClockState(number=settings.start_step)
         self._overdue = False
         self._thread = get_ident()
@@ -115,12 +115,20 @@ class Engine:
         if self._soonest <= number + 2 or self._modules.wanted is not NOTHING:
             self._expect()
 
-    def _look_no_more(self) -> None:
-        self._modules.expect(NOTHING)
+    def _recover(self, off: bool) -> None:
+        """Go on with the next step after a failure, or look no more."""
+        if off:
+            self._parameters.close()
+            self._optimizers.close()
+            self._reader.close()
+            self._modules.let_go()
+        else:
+            self._step.drop()
+            self._refresh()
 
     @property
     def _off(self) -> bool:
-        return self.closed or "gradients" in self._health.failed
+        return self.closed or self._guard.off
 
     # ---- forward: told to the modules ahead
 
@@ -157,12 +165,15 @@ class Engine:
         if self._off or not self._clock.open:
             return
         with self._guard:
-            waiting = self._reader.ended(due=self._due)
-            if waiting:
-                self._step.ended()
-                self._launch()
-            self._modules.ended()
-            self._advance(BackwardEnds(waiting))
+            waiting = True
+            try:
+                waiting = self._reader.ended(due=self._due)
+                if waiting:
+                    self._step.ended()
+                    self._launch()
+                self._modules.ended()
+            finally:  # what fails to be measured is a step all the same
+                self._advance(BackwardEnds(waiting))
 
     def _launch(self) -> None:
         """Launch what is due; the weights are those that the forward used."""
@@ -236,15 +247,18 @@ class Engine:
         self._intake.raise_if_due()
 
     def _after(self, optimizer: Optimizer, held: Held, closure: bool) -> None:
-        state, task = self._clock, _torch.graph_task_id()
-        if state.open and state.inside == (held.number,):
-            self._modules.used()
-            if self._due:
-                if closure:
-                    self._read_used(optimizer, held, task)
-                self._reader.compare(held)
-            self._reader.has_used(held, state.stepped)
-        self._advance(OptimizerEnds(held.number, task, self._reader.refused))
+        state, task, refused = self._clock, _torch.graph_task_id(), False
+        try:
+            if state.open and state.inside == (held.number,):
+                self._modules.used()
+                if self._due:
+                    if closure:
+                        self._read_used(optimizer, held, task)
+                    self._reader.compare(held)
+                self._reader.has_used(held, state.stepped)
+            refused = self._reader.refused
+        finally:  # what fails to be measured is a step all the same
+            self._advance(OptimizerEnds(held.number, task, refused))
 
     # ---- what the clock makes of it
 
@@ -286,6 +300,14 @@ class Engine:
         """Start the numbers of a step that is over on their way."""
         if not closed.aside:
             self._schedule.stepped(self._health.step())
+        try:
+            self._pass_on(closed)
+        finally:
+            if closed.number % _RESCAN_STEPS == 0:
+                self._reader.rescan()
+            self._refresh()
+
+    def _pass_on(self, closed: Closed) -> None:
         parts = self._step.close(closed, self._rates())
         if not self._paused:  # else events are recorded once measuring resumes
             step = Measured.of(
@@ -297,9 +319,6 @@ class Engine:
             )
             if step is not None:
                 self._overdue = self._intake.take(step) or self._overdue
-        if closed.number % _RESCAN_STEPS == 0:
-            self._reader.rescan()
-        self._refresh()
 
     # ---- asked for by the watch
 
@@ -317,11 +336,6 @@ class Engine:
     def open(self) -> bool:
         """Whether gradients wait for an optimizer."""
         return self._clock.open
-
-    @property
-    def hooks(self) -> list[Any]:
-        """The hooks that are not the model's own: torch keeps them for all."""
-        return self._optimizers.hooks
 
     def optimizers(self) -> list[Optimizer]:
         """Return the optimizers that have stepped and hold a watched parameter."""

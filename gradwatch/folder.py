@@ -65,7 +65,7 @@ def open_folder(settings: Settings, content: dict[str, Any]) -> Jsonl | None:
     name = settings.name or (run.id if run is not None else None) or default
     try:
         folder, why = make_folder(Path(where), str(name))
-        sink = Jsonl(folder, content)
+        sink = Jsonl(folder, content, say=console.report)
     except OSError as error:
         reason = error if isinstance(error, FolderError) else f"{where}: {error}"
         console.report(f"{reason}; records are kept in memory only.")

@@ -16,8 +16,10 @@ from torch import Tensor
 from gradwatch.block import ROWS, Block
 from gradwatch.depths.finish import Memory, finish
 from gradwatch.depths.measured import Measured
+from gradwatch.health import Health
 from gradwatch.pipeline import Pipeline
 from gradwatch.record import Alert, TrainingAlert
+from gradwatch.schedule import DEPTHS
 from gradwatch.settings import Settings
 
 REFUSED = "refused"
@@ -31,14 +33,16 @@ class Intake:
         pipeline: Where blocks go.
         settings: The arguments of the watch; its schedule is told what depths cost,
             and what the rules ask for.
+        health: Where failures are noted.
     """
 
-    def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
+    def __init__(self, pipeline: Pipeline, settings: Settings, health: Health) -> None:
         self.memory = Memory()
         self.unseen_writes = False
         """Whether the loop was found to write gradients without a trace."""
         self._pipeline, self._schedule = pipeline, settings.schedule
         self._patient, self._raising = settings.patient, settings.raising
+        self._guards = {depth: health.guard(depth) for depth in DEPTHS[1:]}
         self._events: list[str] = []
         self._waiting: deque[Measured] = deque()
         self._since = 0
@@ -145,20 +149,22 @@ class Intake:
 
     def _hand_on(self, keep: int) -> None:
         block: Block | None = None
-        while len(self._waiting) > keep:
-            step = self._waiting.popleft()
-            began = time.perf_counter()
-            row, extras = finish(step, self.memory)
-            self._note_costs(step, time.perf_counter() - began)
-            columns = step.parts.layout.columns
-            if block is None or block.columns is not columns:
-                self._to_pipeline(block)
-                block = Block(columns)
-            block.add(step.number, step.time, row, extras)
-            if step.skipped_by == REFUSED:
-                self._to_pipeline(block, refused=True)
-                block = None
-        self._to_pipeline(block)
+        try:
+            while len(self._waiting) > keep:
+                step = self._waiting.popleft()
+                began = time.perf_counter()
+                row, extras = finish(step, self.memory, self._guards)
+                self._note_costs(step, time.perf_counter() - began)
+                columns = step.parts.layout.columns
+                if block is None or block.columns is not columns:
+                    done, block = block, Block(columns)
+                    self._to_pipeline(done)
+                block.add(step.number, step.time, row, extras)
+                if step.skipped_by == REFUSED:
+                    done, block = block, None
+                    self._to_pipeline(done, refused=True)
+        finally:  # a step that fails takes no other with it
+            self._to_pipeline(block)
 
     def _to_pipeline(self, block: Block | None, *, refused: bool = False) -> None:
         if block is None:

@@ -48,7 +48,8 @@ class Pipeline:
         self.records = Records()
         self.latest: dict[str, float] = {}
         self.alerts: list[Alert] = []
-        self.judge = Judge(rules, Incidents(CATALOGUE, settings.mute))
+        incidents = Incidents(CATALOGUE, settings.mute)
+        self.judge = Judge(rules, incidents, health.absorb)
         self.steps = 0
         self.notices = 0
         on_alert = None if quiet else settings.on_alert
@@ -61,7 +62,7 @@ class Pipeline:
         }
         self._quiet = quiet
         self._rules_guard = health.guard("rules")
-        self._callback_guard = health.guard("on_alert")
+        self._callback_guard = health.guard("on_alert", lasting=True)
         self._folder_guard = health.guard("the run folder")
         self._sink_guards = {name: health.guard(name) for name in sinks}
 
@@ -84,14 +85,14 @@ class Pipeline:
         self._tell(given, alarms)
         for name, sink in self._sinks.items():
             guard = self._sink_guards[name]
-            if not guard.failed and (alarms or record.step % self._every[name] == 0):
+            if not guard.off and (alarms or record.step % self._every[name] == 0):
                 with guard:
                     sink.write(record, given)
         return given
 
     def reports(self, kind: str) -> bool:
         """Tell whether alerts of a kind may be given out: its rule works, unmuted."""
-        return self.judge.reports(kind) and not self._rules_guard.failed
+        return self.judge.reports(kind) and not self._rules_guard.off
 
     def still_open(self) -> list[Alert]:
         """Return the last alert of the incident of an error that is open, if one is."""
@@ -101,7 +102,7 @@ class Pipeline:
 
     def _judge(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
         found: tuple[list[Alert], list[Incident]] = [], []
-        if not self._rules_guard.failed:
+        if not self._rules_guard.off:
             with self._rules_guard:
                 found = self.judge.take(record)
         return found
@@ -109,7 +110,7 @@ class Pipeline:
     def _to_folder(
         self, record: StepRecord, given: Sequence[Alert], changed: Sequence[Incident]
     ) -> None:
-        if self._folder is None or self._folder_guard.failed:
+        if self._folder is None or self._folder_guard.off:
             return
         with self._folder_guard:
             self._folder.write(record, given)
@@ -128,7 +129,7 @@ class Pipeline:
 
     def write_out(self) -> None:
         """Have the folder write the records that it was given."""
-        if self._folder is not None and not self._folder_guard.failed:
+        if self._folder is not None and not self._folder_guard.off:
             with self._folder_guard:
                 self._folder.flush()
 
@@ -136,7 +137,7 @@ class Pipeline:
         """Have the folder, and every sink that can, hand on what it holds."""
         self.write_out()
         for name, sink in self._sinks.items():
-            if isinstance(sink, Holding) and not self._sink_guards[name].failed:
+            if isinstance(sink, Holding) and not self._sink_guards[name].off:
                 with self._sink_guards[name]:
                     sink.flush()
 

@@ -12,6 +12,7 @@ import functools
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -36,6 +37,12 @@ from gradwatch.settings import DIR, OnAlert, Settings
 from gradwatch.sinks import Sink
 from gradwatch.sinks.wandb import destination
 
+_LOST: Final = {
+    "alerts.jsonl": "alerts",
+    "incidents and meta.json": "files",
+    "the console": "messages",
+}
+"""What is lost where it is no record."""
 _YES: Final = ("1", "true", "yes", "on")
 _NO: Final = ("", "0", "false", "no", "off")
 """What ``GRADWATCH_DISABLED`` may say."""
@@ -149,6 +156,7 @@ class Watch:
         self._streams = tuple(r.stream for r in found)
         self._pid = os.getpid()
         self._health = Health(console.report)
+        self._undelivered = console.undelivered()
         self._loud = model is not None and rank() == 0
         content = meta(settings, self._streams)
         self._folder = open_folder(settings, content) if self._loud else None
@@ -188,12 +196,10 @@ class Watch:
             self,
             settings=self._settings,
             health=self._health,
-            intake=Intake(self._pipeline, self._settings),
+            intake=Intake(self._pipeline, self._settings, self._health),
             measuring=self._loud,
         )
-        self._finalizer = weakref.finalize(
-            model, _model_gone, weakref.ref(self), engine.hooks
-        )
+        self._finalizer = weakref.finalize(model, _close, weakref.ref(self))
         return engine
 
     def _bring_up_to_date(self) -> None:
@@ -240,7 +246,11 @@ class Watch:
     def health(self) -> dict[str, Any]:
         """What works, what failed, what was lost, and what it costs."""
         wandb = self._settings.wandb
-        lost = {} if wandb is None or not wandb.dropped else {"W&B": wandb.dropped}
+        lost = {} if self._folder is None else self._folder.lost
+        if wandb is not None and wandb.dropped:
+            lost["W&B"] = wandb.dropped
+        if (messages := console.undelivered() - self._undelivered) > 0:
+            lost["the console"] = messages
         return self._health.as_dict(
             "off" if self._closed else "on",
             queued=0 if wandb is None else wandb.queued,
@@ -352,30 +362,36 @@ class Watch:
         """Settle the open step, take every hook off, and close. Safe to call twice."""
         if self._closed or os.getpid() != self._pid or self._engine is None:
             return
-        with self._health.guard("gradients"):
-            self._engine.close()
         self._closed = True
-        self._finalizer.detach()
-        self._pipeline.close()
+        with ExitStack() as rest:  # all of it, whatever interrupts one of them
+            rest.callback(self._say_goodbye)
+            rest.callback(self._close_folder)
+            rest.callback(self._pipeline.close)
+            rest.callback(self._finalizer.detach)
+            with self._health.guard("gradients"):
+                self._engine.close()
+
+    def _close_folder(self) -> None:
         if self._folder is not None:
             with self._health.guard("the run folder"):
                 self._folder.close(self.health)
-        if self._loud:
-            self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        health = self.health
-        lost = [f"{part} failed: {why}" for part, why in health["failed"].items()]
-        lost += [f"{n} records did not reach {s}" for s, n in health["dropped"].items()]
-        console.say(
-            console.verdict(
-                self._pipeline.steps,
-                self.incidents,
-                self._pipeline.notices,
-                lost,
-                self.dir,
+        if not self._loud:
+            return
+        with self._health.guard("the closing lines"):
+            health, pipeline = self.health, self._pipeline
+            lost = [f"{part} failed: {why}" for part, why in health["failed"].items()]
+            lost += [
+                f"{n} {_LOST.get(name, 'records')} did not reach {name}"
+                for name, n in health["dropped"].items()
+            ]
+            incidents = pipeline.judge.incidents.all()
+            console.say(
+                console.verdict(
+                    pipeline.steps, incidents, pipeline.notices, lost, self.dir
+                )
             )
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values for a checkpoint."""
@@ -462,13 +478,6 @@ def _close(watch_ref: weakref.ref[Watch]) -> None:
     found = watch_ref()
     if found is not None:
         found.close()
-
-
-def _model_gone(watch_ref: weakref.ref[Watch], hooks: Sequence[Any]) -> None:
-    """Close the watch of a model that is freed, or at the end of the process."""
-    _close(watch_ref)
-    for hook in hooks:  # where the collector took the watch first
-        hook.remove()
 
 
 def _watching(found: Sequence[Recurrence]) -> Watch | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
 
+from gradwatch.hooks import every_step
 from gradwatch.hooks.probe import Probe
 
 os.environ.setdefault("GRADWATCH_STRICT", "1")
@@ -41,14 +42,18 @@ def _nothing_outlives_its_test():
     if any(not probe.closed for probe in _probes):
         gc.collect()
     assert not [probe for probe in _probes if not probe.closed]
+    assert not [ref for ref in every_step._TOLD.now if ref() is not None]
     assert _global_hooks() == hooks_before
 
 
 def _global_hooks():
-    return (
-        len(torch_optimizer._global_optimizer_pre_hooks),
-        len(torch_optimizer._global_optimizer_post_hooks),
+    """Return the hooks on all optimizers, but for our one pair, which stays."""
+    ours = (every_step._before, every_step._after)
+    registries = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
     )
+    return [hook for known in registries for hook in known.values() if hook not in ours]
 
 
 @pytest.fixture

@@ -286,7 +286,9 @@ def test_a_failure_of_the_replay_switches_off_the_states_alone(
     assert "out of luck" in watch.health["failed"]["state"]
     assert len(of(watch, "rho")) == 3 and len(of(watch, "grad_norm_hh")) == 3
     said = [line for level, line in lines if level == "WARNING"]
-    assert len(said) == 1 and "state failed and is off from now on" in said[0]
+    assert "state failed; training is not affected" in said[0]
+    assert "state has failed 3 times" in said[1] and len(said) == 2
+    assert watch.health["off"] == ["state"]
 
 
 def test_the_table_shows_what_the_user_asked_for():

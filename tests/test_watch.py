@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch import console
+from gradwatch.health import Health
 from gradwatch.metrics import run_key
 from testbed.models import Loop, Tagger, batches, lstm
 
@@ -281,9 +283,10 @@ class Failing:
     """A sink that fails, at once or later."""
 
     def __init__(self, after=0):
-        self.after, self.got, self.closed = after, [], False
+        self.after, self.got, self.closed, self.tries = after, [], False, 0
 
     def write(self, record, alerts=()):
+        self.tries += 1
         if len(self.got) >= self.after:
             raise OSError("no space left")
         self.got.append(record)
@@ -292,16 +295,45 @@ class Failing:
         self.closed = True
 
 
-def test_a_sink_that_raises_is_off_and_said_once(lenient, lines):
+def test_a_sink_that_raises_is_tried_three_times_and_told_twice(lenient, lines):
     model, sink = lstm(), Failing(after=2)
     with gradwatch.watch(model, dir=None, sinks=[sink]) as watch:
         train(model, 8)
         assert len(watch.records) == 8
         assert watch.health["state"] == "degraded"
         assert list(watch.health["failed"]) == ["sink 0 (Failing)"]
-    assert len(sink.got) == 2 and sink.closed
+        assert watch.health["off"] == ["sink 0 (Failing)"]
+    assert len(sink.got) == 2 and sink.tries == 5 and sink.closed
     said = [text for _, text in lines if "no space left" in text]
-    assert len(said) == 2  # with its traceback, and in the closing lines
+    assert [("Traceback" in text, "is off from" in text) for text in said] == [
+        (True, False),
+        (False, True),
+        (False, False),  # the closing lines
+    ]
+
+
+def test_failures_that_lie_far_apart_switch_nothing_off():
+    health = Health(lambda text: None)
+    error = RuntimeError("now and then")
+    for _ in range(4):
+        assert not health.fail("a part", error)
+        for _ in range(1001):
+            health.step()
+    assert not health.fail("a part", error) and not health.fail("a part", error)
+    assert health.fail("a part", error) and health.off == {"a part"}
+
+
+def test_an_error_without_words_is_reported_too(lines):
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no words")
+
+    health = Health(console.report)
+    with health.guard("a part"):
+        health._strict = False
+        raise Mute
+    assert health.failed == {"a part": "Mute (its text fails: RuntimeError)"}
+    assert len(lines) == 1 and "a part failed" in lines[0][1]
 
 
 def test_a_user_sink_gets_every_step_or_every_so_many():

@@ -29,6 +29,7 @@ from gradwatch.facts import (
     RunFacts,
     StreamFacts,
 )
+from gradwatch.health import Guard
 from gradwatch.metrics import stream_key
 from gradwatch.record import Stream, reinitialised
 
@@ -89,12 +90,15 @@ _OLDER: Final[Mapping[int, saved.Upgrade]] = MappingProxyType({0: _by_depth})
 """What can be read beside the present layout, which is version 1."""
 
 
-def finish(step: Measured, memory: Memory) -> tuple[Row, Extras | None]:
+def finish(
+    step: Measured, memory: Memory, guards: Mapping[str, Guard]
+) -> tuple[Row, Extras | None]:
     """Return the row of a step, and what it has beside; None for nothing.
 
     Args:
         step: The step; its numbers are waited for.
         memory: Updated in place.
+        guards: That of each sampled depth: one that fails leaves the others.
     """
     host = step.drain.wait()
     if names := reinitialised(step.events):
@@ -118,7 +122,7 @@ def finish(step: Measured, memory: Memory) -> tuple[Row, Extras | None]:
         return row, None
     now, extras = Facts(step=named, run=run), Extras(events=step.events)
     if parts.sampled is not None:
-        now, extras = _sampled(step, parts.sampled, host, scale, memory, now)
+        now, extras = _sampled(step, parts.sampled, host, scale, memory, now, guards)
     facts = now.since(memory.facts)
     memory.learn(facts)
     return row, dataclasses.replace(extras, facts=facts if facts else NO_FACTS)
@@ -149,27 +153,33 @@ def _sampled(
     scale: float,
     memory: Memory,
     now: Facts,
+    guards: Mapping[str, Guard],
 ) -> tuple[Facts, Extras]:
     """Return the facts of a sampled step, and all that its depths have measured."""
     metrics: dict[str, float] = {}
     profiles: dict[str, list[float]] = {}
     modules, streams = sampled.modules, sampled.streams
+    replays: state.Replays | None = None
     if sampled.spectrum is not None:
-        metrics = spectrum.finish(
-            sampled.spectrum, host["spectrum"], step.number, memory.spectrum
-        )
+        with guards["spectrum"]:
+            metrics = spectrum.finish(
+                sampled.spectrum, host["spectrum"], step.number, memory.spectrum
+            )
     if sampled.state is not None:
-        replays = state.finish(sampled.state, host["state"], scale, memory.state)
+        with guards["state"]:
+            replays = state.finish(sampled.state, host["state"], scale, memory.state)
+    if sampled.state is not None and replays is not None:
         metrics |= replays.metrics
         modules = _with_replays(modules, replays, memory.facts.modules)
         streams = _with_drives(streams, replays.drives, memory.facts.streams)
         carried: Collection[str] = ()
         if sampled.flow is not None:
-            found = flow.finish(
-                sampled.flow, host["flow"], scale, replays.left_out, memory.flow
-            )
-            metrics |= found.metrics
-            profiles, carried = found.profiles, found.carried
+            with guards["flow"]:
+                found = flow.finish(
+                    sampled.flow, host["flow"], scale, replays.left_out, memory.flow
+                )
+                metrics |= found.metrics
+                profiles, carried = found.profiles, found.carried
         modules = {p: _as_carried(own, p in carried) for p, own in modules.items()}
         for stream, _ in sampled.state.streams:
             metrics |= _over_time(stream, metrics, modules[stream.module].T)

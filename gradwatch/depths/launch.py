@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -41,7 +42,7 @@ class Launcher:
         """Facts of each module, by its path, when it was last sampled."""
         self._stream_facts: dict[str, StreamFacts] = {}
         self._modules, self._schedule = modules, schedule
-        self._guards = {depth: health.guard(depth) for depth in SAMPLED}
+        self._guards = {part: health.guard(part) for part in (*SAMPLED, "probe")}
         self._spectra = 0
 
     # ---- what is due
@@ -49,8 +50,8 @@ class Launcher:
     def due(self, depth: str, step: int) -> bool:
         """Tell whether a depth is due at a step, and has not failed."""
         needed = ("state", "flow") if depth == "flow" else (depth,)  # the same replay
-        failed = any(self._guards[part].failed for part in needed)
-        return not failed and self._schedule.due(depth, step)
+        off = any(self._guards[part].off for part in (*needed, "probe"))
+        return not off and self._schedule.due(depth, step)
 
     def wanted(self, steps: Sequence[int]) -> Wanted:
         """Return what a forward has to show that may belong to some steps."""
@@ -84,21 +85,32 @@ class Launcher:
         known.update(new)
         self._note_calls(sampled, called)
         if "spectrum" in due and new:
-            with self._guards["spectrum"]:
+            with self._whole("spectrum", sampled):
                 self._launch_spectrum(sampled, new)
         replays: dict[int, Trajectory] = {}
         with torch.no_grad():
             if due & {"state", "flow"} and new:
-                with self._guards["state"]:
+                with self._whole("state", sampled):
                     measured = "state" in due
                     replays = self._launch_replays(sampled, new, measured=measured)
             if "flow" in due and replays:
-                with self._guards["flow"]:
+                with self._whole("flow", sampled):
                     self._launch_flow(sampled, replays)
             if "state" in due and sampled.state is not None:
-                with self._guards["state"]:
+                with self._whole("state", sampled):
                     sampled.state.add_gates(self._modules.alive())
         return sampled
+
+    @contextmanager
+    def _whole(self, depth: str, sampled: Sampled) -> Iterator[None]:
+        """Measure a depth whole, or leave it out: half of one is worth nothing."""
+        guard = self._guards[depth]
+        with guard:
+            yield
+        if guard.tripped:
+            sampled.runs.pop(depth, None)
+            if depth == "state":
+                sampled.runs.pop("flow", None)  # it is of the same replay
 
     def _note_calls(self, sampled: Sampled, called: Collection[int]) -> None:
         """Note what is known of the calls, and whether gradients have reached them."""
@@ -175,7 +187,7 @@ class Launcher:
         """
         if sampled.spectrum is not None:
             began = time.perf_counter()
-            with self._guards["spectrum"]:
+            with self._whole("spectrum", sampled):
                 sampled.spectrum.add_update(self._after(sampled))
             sampled.add("spectrum", None, began)
         for recurrence in self._modules.alive():

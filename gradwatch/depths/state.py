@@ -207,7 +207,7 @@ def finish(run: State, host: Host, scale: float, memory: Memory) -> Replays:
     mismatches = {}
     for path, tolerance in run.modules:
         if (path, "mismatch") not in host:
-            words[path] = "approximate: with another dropout mask"
+            words[path] = "approximate: dropout draws another mask"
             continue
         mismatch = mismatches[path] = float(host[path, "mismatch"])
         if not math.isfinite(mismatch):

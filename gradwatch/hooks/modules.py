@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from gradwatch.health import Health
 from gradwatch.hooks.capture import Capture
@@ -36,8 +37,8 @@ class ModuleHooks:
         self.probes: list[Probe] = []
         self.wanted = NOTHING
         """What a forward now has to show."""
-        self._looked = False
-        guard = health.guard("probe", self.close)
+        self._looked, self._off = False, False
+        guard = health.guard("probe", self._recover)
         self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
         try:  # a failure half-way undoes what came before
             for module in {id(r.module): r.module for r in found}.values():
@@ -46,6 +47,20 @@ class ModuleHooks:
         except BaseException:
             self.close()
             raise
+
+    def _recover(self, off: bool) -> None:
+        """Forget a call that could not be looked at, or look at none any more."""
+        if off:
+            self.let_go()
+        else:
+            self.forget()
+
+    def let_go(self) -> None:
+        """Look at no call any more; the hooks stay, as they keep the owner alive."""
+        self.expect(NOTHING)
+        self._off = True
+        for probe in self.probes:
+            probe.let_go()
 
     @property
     def streams(self) -> list[Stream]:
@@ -71,7 +86,7 @@ class ModuleHooks:
 
     def expect(self, wanted: Wanted) -> None:
         """Have the forwards from now on show what is wanted."""
-        if wanted != self.wanted:
+        if wanted != self.wanted and not self._off:
             self.wanted, self._looked = wanted, True
             for probe in self.probes:
                 probe.expect(wanted)
@@ -102,6 +117,7 @@ class ModuleHooks:
 
     def close(self) -> None:
         """Take the hooks off. Safe to call twice."""
-        for probe in self.probes:
-            probe.close()
+        with ExitStack() as each:
+            for probe in self.probes:
+                each.callback(probe.close)
         self.probes.clear()

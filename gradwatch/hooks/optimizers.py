@@ -1,4 +1,4 @@
-"""The optimizers of the watched parameters: their hooks, and who holds what."""
+"""The optimizers of the watched parameters: their steps, and who holds what."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from gradwatch import _torch
 from gradwatch.health import Guard
+from gradwatch.hooks import every_step
 from gradwatch.hooks.listener import Listener
 from gradwatch.hooks.parameters import ParameterHooks
 
@@ -43,7 +40,7 @@ class Held(NamedTuple):
 
 
 class OptimizerHooks:
-    """Owns the hooks on all optimizers, and knows those that hold watched parameters.
+    """Hears of every optimizer's step, and knows those that hold watched parameters.
 
     Args:
         parameters: The watched parameters.
@@ -61,37 +58,50 @@ class OptimizerHooks:
         self.replaced: list[int] = []
         """Numbers of those that were freed, or whose place another one has taken."""
         self._again: dict[int, Any] = {}
-        # torch's registries are global: a hook must not keep the watch alive.
-        own = weakref.ref(self)
         self._last = _last(listener)
-        self.hooks = [
-            register_optimizer_step_pre_hook(_first(own, self._last)),
-            register_optimizer_step_post_hook(_after(own, listener)),
-        ]
+        self._listener = weakref.ref(listener)
+        every_step.add(self)
 
     def close(self) -> None:
-        """Take the hooks off. Safe to call twice."""
-        for hook in (*self.hooks, *self._again.values()):
+        """Hear of no more steps. Safe to call twice."""
+        every_step.remove(self)
+        for hook in self._again.values():
             hook.remove()
         self._again.clear()
 
-    # ---- the hooks
+    # ---- what every optimizer's step reports
 
-    def come_again(self, optimizer: Optimizer) -> bool:
-        """Put a hook behind an optimizer's own, such as a clipper's, if it has some."""
+    def begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer steps; its own hooks, such as a clipper's, come after this."""
+        if not self._come_again(optimizer):
+            self._last(optimizer, args, kwargs)
+
+    def _come_again(self, optimizer: Optimizer) -> bool:
+        """Put a hook behind an optimizer's own, if it has some."""
+        if not self._again and not _torch.has_pre_hooks(optimizer):
+            return False
         with self._guard:
-            self.come_no_more(optimizer)
+            self._come_no_more(optimizer)
             if _torch.has_pre_hooks(optimizer):
                 again = optimizer.register_step_pre_hook(self._last)
                 self._again[id(optimizer)] = again
                 return True
         return False
 
-    def come_no_more(self, optimizer: Optimizer) -> None:
+    def _come_no_more(self, optimizer: Optimizer) -> None:
         """Take that hook off."""
         again = self._again.pop(id(optimizer), None)
         if again is not None:
             again.remove()
+
+    def ended(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer has stepped."""
+        if self._again:
+            with self._guard:
+                self._come_no_more(optimizer)
+        told = self._listener()
+        if told is not None:
+            told.after_optimizer(optimizer, _closure(args, kwargs))
 
     # ---- who holds what
 
@@ -199,17 +209,6 @@ def _closure(args: Any, kwargs: Any) -> bool:
     return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
 
 
-def _first(own: weakref.ref[OptimizerHooks], last: _Hook) -> _Hook:
-    """Return the hook that comes before an optimizer's own ones."""
-
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        optimizers = own()
-        if optimizers is not None and not optimizers.come_again(optimizer):
-            last(optimizer, args, kwargs)
-
-    return hook
-
-
 def _last(listener: Listener) -> _Hook:
     """Return the hook that reports an optimizer that is about to step."""
     ref = weakref.ref(listener)
@@ -218,18 +217,5 @@ def _last(listener: Listener) -> _Hook:
         told = ref()
         if told is not None:
             told.before_optimizer(optimizer, _closure(args, kwargs))
-
-    return hook
-
-
-def _after(own: weakref.ref[OptimizerHooks], listener: Listener) -> _Hook:
-    """Return the hook that reports an optimizer that has stepped."""
-    ref = weakref.ref(listener)
-
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        optimizers, told = own(), ref()
-        if optimizers is not None and told is not None:
-            optimizers.come_no_more(optimizer)
-            told.after_optimizer(optimizer, _closure(args, kwargs))
 
     return hook

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,9 +78,10 @@ class ParameterHooks:
         self._seen, self._used = {}, {}
 
     def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        hooks, self._hooks = self._hooks, []
+        with ExitStack() as each:
+            for hook in hooks:
+                each.callback(hook.remove)
 
     def _hook(self, listener: Listener) -> Callable[[Tensor], None]:
         """Return the hook of a parameter; it runs once a parameter and pass."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from contextlib import ExitStack
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -163,11 +164,16 @@ class Probe:
 
     def close(self) -> None:
         """Take the hooks off and let go of everything. Safe to call twice."""
-        self.closed, self.wanted = True, NOTHING
-        for handle in self._handles:
-            handle.remove()
+        self.closed, self.owner = True, None
+        with ExitStack() as each:  # all of them, even if one cannot be taken off
+            each.callback(self.let_go)
+            for handle in self._handles:
+                each.callback(handle.remove)
         self._handles.clear()
-        self.owner = None
+
+    def let_go(self) -> None:
+        """Keep nothing of what was seen, and look at no call until asked to."""
+        self.wanted = NOTHING
         for capture in list(self._captures):
             capture.release()
         self._captures.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from gradwatch.kinds.incidents import Incidents
@@ -109,11 +109,21 @@ class Judge:
     Args:
         rules: The rules, in their order.
         incidents: What they have found so far: mostly nothing.
+        absorb: Given what fails and its error; tells whether it is off from now on.
+            None: errors are the caller's.
     """
 
-    def __init__(self, rules: Sequence[Rule], incidents: Incidents) -> None:
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        incidents: Incidents,
+        absorb: Callable[[str, Exception], bool] | None = None,
+    ) -> None:
         self.rules = list(rules)
-        self._kinds = [rule if isinstance(rule, OfKind) else None for rule in rules]
+        self._absorb = absorb
+        self._working = [
+            (rule, rule if isinstance(rule, OfKind) else None) for rule in rules
+        ]
         self._wanting = [rule for rule in rules if isinstance(rule, Wanting)]
         self._wishing = [rule for rule in rules if isinstance(rule, Wishing)]
         self.incidents = incidents
@@ -127,8 +137,13 @@ class Judge:
         given: list[Alert] = []
         changed: dict[str, Incident] = {}
         active: dict[str, bool] = {}
-        for rule, of_kind in zip(self.rules, self._kinds, strict=True):
-            for alert in rule.update(record):
+        for rule, of_kind in self._working:
+            try:
+                alerts = rule.update(record)
+            except Exception as error:
+                self._failed(rule, error)
+                continue
+            for alert in alerts:
                 active[alert.kind] = True
                 out, incident = self.incidents.take(alert)
                 if out is not None:
@@ -147,9 +162,16 @@ class Judge:
                 changed[incident.kind] = incident
         return given, list(changed.values())
 
+    def _failed(self, rule: Rule, error: Exception) -> None:
+        """Go on without a rule: for this record, or for good."""
+        if self._absorb is None:
+            raise error
+        if self._absorb(_part(rule), error):
+            self._working = [own for own in self._working if own[0] is not rule]
+
     def reports(self, kind: str) -> bool:
-        """Tell whether a rule of a kind is there, and the kind is not muted."""
-        known = {rule.kind for rule in self._kinds if rule is not None}
+        """Tell whether a rule of a kind works, and the kind is not muted."""
+        known = {of_kind.kind for _, of_kind in self._working if of_kind is not None}
         return kind in known and not self.incidents.mutes(kind)
 
     def wanted(self) -> set[str]:
@@ -180,6 +202,12 @@ class Judge:
             if saved is not None and isinstance(rule, Saved):
                 rule.load_state_dict(saved)
         self.incidents.load_state_dict(state["incidents"])
+
+
+def _part(rule: Rule) -> str:
+    """Return what a rule is called where it fails."""
+    name = type(rule).__name__
+    return f"the rule of {rule.kind}" if isinstance(rule, OfKind) else f"rule {name}"
 
 
 def _depths(asked: Iterable[str | Sequence[str] | None]) -> set[str]:

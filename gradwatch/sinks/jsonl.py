@@ -4,6 +4,8 @@ An alert is on disk, with every record up to its step, before it is sent anywher
 records when the watch says so, after at most 16 steps. ``records.jsonl`` never outgrows
 the disk: one row a step for the first 64 MB, then rows folded by 10 for the next, by
 100, and so on.
+
+What cannot be written waits in memory and is tried again; what is lost is counted.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import dataclasses
 import json
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
 from gradwatch.record import Alert, Incident, StepRecord, dump_line
 from gradwatch.sinks.fold import Fold
+from gradwatch.sinks.lines import Lines, SmallFiles
 
 _SECTION: Final = 64 * 2**20
 _AROUND_INCIDENT: Final = 64
@@ -39,11 +42,17 @@ class Jsonl:
     Args:
         folder: An empty folder of its own.
         meta: What never changes; written at once, and again at close with the health.
+        say: Told where something cannot be written, and where it can be again.
         section: Bytes after which rows are folded ten times coarser.
     """
 
     def __init__(
-        self, folder: Path, meta: Mapping[str, Any], *, section: int = _SECTION
+        self,
+        folder: Path,
+        meta: Mapping[str, Any],
+        *,
+        say: Callable[[str], None],
+        section: int = _SECTION,
     ) -> None:
         self.folder = folder
         self._meta = dict(meta)
@@ -58,14 +67,12 @@ class Jsonl:
         self._pid = os.getpid()
         self._closed = False
         self._waiting: list[StepRecord] = []
-        self._records = self._open("records.jsonl")
-        self._alerts = self._open("alerts.jsonl")
+        self._records = Lines(folder / "records.jsonl", say)
+        self._alerts = Lines(folder / "alerts.jsonl", say)
+        self._small = SmallFiles(folder, say)
+        self._records.write()
+        self._alerts.write()
         self._write_meta()
-
-    def _open(self, name: str) -> Any:
-        path = self.folder / name
-        # Unbuffered: nothing of a line is left for a forked child to write again.
-        return path.open("ab", buffering=0)
 
     @property
     def _ours(self) -> bool:
@@ -76,8 +83,7 @@ class Jsonl:
         if not self._ours:
             return
         if alerts:
-            lines = "".join(dump_line(alert) + "\n" for alert in alerts)
-            self._alerts.write(lines.encode("ascii"))
+            self._alerts.write(map(dump_line, alerts))
         self._recent.append(record)
         if record.profiles:
             self._profiled = (record.step, record.profiles)
@@ -96,8 +102,10 @@ class Jsonl:
             if self._step_size > 1:
                 row = self._folded(record)
             if row is not None:
-                lines.append(dump_line(row) + "\n")
-        self._append("".join(lines))
+                lines.append(dump_line(row))
+        self._append(lines)
+        self._alerts.write()
+        self._small.write()
 
     def _folded(self, record: StepRecord) -> StepRecord | None:
         self._fold.add(record)
@@ -107,9 +115,8 @@ class Jsonl:
         self._fold.clear()
         return row
 
-    def _append(self, lines: str) -> None:
-        self._records.write(lines.encode("ascii"))
-        self._written += len(lines)
+    def _append(self, lines: Sequence[str]) -> None:
+        self._written += self._records.write(lines)
         if self._written >= self._section:
             self._written, self._step_size = 0, self._step_size * 10
 
@@ -126,9 +133,7 @@ class Jsonl:
         """
         if not self._ours:
             return
-        folder = self.folder / "incidents"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{incident.since}-{safe_name(incident.kind)}.json"
+        path = Path("incidents", f"{incident.since}-{safe_name(incident.kind)}.json")
         content = {
             f.name: getattr(incident, f.name) for f in dataclasses.fields(incident)
         }
@@ -143,7 +148,7 @@ class Jsonl:
         self._around[path] = (state, around)
         if incident.until is not None:
             del self._around[path]
-        _replace(path, dump_line({**content, **around}))
+        self._small.write(path, dump_line({**content, **around}))
 
     def _surroundings(self, latest: Mapping[str, float]) -> dict[str, Any]:
         """Return what an incident's file holds beside the incident, in plain values."""
@@ -169,7 +174,20 @@ class Jsonl:
         return found
 
     def _write_meta(self) -> None:
-        _replace(self.folder / "meta.json", dump_line(self._meta))
+        self._small.write(Path("meta.json"), dump_line(self._meta))
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """What did not arrive, or has not yet: lines, and small files, by file."""
+        return {
+            name: file.lost + file.waiting
+            for name, file in (
+                ("records.jsonl", self._records),
+                ("alerts.jsonl", self._alerts),
+                ("incidents and meta.json", self._small),
+            )
+            if file.lost + file.waiting
+        }
 
     def close(self, health: Mapping[str, Any] | None = None) -> None:
         """Write what is folded and the health, and close. Safe to call twice."""
@@ -178,20 +196,15 @@ class Jsonl:
         try:
             self.flush()
             if self._fold.count:
-                self._append(dump_line(self._fold.row()) + "\n")
+                self._append([dump_line(self._fold.row())])
             for path, content in self._waits.items():
-                _replace(path, dump_line({**content, **self._around[path][1]}))
+                line = dump_line({**content, **self._around[path][1]})
+                self._small.write(path, line)
             if health is not None:
-                self._meta["health"] = dict(health)
+                dropped = {**health.get("dropped", {}), **self.lost}
+                self._meta["health"] = {**health, "dropped": dropped}
             self._write_meta()
         finally:
             self._closed = True
             for file in (self._records, self._alerts):
                 file.close()
-
-
-def _replace(path: Path, line: str) -> None:
-    """Write a small file so that a reader never sees half of it."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(line + "\n", encoding="ascii", newline="\n")
-    os.replace(draft, path)

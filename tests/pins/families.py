@@ -8,7 +8,7 @@ from benchmarks.detection.parallel import pool_of_two
 
 
 def alerts_of(name: str) -> list[list[Any]]:
-    """Train a family at fixed cadences; return its alerts, without their words."""
+    """Train a family at fixed cadences; return its alerts, but for their words."""
     case = make(name, 0)
     plain = case.loss
     with gradwatch.watch(case.model, dir=None, wandb=None, budget=None) as watch:
@@ -24,7 +24,10 @@ def alerts_of(name: str) -> list[list[Any]]:
         watch.flush()
         alerts = watch.alerts
     return [
-        [a.kind, a.severity, a.cause, a.stream, list(a.streams), a.since, a.step]
+        [
+            *(a.kind, a.severity, a.cause, a.stream, list(a.streams), a.since, a.step),
+            {key: list(pair) for key, pair in a.evidence.items()},
+        ]
         for a in alerts
     ]
 
