@@ -27,7 +27,7 @@ check: $(VENV)/.dev ## lint, types, and the docs' links and examples
 	$(BIN)/python docs/check.py
 
 bench: $(VENV)/.dev ## measure what a watch costs
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m benchmarks.overhead
 
 docs: $(VENV)/.dev ## write the pages that come from the catalogues
 	$(BIN)/python docs/generate.py

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from benchmarks.results import Results, quartiles
 from gradwatch.clip import AGC, AutoClip, Clipper, LogZClip, NormClip, ZClip
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -79,13 +80,14 @@ def measure(model: nn.Module, rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Print a row a model: microseconds of torch's own, and ratios to it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    rounds = 50 if parser.parse_args().quick else 1000
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few seconds")
+    quick = parser.parse_args().quick
+    rounds = 50 if quick else 1000
     torch.set_num_threads(1)
     columns = ["control", *CLIPPERS]
-    print(f"| | clip_grad_norm_ | {' | '.join(columns)} |")
-    print("|---" * (len(columns) + 2) + "|")
+    results = Results("clipping", keep=not quick)
+    results.table("cost", ["", "clip_grad_norm_", *columns])
     for title, make in MODELS.items():
         torch.manual_seed(0)
         seconds = measure(make(), rounds)
@@ -93,12 +95,9 @@ def main() -> None:
         cells = []
         for name in columns:
             ratios = [a / b for a, b in zip(seconds[name], theirs, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
-        print(
-            f"| {title} | {1e6 * statistics.median(theirs):.0f} us | "
-            f"{' | '.join(cells)} |"
-        )
+            cells.append(quartiles(ratios))
+        results.row(title, f"{1e6 * statistics.median(theirs):.0f} us", *cells)
+    results.save()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.results import Results
 from gradwatch.numerics.drift import predicted_drift
 from testbed.trajectories import Run, trajectory
 
@@ -81,15 +82,17 @@ def follow(runs: tuple[Run, ...], steps: int) -> tuple[dict[str, list[float]], i
     return found, taken
 
 
-def row(title: str, predicted: np.ndarray, true: np.ndarray, share: float) -> str:
-    """Return one line of the table."""
+def cells(predicted: np.ndarray, true: np.ndarray, share: float) -> tuple[str, ...]:
+    """Return one row of the table, but for its title."""
     error = np.abs(predicted - true) / np.maximum(np.abs(true), 1e-12)
     slope = np.polyfit(predicted, true, 1)[0]
     sign = (np.sign(predicted) == np.sign(true)).mean()
     return (
-        f"| {title} | {100 * share:.1f} % | "
-        f"{np.corrcoef(predicted, true)[0, 1]:.3f} | {slope:.2f} | "
-        f"{100 * statistics.median(error.tolist()):.1f} % | {100 * sign:.1f} % |"
+        f"{100 * share:.1f} %",
+        f"{np.corrcoef(predicted, true)[0, 1]:.3f}",
+        f"{slope:.2f}",
+        f"{100 * statistics.median(error.tolist()):.1f} %",
+        f"{100 * sign:.1f} %",
     )
 
 
@@ -99,28 +102,28 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    for title, runs, steps in (
-        ("H = 32 and 64", RUNS, 15 if quick else 200),
-        ("H = 128", ABOVE, 4 if quick else 60),
+    results = Results("drift", keep=not quick)
+    head = ["prediction", "of the updates", "correlation", "slope", "error", "sign"]
+    for key, title, runs, steps in (
+        ("small", "H = 32 and 64", RUNS, 15 if quick else 200),
+        ("large", "H = 128", ABOVE, 4 if quick else 60),
     ):
         found, taken = follow(runs, steps)
         arrays = {name: np.array(values) for name, values in found.items()}
         reliable, true = arrays["reliable"] > 0, arrays["exact"]
         known = np.isfinite(arrays["drift"])
-        print(
-            f"\n{title}: {taken} steps of {len(runs)} runs, {len(true)} updates of "
-            "single gates\n"
-        )
-        print("| prediction | of the updates | correlation | slope | error | sign |")
-        print("|---|---|---|---|---|---|")
-        for name, key, chosen in (
+        title += f": {taken} steps of {len(runs)} runs, "
+        results.table(key, head, f"{title}{len(true)} updates of single gates")
+        for name, method, chosen in (
             ("`rho_drift`, flagged reliable", "drift", reliable),
             ("`rho_drift`, all", "drift", known),
             ("single pair, all", "single", true == true),
             ("single pair, where ours is reliable", "single", reliable),
             ("singular vectors, all", "singular", true == true),
         ):
-            print(row(name, arrays[key][chosen], true[chosen], chosen.mean()))
+            row = cells(arrays[method][chosen], true[chosen], chosen.mean())
+            results.row(name, *row)
+    results.save()
 
 
 if __name__ == "__main__":

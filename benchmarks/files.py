@@ -1,6 +1,6 @@
 """How large records.jsonl gets: bytes a step, and after a million made-up steps.
 
-Run: python benchmarks/files.py [--steps 1000000]
+Run: python -m benchmarks.files [--quick]
 """
 
 import argparse
@@ -8,6 +8,7 @@ import random
 import tempfile
 from pathlib import Path
 
+from benchmarks.results import Results
 from gradwatch.metrics import CATALOGUE, run_key, stream_key
 from gradwatch.record import StepRecord, Stream, dump_line
 from gradwatch.sinks.jsonl import Jsonl
@@ -33,8 +34,9 @@ def streams(count: int) -> list[Stream]:
 def main() -> None:
     """Write the steps and print the sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10**6)
-    steps = parser.parse_args().steps
+    parser.add_argument("--quick", action="store_true", help="a few seconds")
+    quick = parser.parse_args().quick
+    steps = 10**4 if quick else 10**6
     rows = [m for m in CATALOGUE.values() if m.depth == "gradients"]
     keys = [run_key(m.name) for m in rows if m.scope == "run"]
     keys += [
@@ -42,7 +44,7 @@ def main() -> None:
     ]
     value = random.Random(0).random
     with tempfile.TemporaryDirectory() as folder:
-        sink = Jsonl(Path(folder), {})
+        sink = Jsonl(Path(folder), {}, say=print)
         for step in range(steps):
             record = StepRecord(
                 step=step,
@@ -54,9 +56,13 @@ def main() -> None:
                 sink.flush()
         sink.close()
         size = (Path(folder) / "records.jsonl").stat().st_size
+    results = Results("files", keep=not quick)
+    results.table(
+        "size", ["values a step", "bytes a step at first", "steps", "MiB in the end"]
+    )
     line = len(dump_line(record)) + 1
-    print(f"{len(keys)} values of 4 streams: {line} bytes a step at first;")
-    print(f"{size / 2**20:.0f} MiB after {steps:,} steps")
+    results.row(len(keys), line, f"{steps:,}", f"{size / 2**20:.0f}")
+    results.save()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ Run: python -m benchmarks.flow [--quick]
 """
 
 import argparse
-import statistics
 
 import torch
 from torch import nn
 
 from benchmarks.replay import cost
-from benchmarks.results import Results
+from benchmarks.results import Results, quartiles
 from gradwatch.depths.drain import Drain
 from gradwatch.depths.flow import Flow
 from gradwatch.depths.trajectory import Trajectory
@@ -77,8 +76,7 @@ def main() -> None:
             torch.manual_seed(0)
             module, x = make(64, 128), torch.randn(length, 32, 64)
             ratios = cost(module, x, run_flow, samples=samples, rounds=rounds)
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            row.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
+            row.append(quartiles(ratios))
         results.row(name, *row)
     results.save()
 

@@ -3,7 +3,7 @@
 Each arm is a process of its own, three times, in turns; the peak is that of its
 resident memory. Gradients, states, spectrum and flow at their default cadences.
 
-Run: python -m benchmarks.memory [--steps 110]
+Run: python -m benchmarks.memory [--quick]
 """
 
 import argparse
@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 import gradwatch
+from benchmarks.results import Results
 
 LENGTH, BATCH, FEATURES, HIDDEN = 1000, 32, 64, 128
-ROUNDS = 3
+ROUNDS, STEPS = 3, 110
 
 
 def train(watched: bool, steps: int) -> None:
@@ -39,23 +40,27 @@ def train(watched: bool, steps: int) -> None:
 
 
 def main() -> None:
-    """Run both arms and print the ratio."""
+    """Run both arms and print their peaks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=110)
-    parser.add_argument("--arm", choices=("bare", "watched"))
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    parser.add_argument("--arm", choices=("bare", "watched"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    steps = 5 if chosen.quick else STEPS
     if chosen.arm is not None:
-        train(chosen.arm == "watched", chosen.steps)
+        train(chosen.arm == "watched", steps)
         return
     peaks: dict[str, list[float]] = {"bare": [], "watched": []}
     for arm in ("bare", "watched") * ROUNDS:
         command = [sys.executable, "-m", "benchmarks.memory", "--arm", arm]
-        command += ["--steps", str(chosen.steps)]
+        command += ["--quick"] * chosen.quick
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[arm].append(float(done.stdout.split()[-1]))
-    print(f"LSTM {FEATURES}->{HIDDEN}, T={LENGTH}, B={BATCH}, {chosen.steps} steps")
+    results = Results("memory", keep=not chosen.quick)
+    title = f"LSTM {FEATURES}->{HIDDEN}, T={LENGTH}, B={BATCH}, {steps} steps"
+    results.table("peak", ["training", "peak of each process, MiB"], title)
     for arm, found in peaks.items():
-        print(f"{arm}: {', '.join(f'{peak:.0f}' for peak in sorted(found))} MiB")
+        results.row(arm, ", ".join(f"{peak:.0f}" for peak in sorted(found)))
+    results.save()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ arms' blocks are shuffled, and of each arm the faster half counts: a machine is 
 and what is slow was disturbed. A second bare model is the control; the spread is the
 standard error of the faster half. One thread.
 
-Run: python benchmarks/overhead.py [--rounds 60] [--models lstm,rnn] [--loss last]
+Run: python -m benchmarks.overhead [--quick]
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import gradwatch
+from benchmarks.results import Results
 
 
 class Net(nn.Module):
@@ -46,6 +47,7 @@ WATCHED = {
     "gradwatch, everything at every step",
     "gradwatch + W&B",
 }
+ROUNDS = 24
 LOG_EVERY = 10
 """Steps between two of the user's own rows, in the arms with a W&B run."""
 
@@ -107,8 +109,8 @@ def arms(base: Net, folder: str, run: Any) -> list[Arm]:
     return made
 
 
-def measure(key: str, rounds: int, every_step: bool) -> None:
-    """Time every arm on one model and print the table."""
+def measure(results: Results, key: str, rounds: int, every_step: bool) -> None:
+    """Time every arm on one model and report the table."""
     import wandb
 
     title, kind, features, hidden, length, batch, steps = MODELS[key]
@@ -116,7 +118,8 @@ def measure(key: str, rounds: int, every_step: bool) -> None:
     base = Net(kind(features, hidden), hidden, every_step)
     x, y = torch.randn(length, batch, features), torch.randint(10, (batch,))
     y = y.repeat(length) if every_step else y
-    title += ", loss at every step" if every_step else ", loss at the last step"
+    read = "every" if every_step else "last"
+    title += f", loss at {'the ' * (not every_step)}{read} step"
     with tempfile.TemporaryDirectory() as folder:
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
 
@@ -129,19 +132,19 @@ def measure(key: str, rounds: int, every_step: bool) -> None:
             order.shuffle(every)
             for arm in every:
                 arm.block(x, y, steps)
-        report(title, every, steps, rounds)
+        title += f"; {rounds} blocks of {steps} steps an arm, faster half"
+        report(results, f"{key}_{read}", title, every)
         watches = [gradwatch.watch(a.model) for a in every if a.name in WATCHED]
         for watch in watches:
             watch.close()
         run.finish()
 
 
-def report(title: str, every: list[Arm], steps: int, rounds: int) -> None:
-    """Print the table: time a step, what is added, and its spread."""
+def report(results: Results, key: str, title: str, every: list[Arm]) -> None:
+    """Report the table: time a step, what is added, and its spread."""
     by_name = {arm.name: arm for arm in every}
-    print(f"\n{title}; {rounds} blocks of {steps} steps an arm, faster half\n")
-    print("| arm | ms a step | added, us | added, % | +- us |")
-    print("|---|---|---|---|---|")
+    head = ["arm", "ms a step", "added, us", "added, %", "+- us"]
+    results.table(key, head, title)
 
     def pace(name: str) -> tuple[bool, float]:
         return "W&B" in name, statistics.mean(by_name[name].faster_half)
@@ -151,9 +154,12 @@ def report(title: str, every: list[Arm], steps: int, rounds: int) -> None:
         against = by_name["bare + W&B" if "W&B" in name else "bare"].faster_half
         mine, bare = by_name[name].faster_half, statistics.mean(against)
         added = statistics.mean(mine) - bare
-        print(
-            f"| {name} | {1e3 * statistics.mean(mine):.3f} | {1e6 * added:+.0f} | "
-            f"{100 * added / bare:+.2f} | {1e6 * error(mine, against):.0f} |"
+        results.row(
+            name,
+            f"{1e3 * statistics.mean(mine):.3f}",
+            f"{1e6 * added:+.0f}",
+            f"{100 * added / bare:+.2f}",
+            f"{1e6 * error(mine, against):.0f}",
         )
 
 
@@ -165,15 +171,16 @@ def error(one: list[float], two: list[float]) -> float:
 
 
 def main() -> None:
-    """Measure the models asked for."""
+    """Measure both models, with a loss at every step and at the last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--models", default="lstm,rnn")
-    parser.add_argument("--loss", choices=("every", "last"), default="every")
-    chosen = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="two minutes")
+    quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    for key in chosen.models.split(","):
-        measure(key, chosen.rounds, chosen.loss == "every")
+    results = Results("overhead", keep=not quick, used=["wandb"])
+    for every_step in (True, False):
+        for key in MODELS:
+            measure(results, key, 4 if quick else ROUNDS, every_step)
+    results.save()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ Run: python -m benchmarks.replay [--quick]
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.results import Results
+from benchmarks.results import Results, quartiles
 from gradwatch.depths.drain import Drain
 from gradwatch.depths.state import State
 from gradwatch.depths.trajectory import Trajectory, trajectory
@@ -129,8 +128,7 @@ def main() -> None:
         module = make(features, hidden, **options)
         x = torch.randn(length, 16 if hidden == 32 else 32, features)
         ratios = cost(module, x, run_state, samples=4, rounds=rounds)
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        results.row(name, f"{middle:.2f} ({low:.2f}-{high:.2f})")
+        results.row(name, quartiles(ratios))
     results.save()
 
 

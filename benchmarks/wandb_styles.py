@@ -1,11 +1,12 @@
 """What becomes of a user's rows and of ours, for each way of logging to W&B.
 
-Prints one Markdown table. Every style trains three times, in offline runs: without
-gradwatch, with it, and with ``commit=True``.
+Every style trains three times, in offline runs: without gradwatch, with it, and with
+``commit=True``.
 
-Run from the root of the repository: python -m benchmarks.wandb_styles
+Run: python -m benchmarks.wandb_styles [--quick]
 """
 
+import argparse
 import logging
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import wandb
 from torch import nn
 
 import gradwatch
+from benchmarks.results import Results
 from gradwatch.metrics import STEP_KEY
 from testbed.wandb_log import Log, read_log
 
@@ -52,7 +54,9 @@ STYLES: dict[str, Callable[[Any, int, Values], None]] = {
 
 
 def train(
-    style: Callable[[Any, int, Values], None], sink: gradwatch.sinks.Wandb | None
+    style: Callable[[Any, int, Values], None],
+    sink: gradwatch.sinks.Wandb | None,
+    steps: int,
 ) -> tuple[Log, np.ndarray]:
     """Train a small LSTM; return what its run holds, and our norm of every step."""
     torch.manual_seed(0)
@@ -62,7 +66,7 @@ def train(
         quiet = wandb.Settings(console="off", silent=True, x_disable_stats=True)
         run = wandb.init(mode="offline", dir=folder, settings=quiet)
         watch = gradwatch.watch(rnn, wandb=sink, dir=None) if sink else None
-        for i in range(STEPS):
+        for i in range(steps):
             loss = rnn(torch.randn(8, 16, 4))[0].square().mean()
             loss.backward()
             optimizer.step()
@@ -108,18 +112,22 @@ def compare(bare: Log, watched: Log, norms: np.ndarray) -> tuple[str, str, str, 
 
 def main() -> None:
     """Measure every style and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="half a minute")
+    quick = parser.parse_args().quick
+    steps = 100 if quick else STEPS
     torch.set_num_threads(1)
     logging.getLogger("gradwatch").setLevel(logging.CRITICAL)
-    print(
-        "| the user | commit | user rows kept | steps unchanged | our rows "
-        "| our steps covered |\n|---|---|---|---|---|---|"
-    )
+    results = Results("wandb_styles", keep=not quick, used=["wandb"])
+    measured = ("user rows kept", "steps unchanged", "our rows", "our steps covered")
+    title = f"{steps:,} steps, offline, one run of each."
+    results.table("styles", ["the user", "commit", *measured], title)
     for name, style in STYLES.items():
-        bare, _ = train(style, None)
+        bare, _ = train(style, None, steps)
         for commit in (False, True):
-            log, norms = train(style, gradwatch.sinks.Wandb(commit=commit))
-            cells = compare(bare, log, norms)
-            print(f"| {name} | {commit} | " + " | ".join(cells) + " |", flush=True)
+            log, norms = train(style, gradwatch.sinks.Wandb(commit=commit), steps)
+            results.row(name, commit, *compare(bare, log, norms))
+    results.save()
 
 
 if __name__ == "__main__":

@@ -304,9 +304,9 @@ def with_results(text: str, results: Path) -> str:
     def table_of(marked: re.Match[str]) -> str:
         name, key = marked["name"], marked["key"]
         kept = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        found, versions = kept["tables"][key], kept["versions"]
-        used = ", ".join(f"{what} {which}" for what, which in versions.items())
-        told = f"{kept['date']}, `{kept['command']}`; {kept['machine']}; {used}"
+        found = kept[key]
+        used = ", ".join(" ".join(pair) for pair in found["versions"].items())
+        told = f"{found['date']}, `{found['command']}`; {found['machine']}; {used}"
         body = table(found["head"], found["rows"])
         return f"<!-- results: {name}/{key} -->\n{body}\n({told})\n{_RESULTS_END}"
 

@@ -6,7 +6,7 @@
     python -m benchmarks.detection list
 
 A third of the families, by a hash of the name, is held out: no threshold may be chosen
-on it. Two processes of one thread each.
+on it. Two processes of one thread each. ``--keep`` keeps the tables for the docs.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from benchmarks.detection.parallel import (
 )
 from benchmarks.detection.score import Judged, Verified, median, rows, share
 from benchmarks.detection.tools import TOOLS
+from benchmarks.results import Results
 
 
 def check(families: Sequence[str], seeds: Sequence[int]) -> int:
@@ -53,42 +54,50 @@ def _left_out(wrong: Sequence[Verified], measured: int) -> None:
 
 
 def compare(
-    families: Sequence[str], seeds: Sequence[int], tools: Sequence[str], remedies: bool
+    results: Results,
+    families: Sequence[str],
+    seeds: Sequence[int],
+    tools: Sequence[str],
+    remedies: bool,
 ) -> None:
-    """Print the table of the tools, and where each was wrong."""
+    """Report the table of the tools, and print where each was wrong."""
     jobs = [(family, seed) for family in families for seed in seeds]
     judge_one = partial(judged, tools=tools, remedies=remedies)
     with pool_of_two() as pool:
         found = list(pool.map(judge_one, jobs))
     done = [item for one in found if isinstance(one, dict) for item in one.items()]
     _left_out([one for one in found if isinstance(one, Verified)], len(jobs))
-    for title, chosen in (("tuning families", False), ("held-out families", True)):
-        part = [(t, j) for t, j in done if held_out(j.family) is chosen]
+    for name in PARTS:
+        part = [(t, j) for t, j in done if held_out(j.family) is (name == HELD_OUT)]
         if not part:
             continue
-        print(f"### {title}\n")
-        _table([(tool, [j for t, j in part if t == tool]) for tool in tools])
+        key = name.replace("-", "_") + "_tools" * (len(tools) > 1)
+        drawn = " ".join(map(str, seeds))
+        results.table(key, HEAD, f"The {name} families; seeds: {drawn}.")
+        for tool in tools:
+            results.row(tool, *_cells([j for t, j in part if t == tool]))
     for tool in tools:
         print(f"\n### Where {tool} was wrong\n")
         wrong = list(rows(j for t, j in done if t == tool))
         print("\n".join(wrong) if wrong else "Nowhere.")
 
 
-def long(seeds: Sequence[int]) -> None:
-    """Print what gradwatch says of long healthy runs: it should be nothing."""
+def long(results: Results, seeds: Sequence[int]) -> None:
+    """Report what gradwatch says of long healthy runs: it should be nothing."""
     jobs = [(family, seed) for family in LONG for seed in seeds]
     with pool_of_two() as pool:
         found = list(pool.map(long_run, jobs))
     alarms = sum(len(report.alarms) for _, report in found)
-    print("| run | alarms | notices |\n|---|---|---|")
+    steps = len(jobs) * LONG_STEPS
+    title = f"{steps:,} steps: {1e6 * alarms / steps:.1f} alarms in a million."
+    results.table("long", ["run", "alarms", "notices"], title)
     for family, report in found:
         said = ", ".join(f"{a.kind} at {a.step}" for a in report.alarms) or "none"
-        print(f"| {family} | {said} | {report.notices} |")
-    steps = len(jobs) * LONG_STEPS
-    print(f"\n{steps:,} steps: {1e6 * alarms / steps:.1f} alarms in a million.")
+        results.row(family, said, report.notices)
 
 
-PARTS = ("tuning", "held-out")
+HELD_OUT = "held-out"
+PARTS = ("tuning", HELD_OUT)
 SLOW = "vanishing"
 """The kind that has a clock of its own."""
 LEAD = 10
@@ -102,37 +111,33 @@ HEAD = (
 )  # fmt: skip
 
 
-def _table(found: Sequence[tuple[str, Sequence[Judged]]]) -> None:
-    print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
-    for tool, runs in found:
-        sick = [r for r in runs if r.sick]
-        well = [r for r in runs if not r.sick]
-        shares = (
-            share(bool(r.right) for r in sick),
-            share(bool(r.false) for r in well),
-            share(r.cause for r in sick),
-            share(r.stream for r in sick),
-            share(r.ends_right for r in runs),
-        )
-        slow = sum(r.seconds for r in runs) / max(sum(r.bare for r in runs), 1e-9)
-        said = [alarm for run in runs for alarm in run.report.alarms]
-        names = (True, True, any(a.cause for a in said), any(a.streams for a in said))
-        cells = [
-            tool,
-            *(
-                _percent(found) if named else "-"  # it never names any
-                for found, named in zip(shares, (*names, True), strict=True)
-            ),
-            _steps(median(r.delay for r in sick if r.label.kind != SLOW)),
-            _steps(median(r.delay for r in sick if r.label.kind == SLOW)),
-            f"{_steps(median(r.lead for r in sick))}, "
-            + _percent(share(None if r.lead is None else r.lead >= LEAD for r in sick)),
-            _percent(share(bool(r.false) for r in sick)),
-            _percent(share(r.helped for r in sick)),
-            f"x{slow:.2f}",
-        ]
-        print(f"| {' | '.join(cells)} |")
-    print()
+def _cells(runs: Sequence[Judged]) -> list[str]:
+    """Return the row of one tool, but for its name."""
+    sick = [r for r in runs if r.sick]
+    well = [r for r in runs if not r.sick]
+    shares = (
+        share(bool(r.right) for r in sick),
+        share(bool(r.false) for r in well),
+        share(r.cause for r in sick),
+        share(r.stream for r in sick),
+        share(r.ends_right for r in runs),
+    )
+    slow = sum(r.seconds for r in runs) / max(sum(r.bare for r in runs), 1e-9)
+    said = [alarm for run in runs for alarm in run.report.alarms]
+    names = (True, True, any(a.cause for a in said), any(a.streams for a in said))
+    return [
+        *(
+            _percent(found) if named else "-"  # it never names any
+            for found, named in zip(shares, (*names, True), strict=True)
+        ),
+        _steps(median(r.delay for r in sick if r.label.kind != SLOW)),
+        _steps(median(r.delay for r in sick if r.label.kind == SLOW)),
+        f"{_steps(median(r.lead for r in sick))}, "
+        + _percent(share(None if r.lead is None else r.lead >= LEAD for r in sick)),
+        _percent(share(bool(r.false) for r in sick)),
+        _percent(share(r.helped for r in sick)),
+        f"x{slow:.2f}",
+    ]
 
 
 def _steps(value: float) -> str:
@@ -155,10 +160,11 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, default=None, help="of all families")
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
     parser.add_argument("--remedies", action="store_true", help="apply them, run again")
+    parser.add_argument("--keep", action="store_true", help="the tables, for the docs")
     asked = parser.parse_args()
     families = asked.families or sorted(FAMILIES)
     if asked.part is not None:
-        chosen = asked.part == "held-out"
+        chosen = asked.part == HELD_OUT
         families = [name for name in families if held_out(name) is chosen]
     if unknown := set(families) - set(FAMILIES):
         parser.error(f"no family {', '.join(sorted(unknown))}; see list")
@@ -169,10 +175,12 @@ def main() -> int:
         return 0
     if asked.command == "verify":
         return int(check(families, asked.seeds) > 0)
+    results = Results("detection", keep=asked.keep)
     if asked.command == "long":
-        long(asked.seeds)
-        return 0
-    compare(families, asked.seeds, asked.tools, asked.remedies)
+        long(results, asked.seeds)
+    else:
+        compare(results, families, asked.seeds, asked.tools, asked.remedies)
+    results.save()
     return 0
 
 

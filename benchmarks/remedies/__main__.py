@@ -1,6 +1,6 @@
 """What each remedy does to small recurrent nets that need it, before and after.
 
-Each section prints a Markdown table; without a name all of them run. One thread.
+Each section has a table of its own; without a name all of them run. One thread.
 
 Run: python -m benchmarks.remedies [adding ...] [--seeds N] [--quick]
 """
@@ -17,8 +17,9 @@ from benchmarks.remedies.cures import cures
 from benchmarks.remedies.forgetting import vanishing
 from benchmarks.remedies.pixels import digits, drift
 from benchmarks.remedies.spikes import lives, nan
+from benchmarks.results import Results
 
-SECTIONS: dict[str, Callable[[int, bool], None]] = {
+SECTIONS: dict[str, Callable[[Results, int, bool], None]] = {
     "adding": adding,
     "digits": digits,
     "lives": lives,
@@ -41,9 +42,11 @@ def main() -> None:
     torch.set_num_threads(1)
     # Refused steps are part of what is shown.
     logging.getLogger("gradwatch").setLevel(logging.ERROR)
+    results = Results("remedies", keep=not asked.quick, used=["scikit-learn"])
     for name in asked.section or SECTIONS:
         began = time.process_time()
-        SECTIONS[name](1 if asked.quick else asked.seeds, asked.quick)
+        SECTIONS[name](results, 1 if asked.quick else asked.seeds, asked.quick)
+        results.save()
         took = time.process_time() - began
         print(f"\n{name}: {took:.0f} s on one core.\n", flush=True)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.remedies.nets import Batch, Net, generator, squared_error, train
-from benchmarks.remedies.tables import spread, table
+from benchmarks.results import Results, spread
 from gradwatch import init
 from gradwatch.clip import NormClip
 
@@ -97,8 +97,8 @@ def error_on(net: Net, test: Batch) -> float:
     return values.item()
 
 
-def adding(seeds: int, quick: bool) -> None:
-    """Print the table."""
+def adding(results: Results, seeds: int, quick: bool) -> None:
+    """Report the table."""
     length, limit = (20, 200) if quick else (100, 3000)
     test = sequences(length, TESTED, generator(TEST_SEED))
 
@@ -123,10 +123,10 @@ def adding(seeds: int, quick: bool) -> None:
                 spread([error for _, error in found], ".3f"),
             )
 
-    print(
-        f"### Adding problem\n\nT = {length}, H = {HIDDEN}, B = {BATCH}, Adam 1e-3, "
+    title = (
+        f"Adding problem: T = {length}, H = {HIDDEN}, B = {BATCH}, Adam 1e-3, "
         f"`NormClip(1)`; steps to a test error below {SOLVED} on {TESTED} sequences, "
-        f"tested every {EVERY}. The constant predictor has {1 / 6:.3f}.\n"
+        f"tested every {EVERY}. The constant predictor has {1 / 6:.3f}."
     )
     columns = ("net", "parameters", "solved", "steps, each seed", "last test error")
-    table(columns, rows())
+    results.table("adding", columns, title, rows())

@@ -18,8 +18,10 @@ that the untreated net has not. Drift is left out there: of itself it is no harm
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, tee
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Final
 
@@ -38,7 +40,6 @@ from benchmarks.remedies.causes import (
     Trial,
 )
 from benchmarks.remedies.nets import Batch, Net, generator
-from benchmarks.remedies.tables import middle_of, spread, table
 from benchmarks.remedies.unrolled import (
     dead_share,
     growth,
@@ -46,6 +47,7 @@ from benchmarks.remedies.unrolled import (
     shut_share,
     unroll,
 )
+from benchmarks.results import Results, middle_of, spread
 
 BATCH, PROBED, HELD_OUT = 32, 16, 256
 WORSE = 1.05
@@ -191,25 +193,47 @@ def rows_of(cause: Cause, seeds: int, steps: int) -> Iterator[tuple[str, ...]]:
         )
 
 
-def cures(seeds: int, quick: bool) -> None:
-    """Print the table."""
+def short(rows: Iterable[Sequence[str]]) -> Iterator[tuple[str, str, str]]:
+    """Yield a row for each cause: what counts in most of its runs, and what does not.
+
+    Args:
+        rows: Those of the whole table.
+    """
+    for cause, treated in groupby(rows, key=itemgetter(0)):
+        good, bad = [], []
+        for _, _, remedy, gone, counts, _, ratio, new in treated:
+            won, _, of = counts.partition("/")
+            if not of:
+                continue  # untreated
+            if 2 * int(won) > int(of):
+                good.append(f"{remedy} {counts} (x{ratio.partition(' ')[0]})")
+            else:
+                instead = new and not gone.startswith("0/")
+                bad.append(f"{remedy} {counts}" + f", {new} instead" * bool(instead))
+        yield cause, "; ".join(good), "; ".join(bad)
+
+
+def cures(results: Results, seeds: int, quick: bool) -> None:
+    """Report the whole table, and the short of it."""
     steps = 20 if quick else 120
-    print(
-        f"### Which remedy cures which cause\n\nDelayed recall of one of "
-        f"{recall.SYMBOLS}, T = {LENGTH} unless the cause is the length, H = {HIDDEN}, "
-        f"B = {BATCH}, Adam {RATE}, {steps} steps; remedies before step 0. The trivial "
-        f"predictor has {TRIVIAL:.2f}.\n"
+    title = (
+        f"Which remedy cures which cause: delayed recall of one of {recall.SYMBOLS}, "
+        f"T = {LENGTH} unless the cause is the length, H = {HIDDEN}, B = {BATCH}, "
+        f"Adam {RATE}, {steps} steps; remedies before step 0. The trivial predictor "
+        f"has {TRIVIAL:.2f}."
     )
-    table(
-        (
-            "cause (net)",
-            "symptom at the end",
-            "remedy",
-            "gone",
-            "counts",
-            "loss",
-            "loss / untreated",
-            "new symptoms",
-        ),
-        (row for cause in CAUSES for row in rows_of(cause, seeds, steps)),
+    columns = (
+        "cause (net)",
+        "symptom at the end",
+        "remedy",
+        "gone",
+        "counts",
+        "loss",
+        "loss / untreated",
+        "new symptoms",
     )
+    rows = (row for cause in CAUSES for row in rows_of(cause, seeds, steps))
+    whole, again = tee(rows)
+    results.table("cures", columns, title, whole)
+    columns = ("cause (net)", "counts (loss over untreated)", "does not")
+    results.table("short", columns, "The short of it.", short(again))

@@ -8,8 +8,8 @@ from torch import nn
 
 from benchmarks.remedies import recall
 from benchmarks.remedies.nets import Net, generator, train
-from benchmarks.remedies.tables import spread, table
 from benchmarks.remedies.unrolled import reach
+from benchmarks.results import Results, spread
 from gradwatch import init
 from gradwatch.clip import AutoClip, Clipper, LogZClip, NormClip
 
@@ -62,8 +62,8 @@ def run(row: Row, seed: int, length: int, steps: int) -> tuple[float, ...]:
     return before, reach(net, *probe), recall.accuracy(net, test), clipped
 
 
-def vanishing(seeds: int, quick: bool) -> None:
-    """Print the table."""
+def vanishing(results: Results, seeds: int, quick: bool) -> None:
+    """Report the table."""
     length, steps = (20, 20) if quick else (60, 500)
 
     def rows() -> Iterator[tuple[str, ...]]:
@@ -78,20 +78,18 @@ def vanishing(seeds: int, quick: bool) -> None:
                 "" if row[-1] is None else spread(clipped, ".0f"),
             )
 
-    print(
-        "### Vanishing gradients\n\nWhich of four symbols came first, "
+    title = (
+        "Vanishing gradients: which of four symbols came first, "
         f"T = {length}, H = {HIDDEN}, B = {BATCH}, Adam 1e-3, {steps} steps. Reach: "
         "log10 of the gradient at the first state over the largest. Chance is "
-        f"{1 / recall.SYMBOLS}, cross entropy {math.log(recall.SYMBOLS):.2f}.\n"
+        f"{1 / recall.SYMBOLS}, cross entropy {math.log(recall.SYMBOLS):.2f}."
     )
-    table(
-        (
-            "net",
-            "remedy",
-            "reach, step 0",
-            f"reach, step {steps}",
-            "accuracy",
-            "% of steps clipped",
-        ),
-        rows(),
+    columns = (
+        "net",
+        "remedy",
+        "reach, step 0",
+        f"reach, step {steps}",
+        "accuracy",
+        "% of steps clipped",
     )
+    results.table("vanishing", columns, title, rows())

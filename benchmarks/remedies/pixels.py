@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.remedies.nets import Batch, Net, generator, train
-from benchmarks.remedies.tables import spread, table
+from benchmarks.results import Results, spread
 from gradwatch import init, parametrize
 from gradwatch.clip import LogZClip
 from gradwatch.numerics.spectral import spectral_radius
@@ -98,8 +98,8 @@ def accuracies(
     return found
 
 
-def digits(seeds: int, quick: bool) -> None:
-    """Print the table of the recipes."""
+def digits(results: Results, seeds: int, quick: bool) -> None:
+    """Report the table of the recipes."""
     epochs, data = (1, 2) if quick else (15, 60), split()
 
     def rows() -> Iterator[tuple[str, ...]]:
@@ -107,12 +107,13 @@ def digits(seeds: int, quick: bool) -> None:
             found = [accuracies(recipe, s, epochs, data) for s in range(seeds)]
             yield recipe.name, *map(spread, zip(*found, strict=True))
 
-    print(
-        "### Handwritten digits, pixel by pixel\n\nLSTM, H = "
-        f"{HIDDEN}, B = {BATCH}, T = 64, {TRAINED_ON} images; accuracy on 397 others. "
-        f"Chance is {1 / CLASSES}.\n"
+    title = (
+        f"Handwritten digits, pixel by pixel: LSTM, H = {HIDDEN}, B = {BATCH}, T = 64, "
+        f"{TRAINED_ON} images; accuracy on {len(data.test[1])} others. Chance is "
+        f"{1 / CLASSES}."
     )
-    table(("LSTM", *(f"{done} epochs" for done in epochs)), rows())
+    columns = ("LSTM", *(f"{done} epochs" for done in epochs))
+    results.table("digits", columns, title, rows())
 
 
 # ---- drift
@@ -156,8 +157,8 @@ def off_orthogonal(weight: Tensor) -> float:
     return off.norm().item() / wide.shape[-1] ** 0.5
 
 
-def drift(seeds: int, quick: bool) -> None:
-    """Print the table of rho along training."""
+def drift(results: Results, seeds: int, quick: bool) -> None:
+    """Report the table of rho along training."""
     at, data = (0, 5, 10) if quick else (0, 100, 300, 1000), split()
     both = ("`orthogonal_()`", "`orthogonal_()`, then `parametrize.orthogonal()`")
 
@@ -171,9 +172,6 @@ def drift(seeds: int, quick: bool) -> None:
                 rho = spread([r.rho[n] for r in runs], ".3f")
                 yield name, f"{step}", rho, spread([r.error[n] for r in runs]), *last
 
-    print(
-        f"### Drift of rho\n\ntanh RNN, H = {HIDDEN}, the same digits, B = {BATCH}, "
-        "Adam 1e-3.\n"
-    )
+    title = f"Drift of rho: tanh RNN, H = {HIDDEN}, digits, B = {BATCH}, Adam 1e-3."
     columns = ("W_hh", "step", "rho", "off orthogonal", "accuracy", "ms a step")
-    table(columns, rows())
+    results.table("drift", columns, title, rows())

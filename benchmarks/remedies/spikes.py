@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.remedies import pixels
 from benchmarks.remedies.adding import sequences
 from benchmarks.remedies.nets import Batch, Loss, Net, generator, squared_error, train
-from benchmarks.remedies.tables import spread, table
+from benchmarks.results import Results, spread
 from gradwatch import init
 from gradwatch.clip import AGC, AutoClip, Clipper, LogZClip, NormClip, ZClip
 
@@ -237,8 +237,8 @@ CLIPS: dict[str, Callable[[Optimizer, Net], object] | None] = {
 }
 
 
-def lives(seeds: int, quick: bool) -> None:
-    """Print the table of runs that die without a clipper."""
+def lives(results: Results, seeds: int, quick: bool) -> None:
+    """Report the table of runs that die without a clipper."""
     steps = 20 if quick else 800
     chosen = ("nothing", "`NormClip(1)`", "`LogZClip()`")
 
@@ -251,15 +251,15 @@ def lives(seeds: int, quick: bool) -> None:
             ]
             yield story.name, spread(o.before for o in calm), ends(calm), *cells
 
-    print(
-        f"### Runs that die\n\nH = {HIDDEN}, B = {BATCH}; test loss before the "
+    title = (
+        f"Runs that die: H = {HIDDEN}, B = {BATCH}; test loss before the "
         f"disturbance at step {steps // 2} of {steps}, and at the end; where sequences "
         "grow the undisturbed run is tested on the short ones. Trivial predictors: "
         f"{1 / 6:.3f} in the adding problem, {math.log(pixels.CLASSES):.2f} of the "
-        "digits.\n"
+        "digits."
     )
     columns = ("what happens", "before", "undisturbed", "unclipped", *chosen[1:])
-    table(columns, rows())
+    results.table("lives", columns, title, rows())
 
 
 def ends(outcomes: list[Outcome]) -> str:
@@ -267,8 +267,8 @@ def ends(outcomes: list[Outcome]) -> str:
     return spread([one.after for one in outcomes])
 
 
-def nan(seeds: int, quick: bool) -> None:
-    """Print the table of one NaN batch under every clipper."""
+def nan(results: Results, seeds: int, quick: bool) -> None:
+    """Report the table of one NaN batch under every clipper."""
     steps = 20 if quick else 400
 
     def rows() -> Iterator[tuple[str, ...]]:
@@ -282,8 +282,9 @@ def nan(seeds: int, quick: bool) -> None:
             finite = sum(one.finite for one in hit)
             yield name, f"{finite}/{seeds}", ends(hit), ends(calm)
 
-    print(
-        f"### One NaN batch\n\nGRU, adding problem, T = {LENGTH}, Adam 3e-3; the "
-        f"inputs of step {steps // 2} of {steps} are NaN. Test loss at the end.\n"
+    title = (
+        f"One NaN batch: GRU, adding problem, T = {LENGTH}, Adam 3e-3; the inputs of "
+        f"step {steps // 2} of {steps} are NaN. Test loss at the end."
     )
-    table(("clipper", "weights finite", "with NaN", "without"), rows())
+    columns = ("clipper", "weights finite", "with NaN", "without")
+    results.table("nan", columns, title, rows())
