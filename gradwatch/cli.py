@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from gradwatch import console
 from gradwatch._version import __version__
 from gradwatch.inspection import inspect
 from gradwatch.kinds.catalogue import CATALOGUE
-from gradwatch.record import dump_line
+from gradwatch.record import dump_line, printable
 
 _INSPECT = """\
 Look at the recurrent weights of a checkpoint, before any training: spectral radius,
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # "| head": what was wanted has been read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        words = " ".join(console.shown(line) for line in str(error).splitlines())
+        words = " ".join(printable(line) for line in str(error).splitlines())
         print(f"gradwatch: {words}", file=sys.stderr)
         return 2
     return 0

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from gradwatch.facts import ModuleFacts
 from gradwatch.metrics import run_key, stream_key
-from gradwatch.record import Incident, Stream
+from gradwatch.record import Incident, Stream, printable
 
 log: Final = logging.getLogger("gradwatch")
 
@@ -20,6 +20,12 @@ _SHOWN: Final = 6
 _SHOWN_NOTICES: Final = 3
 """Incidents, and open notices, that the closing lines name."""
 _COLUMNS: Final = ("rho", "drift", "sigma'", "saturated", "grad_hh", "update")
+_LOST: Final = {
+    "alerts.jsonl": "alerts",
+    "incidents and meta.json": "files",
+    "the console": "messages",
+}
+"""What is lost where it is no record."""
 _WIDTH: Final = 100
 _SHORTEST: Final = 12
 _LEGEND: Final = (
@@ -53,14 +59,6 @@ def set_up() -> None:
         log.propagate = False
 
 
-def shown(text: object) -> str:
-    """Return a name with control characters escaped: names are hostile input."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
-        for c in str(text)
-    )
-
-
 _undelivered: Counter[str] = Counter()
 
 
@@ -76,7 +74,7 @@ def say(text: str, level: int = logging.INFO) -> None:
     """
     try:
         set_up()
-        log.log(level, "gradwatch: %s", "\n".join(shown(x) for x in text.split("\n")))
+        log.log(level, "gradwatch: %s", printable(text, lines=True))
     except Exception as error:
         _undelivered[type(error).__name__] += 1
 
@@ -157,7 +155,7 @@ def table(
     if len(streams) > _ROWS:
         lines.append(f"... {len(streams) - _ROWS} more")
     for name, note in list(notes.items())[:5]:
-        lines.append(f"{shown(name)}: {note}")
+        lines.append(f"{printable(name)}: {note}")
     norm = latest.get(run_key("grad_norm"))
     run = [f"grad_norm {number(norm)}"] if norm is not None else []
     run += [
@@ -190,7 +188,7 @@ def _row(
     if length is not None and steps is not None:
         horizon = f"{steps:.0f}/{length}"
     return (
-        shown(stream.name),
+        printable(stream.name),
         stream.kind.lower(),
         f"{stream.input_size}->{stream.hidden_size}",
         horizon,
@@ -211,14 +209,30 @@ def _incident(incident: Incident) -> str:
     """Return a line on an incident: since when, where, why, and by which numbers."""
     until = "still open" if incident.until is None else f"until step {incident.until}"
     at = f" in {', '.join(incident.streams[:3])}" if incident.streams else ""
-    cause = f", cause {incident.cause}" if incident.cause else ""
+    named = incident.cause and incident.cause != incident.kind
+    cause = f", cause {incident.cause}" if named else ""
     shown_numbers = ", ".join(
         f"{key.rpartition('/')[2]} {number(value)}"
         + ("" if threshold is None else f" (threshold {number(threshold)})")
         for key, (value, threshold) in list(incident.evidence.items())[:2]
     )
     numbers = f": {shown_numbers}" if shown_numbers else ""
-    return f"  {incident.kind} since step {incident.since}, {until}{at}{cause}{numbers}"
+    back = f", came back {_count(incident.repeats, 'time')}" if incident.repeats else ""
+    since = f"{incident.kind} since step {incident.since}"
+    return f"  {since}, {until}{back}{at}{cause}{numbers}"
+
+
+def losses(health: Mapping[str, Any]) -> list[str]:
+    """Return what failed or did not arrive, in words, from ``watch.health``."""
+    lost = [f"{part} failed: {why}" for part, why in health["failed"].items()]
+    return lost + [
+        f"{number} {_LOST.get(name, 'records')} did not reach {name}"
+        for name, number in health["dropped"].items()
+    ]
+
+
+def _still(number: int) -> str:
+    return f" ({number} still open)" if number else ""
 
 
 def verdict(
@@ -252,14 +266,12 @@ def verdict(
         head = f"{_count(steps, 'step')}, no alarm"
     else:
         first = min(i.since for i in alarms)
-        head = (
-            f"{_count(steps, 'step')}, {_count(len(alarms), 'alarm')}, first at step "
-            f"{first}"
-        )
+        left = sum(i.until is None for i in alarms)
+        head = f"{_count(steps, 'step')}, {_count(len(alarms), 'alarm')}{_still(left)}"
+        head += f", first at step {first}"
     if steps:
         if notices:
-            still = f" ({len(open_notices)} still open)" if open_notices else ""
-            head += f", {_count(notices, 'notice')}{still}"
+            head += f", {_count(notices, 'notice')}{_still(len(open_notices))}"
         head += f"; {where}"
     lines = [head, *map(_incident, alarms[:_SHOWN])]
     if len(alarms) > _SHOWN:
@@ -267,5 +279,5 @@ def verdict(
     lines += [f"{_incident(i)} (notice)" for i in open_notices[:_SHOWN_NOTICES]]
     lines += [f"  {line}" for line in lost[:2]]
     if alarms and folder:
-        lines.append(f"  next: gradwatch.load({str(folder)!r}).alerts")
+        lines.append(f"  to see them: gradwatch.load({str(folder)!r}).alerts")
     return "\n".join(lines)

@@ -160,6 +160,11 @@ class Engine:
                 self._reader.opened(param)
             _torch.after_backward(self._ended)
 
+    def failed(self, error: Exception) -> None:
+        """A hook has failed before it could report."""
+        with self._guard:
+            raise error
+
     def on_backward_end(self) -> None:
         """A backward pass has ended."""
         if self._off or not self._clock.open:
@@ -189,6 +194,8 @@ class Engine:
         if self._off:
             return
         with self._guard:
+            if self.closed:  # by another thread, meanwhile
+                return
             held = self._reader.held(optimizer, look_up=not self._clock.open)
             if not held.params:
                 return
@@ -223,7 +230,7 @@ class Engine:
         if not state.backwards and task == -1:
             self._launch()  # its end was not called back
         self._read_used(optimizer, held, task)
-        if self._intake.refuses and not self._reader.gradients.used_finite:
+        if self._intake.refuses and not self._reader.all_finite(held):
             self._modules.used()
             self._advance(Refusal())
 
@@ -232,7 +239,11 @@ class Engine:
             optimizer,
             held,
             alone=task == -1 and self._clock.knows_no_other(held.number),
-            verify=self._step.sampled is not None or self._intake.unseen_writes,
+            verify=(
+                self._step.sampled is not None
+                or self._intake.unseen_writes
+                or self._intake.refuses
+            ),
         )
 
     def after_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
@@ -240,6 +251,8 @@ class Engine:
         if self._off:
             return
         with self._guard:
+            if self.closed:  # by another thread, meanwhile
+                return
             held = self._reader.held(optimizer)
             if not held.params:
                 return

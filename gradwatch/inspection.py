@@ -29,7 +29,7 @@ from gradwatch.kinds.exploding import EXPLODING
 from gradwatch.kinds.vanishing import VANISHING
 from gradwatch.numerics.singular import launch_gram
 from gradwatch.numerics.spectral import spectral_radius
-from gradwatch.record import Remedy, Stream
+from gradwatch.record import Remedy, Stream, printable
 from gradwatch.recurrent import KEEPS, gate_matrices, recurrences, stored_weights
 
 _STREAMS: Final = 256
@@ -134,10 +134,10 @@ class Inspection:
         """Return the table and the verdict."""
         sick = [stream for stream in self.streams if stream.verdict != "ok"]
         lines = [*_table(self.streams), self.verdict]
-        lines += [f"  {console.shown(s.stream)} {_what(s, self.steps)}" for s in sick]
-        lines += [f"  {console.shown(line)}" for line in _lines(sick)]
+        lines += [f"  {printable(s.stream)} {_what(s, self.steps)}" for s in sick]
+        lines += [f"  {printable(line)}" for line in _lines(sick)]
         lines += [
-            f"  {console.shown(name)}: {console.shown(why)}"
+            f"  {printable(name)}: {printable(why)}"
             for name, why in self.left_out.items()
         ]
         return "\n".join(lines)
@@ -397,7 +397,7 @@ def _rows(found: Inspected) -> Iterator[tuple[str, ...]]:
         first = place == 0
         own = gate.gate == keeps
         yield (
-            console.shown(found.stream) if first else "",
+            printable(found.stream) if first else "",
             found.kind.lower() if first else "",
             str(found.hidden_size) if first else "",
             gate.gate,

@@ -48,7 +48,7 @@ class Pipeline:
         self.records = Records()
         self.latest: dict[str, float] = {}
         self.alerts: list[Alert] = []
-        incidents = Incidents(CATALOGUE, settings.mute)
+        incidents = Incidents(CATALOGUE, settings.mute, fold=not settings.raising)
         self.judge = Judge(rules, incidents, health.absorb)
         self.steps = 0
         self.notices = 0
@@ -126,6 +126,14 @@ class Pipeline:
             if self._on_alert is not None:
                 with self._callback_guard:
                     self._on_alert(alert)
+
+    def write_open(self) -> None:
+        """Have the folder hold what is open from an earlier run, changed or not."""
+        if self._folder is not None:
+            with self._folder_guard:
+                for incident in self.judge.incidents.all():
+                    if incident.until is None:
+                        self._folder.write_incident(incident, self.latest)
 
     def write_out(self) -> None:
         """Have the folder write the records that it was given."""

@@ -136,7 +136,9 @@ def flow_points(
     title = f"{_name(key)}: gradients through time"
     if marks:
         reached = marks[-1]["horizon"]
-        title = f"{_name(key)}: gradients reach {reached:.0f} of {length} steps back"
+        title = (
+            f"{_name(key)}: gradients reach {reached:.0f} of {length} time steps back"
+        )
     return cells, marks, title
 
 

@@ -9,12 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
+import operator
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, overload
+from types import NoneType, UnionType
+from typing import (
+    Any,
+    Final,
+    Literal,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import numpy as np
 
@@ -24,6 +36,20 @@ Severity = Literal["info", "warning", "error"]
 
 KEPT_RECORDS = 1024
 """How many records a watch holds in memory."""
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    """Return a text with control characters escaped: names are hostile input.
+
+    Args:
+        text: What is to be shown.
+        lines: Whether it may have several lines.
+    """
+    kept = "\n" if lines else ""
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +81,8 @@ class Stream:
 
     @property
     def key(self) -> str:
-        """The name as part of a metric key: ``/`` for ``.``."""
-        return self.name.replace(".", "/")
+        """The name as part of a metric key: ``/`` for ``.``, and printable."""
+        return printable(self.name).replace(".", "/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +165,8 @@ class Incident:
         evidence: Metric key -> (value, threshold), the latest of each.
         remedy: What would cure it, or None.
         alerts: The alerts that were given for it, oldest first.
+        repeats: How often it has ended and come back: the fourth alarm of a kind, and
+            every later one, goes on with the third one's incident.
     """
 
     kind: str
@@ -150,6 +178,12 @@ class Incident:
     evidence: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
     remedy: Remedy | None = None
     alerts: tuple[Alert, ...] = ()
+    repeats: int = 0
+
+    @property
+    def doubled(self) -> bool:
+        """Whether its repeats are 0, 1, 2, 4, 8, ...: each is reported, no other."""
+        return self.repeats & (self.repeats - 1) == 0
 
 
 class TrainingAlert(RuntimeError):
@@ -160,7 +194,7 @@ class TrainingAlert(RuntimeError):
     """
 
     def __init__(self, alert: Alert) -> None:
-        super().__init__(alert.message)
+        super().__init__(printable(alert.message, lines=True))
         self.alert = alert
 
     def __reduce__(self) -> tuple[type[TrainingAlert], tuple[Alert]]:
@@ -247,7 +281,6 @@ class Records(Sequence[StepRecord]):
 
 _Plain = TypeVar("_Plain", StepRecord, Alert, Incident, Stream)
 _FAST = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
-_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def _to_json(value: object) -> object:
@@ -283,14 +316,6 @@ def dump_line(value: StepRecord | Alert | Incident | Mapping[str, Any]) -> str:
     return json.dumps(_to_json(value), separators=(",", ":"), default=str)
 
 
-def _number(value: Any) -> Any:
-    return _WORDS.get(value, value) if isinstance(value, str) else value
-
-
-def _evidence(raw: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    return {key: (_number(v[0]), _number(v[1])) for key, v in raw.items()}
-
-
 def parse(kind: type[_Plain], raw: Mapping[str, Any]) -> _Plain:
     """Build a value of this module from what :func:`dump_line` wrote.
 
@@ -300,28 +325,101 @@ def parse(kind: type[_Plain], raw: Mapping[str, Any]) -> _Plain:
             newer version can be read.
 
     Returns:
-        The value, equal to the one that was written.
+        The value, equal to the one that was written. Each field has its type: a whole
+        number is an int from 0 to 2**63 - 1, a number a float, the strings ``"nan"``,
+        ``"inf"`` and ``"-inf"`` among them.
 
     Raises:
-        TypeError: If a field that has no default is missing.
+        TypeError: If a field that has no default is missing, or is of another type.
+        ValueError: If a value of the right type cannot be: a step below 0, a severity
+            that there is not, a time that is not finite.
     """
-    known = {f.name for f in dataclasses.fields(kind)}
-    given = {name: item for name, item in raw.items() if name in known}
-    if "metrics" in given:
-        given["metrics"] = {k: float(_number(v)) for k, v in given["metrics"].items()}
-    if "profiles" in given:
-        given["profiles"] = {
-            k: [float(_number(x)) for x in v] for k, v in given["profiles"].items()
-        }
-    if "evidence" in given:
-        given["evidence"] = _evidence(given["evidence"])
-    if "facts" in given:
-        given["facts"] = Facts.from_plain(given["facts"])
-    for name in ("events", "streams", "gates"):
-        if name in given:
-            given[name] = tuple(given[name])
-    if given.get("remedy"):
-        given["remedy"] = Remedy(**given["remedy"])
-    if "alerts" in given:
-        given["alerts"] = tuple(parse(Alert, item) for item in given["alerts"])
-    return kind(**given)
+    hint: Any = kind
+    found: _Plain = _reader(hint)(raw)
+    if isinstance(found, StepRecord) and not 0 <= found.time < math.inf:
+        raise ValueError(f"time is {found.time}; expected seconds since the epoch")
+    return found
+
+
+@functools.cache
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """Return what makes of decoded JSON a value of a type, as fields name types."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        readers = {f.name: _reader(hints[f.name]) for f in dataclasses.fields(hint)}
+        return lambda raw: _fields(hint, readers, raw)
+    if origin is Literal:
+        return lambda raw: _one_of(args, raw)
+    if origin is UnionType:
+        [inner] = [_reader(arg) for arg in args if arg is not NoneType]
+        return lambda raw: None if raw is None else inner(raw)
+    if origin is Mapping:
+        inner = _reader(args[1])
+        return _numbers if inner is _number else lambda raw: _items(inner, raw)
+    if origin is Sequence or args[1:] == (...,):
+        inner, whole = _reader(args[0]), list if origin is Sequence else tuple
+        return lambda raw: whole([inner(item) for item in _listed(raw)])
+    if origin is tuple:
+        inners = [_reader(arg) for arg in args]
+        return lambda raw: tuple(
+            inner(item) for inner, item in zip(inners, _listed(raw), strict=True)
+        )
+    return _SINGLE[hint]
+
+
+def _of_type(raw: Any, *kinds: type) -> Any:
+    if not isinstance(raw, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"found {type(raw).__name__}, expected {expected}")
+    return raw
+
+
+def _listed(raw: Any) -> Any:
+    return _of_type(raw, list, tuple)
+
+
+def _fields(kind: Any, readers: Mapping[str, Callable[[Any], Any]], raw: Any) -> Any:
+    known = _of_type(raw, Mapping)
+    return kind(**{n: read(known[n]) for n, read in readers.items() if n in known})
+
+
+def _items(inner: Callable[[Any], Any], raw: Any) -> dict[str, Any]:
+    return {str(key): inner(item) for key, item in _of_type(raw, Mapping).items()}
+
+
+def _numbers(raw: Any) -> dict[str, float]:
+    """Return a mapping of numbers; nearly all that a run folder holds is these."""
+    found = _of_type(raw, Mapping).items()
+    return {k: v if type(v) is float else _number(v) for k, v in found}
+
+
+def _number(raw: Any) -> float:
+    if isinstance(raw, bool):
+        raise TypeError("found bool, expected a number")
+    try:
+        return float(raw)
+    except OverflowError:
+        raise ValueError("found an integer that is no float") from None
+
+
+def _whole(raw: Any) -> int:
+    if isinstance(raw, bool) or not 0 <= (number := operator.index(raw)) < 2**63:
+        raise ValueError("expected a whole number from 0 to 2**63 - 1")
+    return number
+
+
+def _one_of(known: tuple[str, ...], raw: Any) -> Any:
+    if not isinstance(raw, str) or raw not in known:
+        raise ValueError(f"expected one of {', '.join(known)}")
+    return raw
+
+
+_SINGLE: Final[Mapping[Any, Callable[[Any], Any]]] = {
+    Any: lambda raw: raw,
+    bool: lambda raw: _of_type(raw, bool),
+    float: _number,
+    int: _whole,
+    str: lambda raw: _of_type(raw, str),
+}
+"""Types of a single value -> what reads one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from gradwatch.kinds.catalogue import CATALOGUE, default_rules
 from gradwatch.kinds.incidents import Incidents
@@ -22,7 +22,8 @@ def replay(
     """Judge the records of a run again, with no model.
 
     Args:
-        records: One a step, in their order, such as ``gradwatch.load(dir).records``.
+        records: One a step, in their order, such as ``gradwatch.load(dir).records``;
+            steps may be left out.
         streams: The streams that they are of: ``gradwatch.load(dir).streams``.
         rules: In place of the catalogue's.
         mute: Kinds, or ``(kind, stream)`` pairs, that are not wanted.
@@ -32,10 +33,24 @@ def replay(
         each step and the run was not resumed.
 
     Raises:
-        ValueError: If a kind or a stream that is to be muted does not exist.
+        ValueError: If a kind or a stream that is to be muted does not exist, or a step
+            is not above the one before.
     """
     judged_by = default_rules(streams) if rules is None else rules
     mute = list(mute)
     check_mute(mute, judged_by, [stream.name for stream in streams])
     judge = Judge(judged_by, Incidents(CATALOGUE, mute))
-    return [alert for record in records for alert in judge.take(record)[0]]
+    return [alert for r in _ascending(records) for alert in judge.take(r)[0]]
+
+
+def _ascending(records: Iterable[StepRecord]) -> Iterator[StepRecord]:
+    last: int | None = None
+    for record in records:
+        if last is not None and record.step <= last:
+            raise ValueError(
+                f"step {record.step} comes after step {last}; expected steps that "
+                "ascend. Sort the records and leave out those that are there twice, or "
+                "replay each part of a run that went back on its own."
+            )
+        last = record.step
+        yield record

@@ -215,7 +215,7 @@ def _share(budget: float | None) -> float | None:
         return None
     wanted = (
         f"budget is {budget!r}; expected a share of the training time above 0 and at "
-        "most 1, such as budget=0.03 for 3 %, or None to fix the cadences."
+        "most 1, such as budget=0.03 for 3 %, or None for fixed cadences."
     )
     if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise TypeError(wanted)

@@ -35,14 +35,9 @@ from gradwatch.recurrent import Recurrence, recurrences
 from gradwatch.rewrite import Optimizers, several
 from gradwatch.settings import DIR, OnAlert, Settings
 from gradwatch.sinks import Sink
+from gradwatch.sinks.jsonl import Jsonl
 from gradwatch.sinks.wandb import destination
 
-_LOST: Final = {
-    "alerts.jsonl": "alerts",
-    "incidents and meta.json": "files",
-    "the console": "messages",
-}
-"""What is lost where it is no record."""
 _YES: Final = ("1", "true", "yes", "on")
 _NO: Final = ("", "0", "false", "no", "off")
 """What ``GRADWATCH_DISABLED`` may say."""
@@ -158,25 +153,31 @@ class Watch:
         self._health = Health(console.report)
         self._undelivered = console.undelivered()
         self._loud = model is not None and rank() == 0
-        content = meta(settings, self._streams)
-        self._folder = open_folder(settings, content) if self._loud else None
-        self._pipeline = self._make_pipeline(content)
+        self._folder: Jsonl | None = None
         self._engine: Engine | None = None
+        content: dict[str, Any] = {}
+        with self._health.guard("the run folder"):
+            content = meta(settings, self._streams)
+            self._folder = open_folder(settings, content) if self._loud else None
+        self._pipeline = self._make_pipeline(content)
         # Every rank raises at the same step; else one process speaks for all.
         if model is not None and (self._loud or settings.raising):
-            self._engine = self._attach(model, found)
+            with self._health.guard("attaching to the model"):
+                self._engine = self._attach(model, found)
         self._closed = self._engine is None
-        if self._loud:
-            wandb = None if settings.wandb is None else destination()
-            console.greet(self._streams, self.dir, wandb)
+        if self._loud and self._engine is not None:
+            with self._health.guard("the first line"):
+                wandb = None if settings.wandb is None else destination()
+                console.greet(self._streams, self.dir, wandb)
 
     def _make_pipeline(self, content: dict[str, Any]) -> Pipeline:
         settings, rules = self._settings, self._settings.rules
         sinks: dict[str, Sink] = {}
         if self._loud and settings.wandb is not None:
             close = functools.partial(_close, weakref.ref(self))
-            settings.wandb.attach(self._streams, content, console.say, close)
-            sinks["W&B"] = settings.wandb
+            with self._health.guard("W&B"):
+                settings.wandb.attach(self._streams, content, console.say, close)
+                sinks["W&B"] = settings.wandb
         if self._loud:
             for i, sink in enumerate(settings.sinks):
                 sinks[f"sink {i} ({type(sink).__name__})"] = sink
@@ -381,11 +382,7 @@ class Watch:
             return
         with self._health.guard("the closing lines"):
             health, pipeline = self.health, self._pipeline
-            lost = [f"{part} failed: {why}" for part, why in health["failed"].items()]
-            lost += [
-                f"{n} {_LOST.get(name, 'records')} did not reach {name}"
-                for name, n in health["dropped"].items()
-            ]
+            lost = console.losses(health)
             incidents = pipeline.judge.incidents.all()
             console.say(
                 console.verdict(
@@ -447,6 +444,7 @@ class Watch:
         self._pipeline.load_state_dict(pipeline)
         if self._engine is not None:
             self._engine.resume_from(number, memory)
+        self._pipeline.write_open()
 
     def __enter__(self) -> Watch:
         """Return the watch itself."""
@@ -464,7 +462,10 @@ class Watch:
     def __repr__(self) -> str:
         """Return the table of the streams with their latest numbers."""
         if self._engine is None:
-            return "gradwatch is off here (disabled, or not the first process)"
+            why = "; ".join(self._health.failed.values())
+            return (
+                f"gradwatch is off here ({why or 'disabled, or not the first process'})"
+            )
         self._bring_up_to_date()
         seen, notes = self._engine.notes(begun=self._pipeline.steps > 0)
         return console.table(self._streams, self._pipeline.latest, notes, seen)

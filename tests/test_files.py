@@ -37,7 +37,7 @@ records = st.builds(
         Facts,
         step=st.builds(StepFacts, skipped_by=st.none() | text),
         run=st.builds(RunFacts, cleared=st.none() | st.booleans()),
-        modules=st.dictionaries(text, st.builds(ModuleFacts, T=st.integers())),
+        modules=st.dictionaries(text, st.builds(ModuleFacts, T=st.integers(0, 10**12))),
         streams=st.dictionaries(text, st.builds(StreamFacts, drive=text)),
     ),
     events=st.lists(text, max_size=3).map(tuple),
@@ -125,7 +125,7 @@ def synthetic(step, keys):
 def test_the_file_is_folded_and_bounded(tmp_path):
     section = 20_000
     keys = list(enumerate(["gradwatch/grad_norm", "gradwatch/rnn/l0/rho"]))
-    sink = Jsonl(tmp_path, {}, section=section)
+    sink = Jsonl(tmp_path, {}, say=print, section=section)
     for step in range(20_000):
         sink.write(synthetic(step, keys))
         if step % 16 == 0:
@@ -168,7 +168,7 @@ def test_no_folder_is_overwritten_and_no_name_leads_out(tmp_path):
 
 def test_what_a_kill_leaves_is_read(tmp_path):
     folder, _ = make_folder(tmp_path, "run")
-    sink = Jsonl(folder, {"streams": []})
+    sink = Jsonl(folder, {"streams": []}, say=print)
     for step in range(5):
         sink.write(StepRecord(step=step))
     sink.flush()
@@ -183,7 +183,7 @@ def test_what_a_kill_leaves_is_read(tmp_path):
 
 def test_a_folder_without_records_says_what_is_near(tmp_path):
     folder, _ = make_folder(tmp_path, "mine")
-    Jsonl(folder, {}).close()
+    Jsonl(folder, {}, say=print).close()
     with pytest.raises(FileNotFoundError, match="it holds the runs mine"):
         gradwatch.load(tmp_path)
 

@@ -1,14 +1,17 @@
 """``gradwatch.inspect``: what weights tell at rest, from models and hostile files."""
 
+import collections
 import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -257,6 +260,120 @@ def test_a_checkpoint_gets_its_verdict(kind, tmp_path, capsys):
     assert all(f"\n{name} " in out for name in names)
     assert "over 100 steps:" in out
     assert ("1 with NaN or Inf" in out) == (kind == "NaN")
+
+
+def with_attribute(weight):
+    weight = nn.Parameter(weight.clone())
+    weight.mark = "kept"
+    return weight
+
+
+KINDS_OF_TENSORS = {
+    "as they are": lambda w: w,
+    "parameters": nn.Parameter,
+    "parameters with an attribute": with_attribute,
+    "transposed": lambda w: w.t().contiguous().t(),
+    "in the middle of another": lambda w: torch.cat([w, w, w]).chunk(3)[1],
+    "every other number": lambda w: torch.stack([w, -w], -1)[..., 0],
+    "double": lambda w: w.double(),
+    "half": lambda w: w.half(),
+    "bfloat16": lambda w: w.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", KINDS_OF_TENSORS)
+def test_what_is_read_is_what_was_saved(kind, old, tmp_path):
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 8, 2, proj_size=5)
+    weights = {
+        name: KINDS_OF_TENSORS[kind](w) for name, w in model.state_dict().items()
+    }
+    beside = {
+        "epoch": 3,
+        "loss": numpy.float64(0.5),
+        "seen": {1, 2},
+        "raw": b"abc",
+        "buffer": bytearray(b"abc"),
+        "count": collections.Counter("aab"),
+        "groups": collections.defaultdict(list, a=[1]),
+        "number": 1 + 2j,
+        "large": 2**70,
+        "dtype": torch.float16,
+        "device": torch.device("cpu"),
+        "random": torch.get_rng_state(),
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.zeros(3, device="meta"),
+        "optimizer": torch.optim.Adam(model.parameters()).state_dict(),
+        ("a", "tuple"): {7: "a key that is no text"},
+    }
+    path = saved(
+        tmp_path / "a.pt",
+        {**beside, "model": weights},
+        _use_new_zipfile_serialization=not old,
+    )
+    found = read_weights(path)
+    assert set(found) == {n for n in weights if "hh" in n or "hr" in n or "ih" in n}
+    for name, weight in found.items():
+        assert weight.dtype == weights[name].dtype
+        assert torch.equal(weight, weights[name])
+
+
+def test_what_a_checkpoint_of_many_tensors_takes_is_granted(tmp_path):
+    names = [f"l{i}.weight_hh" for i in range(2000)]
+    optimizer = {i: {"step": 1.0, "avg": torch.ones(1)} for i in range(2000)}
+    history = [{"loss": 0.5 + i, "step": i} for i in range(5000)]
+    weights = {name: torch.zeros(1, 1) for name in names}
+    whole = {"model": weights, "optimizer": {"state": optimizer}, "log": history}
+    assert len(read_weights(saved(tmp_path / "a.pt", whole))) == 2000
+
+
+def rewritten(path, change=lambda name, data: data):
+    """The same archive as another tool writes it: its numbers are not aligned."""
+    with zipfile.ZipFile(path) as archive:
+        content = {e.filename: archive.read(e) for e in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/odd", b"123")
+        for name, data in content.items():
+            archive.writestr(name, change(name.partition("/")[2], data))
+    return path
+
+
+def test_an_archive_of_another_tool_and_of_another_machine(tmp_path):
+    weights = {"weight_hh_l0": torch.randn(16, 4, dtype=torch.float64)}
+    path = rewritten(saved(tmp_path / "a.pt", weights))
+    assert torch.equal(read_weights(path)["weight_hh_l0"], weights["weight_hh_l0"])
+
+    def other(name, data):
+        if name == "byteorder":
+            return b"big" if sys.byteorder == "little" else b"little"
+        swapped = numpy.frombuffer(data, "i8").byteswap() if "data/" in name else data
+        return bytes(swapped) if name == "data/0" else data
+
+    path = rewritten(path, other)
+    assert torch.equal(read_weights(path)["weight_hh_l0"], weights["weight_hh_l0"])
+    path.write_bytes(b"something before" + path.read_bytes())
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (torch.zeros(9, 3).to_sparse(), "sparse or quantised"),
+        (torch.zeros(9, 3).to_sparse_csr(), "sparse or quantised"),
+        (torch.zeros(9, 3, device="meta"), "holds no values"),
+        (torch.zeros(9, 3, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(9, 3, dtype=torch.complex64), "complex64"),
+        (torch.zeros(9, 3).to(torch.float8_e5m2), "float8"),
+    ],
+)
+def test_a_saved_tensor_of_another_kind_is_left_out_with_the_reason(
+    weight, words, tmp_path
+):
+    path = saved(tmp_path / "a.pt", {"weight_hh_l0": weight})
+    [reason] = inspect(path).left_out.values()
+    assert words in reason
 
 
 class Evil:
@@ -521,6 +638,283 @@ def test_products_that_overflow_are_broken_and_long_gains_are_right():
     for steps in (10**400, 1.5, None):
         with pytest.raises(ValueError, match="expected 1 to 1,000,000,000"):
             inspect(half, steps=steps)
+
+
+# ---- files that ask for memory
+
+
+def named(name):
+    return b"c" + name.replace(" ", "\n").encode() + b"\n"
+
+
+def number(value):
+    data = value.to_bytes(8, "little", signed=True)
+    return b"\x8a\x08" + data
+
+
+def text(value):
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+def called(name, *args):
+    """A call of what is named, with opcodes that push the arguments."""
+    return named(name) + b"(" + b"".join(args) + b"tR"
+
+
+def stored(count, kind="torch FloatStorage", more=b""):
+    """A storage of so many numbers, of which the file has four."""
+    parts = (text("storage"), named(kind), text("0"), text("cpu"), number(count))
+    return b"(" + b"".join(parts) + more + b"tQ"
+
+
+def tensor(size, stride, count=4, **more):
+    shape = [b"(" + b"".join(map(number, own)) + b"t" for own in (size, stride)]
+    hooks = called("collections OrderedDict")
+    return called(
+        "torch._utils _rebuild_tensor_v2",
+        stored(count, **more),
+        number(0),
+        *shape,
+        b"\x89",
+        hooks,
+    )
+
+
+def under(value, key="weight_hh_l0"):
+    return b"}" + text(key) + value + b"s."
+
+
+def again(value, times, call):
+    """A value that is remembered once, and used in so many calls."""
+    return value + b"q\x00(" + times * call + b"t."
+
+
+HUGE = 10**10
+ONES = b"](" + 50_000 * b"K\x01" + b"e"
+PICKLES = {
+    "a bytearray by its name in Python 2": called(
+        "__builtin__ bytearray", number(HUGE)
+    ),
+    "a bytearray": called("builtins bytearray", number(HUGE)),
+    "bytes": called("builtins bytes", number(HUGE)),
+    "bytes by their name in Python 2": called("__builtin__ bytes", number(HUGE)),
+    "a range in a list": called(
+        "builtins list", called("builtins range", number(10**8))
+    ),
+    "a storage": called("torch.storage UntypedStorage", number(HUGE)),
+    "a new storage": named("torch.storage UntypedStorage") + number(HUGE) + b"\x85\x81",
+    "a tensor by its class": called("torch Tensor", number(HUGE)),
+    "a tensor by an old class": called("torch FloatTensor", number(HUGE)),
+    "a parameter": called("torch.nn.parameter Parameter", number(HUGE)),
+    "a product": called("operator mul", b"](K\x00e", number(10**9)),
+    "a text multiplied": called("operator mul", text("a"), number(HUGE)),
+    "numpy's zeros": called("numpy zeros", number(HUGE)),
+    "a quantised tensor": called(
+        "torch._utils _rebuild_qtensor",
+        stored(4, "torch QUInt8Storage"),
+        number(0),
+        number(HUGE) + b"\x85",
+        number(1) + b"\x85",
+        b"(" + named("torch per_tensor_affine") + b"G?\xf0\0\0\0\0\0\0K\x00t",
+        b"\x89",
+        called("collections OrderedDict"),
+    ),
+    "a tensor larger than its storage": tensor([HUGE], [1]),
+    "a storage larger than its data": tensor([HUGE], [1], count=HUGE),
+    "a long stride": tensor([2, 2], [HUGE, 1]),
+    "an offset beyond": tensor([2, 2], [2**62, 2**62]),
+    "a stride below 0": tensor([2, 2], [-1, 1]),
+    "a tensor of 200,000 dimensions": tensor([1], [1]).replace(
+        number(1) + b"t", 200_000 * b"K\x01" + b"t"
+    ),
+    "one number for all, as another type": called(
+        "torch._utils _rebuild_device_tensor_from_cpu_tensor",
+        tensor([10**5, 10**5], [0, 0]),
+        named("torch float64"),
+        text("cpu"),
+        b"\x89",
+    ),
+    "one number for all, quantised": called(
+        "torch._utils _rebuild_nested_tensor",
+        tensor([10**5, 10**5], [0, 0]),
+        tensor([10**5], [0]),
+        tensor([10**5], [0]),
+        tensor([10**5], [0]),
+    ),
+}
+"""Name -> a value that takes more memory than its file; the weight of a layer."""
+WHOLE = {
+    "lists in sets": again(ONES, 2000, named("builtins set") + b"h\0\x85R"),
+    "sets by their name in Python 2": again(
+        ONES, 2000, named("__builtin__ set") + b"h\0\x85R"
+    ),
+    "lists in sizes": again(ONES, 2000, named("torch Size") + b"h\0\x85R"),
+    "lists counted": again(ONES, 2000, named("collections Counter") + b"h\0\x85R"),
+    "lists of pairs": again(
+        b"](" + 50_000 * b"X\1\0\0\0aK\1\x86" + b"e",
+        2000,
+        named("collections OrderedDict") + b"h\0\x85R",
+    ),
+    "bytes encoded": again(
+        text("a" * 10**6),
+        5000,
+        named("_codecs encode") + b"h\0" + text("utf8") + b"\x86R",
+    ),
+    "bytes copied": again(
+        text("a" * 10**6),
+        5000,
+        named("__builtin__ bytearray") + b"h\0" + text("latin1") + b"\x86R",
+    ),
+    "mappings": b"(" + 2**19 * b"}" + b"t.",
+    "lists": b"(" + 2**19 * b"]" + b"t.",
+    "marks": 2**19 * b"(" + b".",
+    "a memo": b"N" + b"".join(b"r" + i.to_bytes(4, "little") for i in range(300_000)),
+    "tuples of tuples": b")" + 2**19 * b"\x85" + b".",
+    "a key of tuples": under(
+        text("a" * 2 * 10**6) + b"}" + b")" + 200_000 * b"\x85" + b"Ns\x86"
+    ),
+    "a key that doubles": under(b"})q\x00" + 64 * b"h\x00\x86q\x00" + b"Ns"),
+    "a long name on the way to many": under(
+        b"}(" + b"".join(text(f"{i}") + b"}" for i in range(40_000)) + b"u",
+        "a" * 8 * 2**20,
+    ),
+    "bytes of a length that lies": b"\x8e" + (2**40).to_bytes(8, "little") + b"a.",
+    "a bytearray of a length that lies": b"\x96" + (2**33).to_bytes(8, "little") + b"a",
+    "a text of a length that lies": b"X" + (2**32 - 1).to_bytes(4, "little") + b"a.",
+    "a place in the memo that is far off": b"Nr" + (2**32 - 1).to_bytes(4, "little"),
+    "sets of a later protocol": 2**19 * b"\x8f" + b".",
+    "one tensor under many names": tensor([2, 2], [2, 1])
+    + b"q\x00}("
+    + b"".join(text(f"{i}.weight_hh") + b"h\0" for i in range(50_000))
+    + b"u.",
+}  # fmt: skip
+"""Name -> a pickle that takes more memory than its file."""
+
+
+def archive(path, data, name="a/data.pkl"):
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr(name, b"\x80\x02" + data)
+        opened.writestr("a/data/0", bytes(16))
+        opened.writestr("a/version", "3\n")
+
+
+def old_format(path, data):
+    start = [pickle.dumps(v, protocol=2) for v in (0x1950A86A20F9469CFC6C, 1001, {})]
+    keys = pickle.dumps(["0"], protocol=2)
+    content = (4).to_bytes(8, "little") + bytes(16)
+    old = data.replace(b"tQ", b"NtQ")  # a storage had one part more
+    path.write_bytes(b"".join(start) + b"\x80\x02" + old + keys + content)
+
+
+def crowded(path, count):
+    """A zip file of many entries, each of which takes more in memory."""
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("a/version", b"3\n")
+        opened.filelist += count * opened.filelist
+
+
+def encrypted(path):
+    archive(path, b"}.")
+    data = path.read_bytes()
+    path.write_bytes(
+        data.replace(b"PK\x01\x02\x14\x03\x14\0\0", b"PK\x01\x02\x14\x03\x14\0\1")
+    )
+
+
+OTHERS = {
+    "a name in capitals": lambda p: archive(
+        p, PICKLES["a bytearray"] + b".", "a/DATA.PKL"
+    ),
+    "a crowded zip file": lambda p: crowded(p, 50_000),
+    "a zip file that is too crowded": lambda p: crowded(p, 180_000),
+    "an encrypted zip file": encrypted,
+    "an index of lists": lambda p: p.write_bytes(
+        b'{"weight_map":{},"a":[' + 4 * 2**20 * b"[]," + b"1]}"
+    ),
+    "a long header of safetensors": lambda p: p.write_bytes(
+        (20 * 2**20).to_bytes(8, "little") + b'{"a":[' + 20 * 2**20 * b"[]," + b"1]}"
+    ),
+    "a storage that is given twice": lambda p: old_format(
+        p, under(tensor([HUGE], [1], count=HUGE))
+    ),
+}
+"""Name -> what writes a file that takes more memory than it has."""
+MEASURE = """
+import json, os, resource, signal, sys
+from gradwatch.checkpoint import CheckpointError, read_weights
+from gradwatch.inspection import inspect
+
+def size(name):
+    with open("/proc/self/status") as status:
+        [found] = [l.split()[1] for l in status if l.startswith(name + ":")]
+    return int(found) * 1024
+
+def read(path):
+    before = size("VmSize")
+    resource.setrlimit(resource.RLIMIT_AS, (before + 6 * 2**30,) * 2)
+    signal.alarm(20)
+    try:
+        said = f"{len(inspect(path).streams)} streams"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    return {"said": said, "grown": size("VmPeak") - before}
+
+for path in sys.stdin.read().split("\\n"):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            print(json.dumps(read(path)), flush=True)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        print(json.dumps({"said": f"died of signal {status}", "grown": -1}))
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What reading each file said, and by how many bytes the process grew meanwhile."""
+    folder = tmp_path_factory.mktemp("hungry")
+    write = dict(OTHERS)
+    for name, value in PICKLES.items():
+        data = under(value)
+        write[name] = lambda path, data=data: archive(path, data)
+        write[f"{name}, old format"] = lambda path, data=data: old_format(path, data)
+    for name, data in WHOLE.items():
+        write[name] = lambda path, data=data: archive(path, data)
+    paths = {name: folder / f"{number}.pt" for number, name in enumerate(write)}
+    for name, path in paths.items():
+        write[name](path)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        input="\n".join(str(path) for path in paths.values()),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == len(paths), done.stderr
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    return {
+        name: (found["said"], found["grown"], sizes[name])
+        for name, found in zip(paths, told, strict=True)
+    }
+
+
+HUNGRY = [*OTHERS, *PICKLES, *(f"{name}, old format" for name in PICKLES), *WHOLE]
+
+
+@pytest.mark.parametrize("name", HUNGRY)
+def test_a_file_gets_no_memory_that_it_asks_for(name, measured):
+    said, grown, size = measured[name]
+    assert said.startswith(("CheckpointError", "ValueError: no recurrent", "0 streams"))
+    ours = said.replace("would allocate far more memory than weights need", "")
+    assert not re.search("alloc|memory", ours, re.IGNORECASE), said
+    # Twice the file, where it is read and mapped, and what its pickle is granted.
+    assert grown < min(4 * 2**20 + 28 * size, 300 * 2**20), f"{grown / 2**20:.0f} MB"
 
 
 # ---- the command

@@ -28,7 +28,7 @@ def test_the_title_is_the_finding_and_the_numbers_are_the_profile():
     found = records()
     cells, marks, title = gradwatch.plot.flow_points(found)
     horizon = found[-1].metrics["gradwatch/rnn/l0/horizon"]
-    assert title == f"rnn.l0: gradients reach {horizon:.0f} of 20 steps back"
+    assert title == f"rnn.l0: gradients reach {horizon:.0f} of 20 time steps back"
     assert len(cells) == 5 * 20 and len(marks) == 5
     profile = found[-1].profiles["gradwatch/rnn/l0/adjoint"]
     shown = [c["decades"] for c in cells if c["step"] == 4]

@@ -387,6 +387,50 @@ def test_a_failure_inside_never_reaches_the_training(part, lenient, lines, monke
     assert hooks_of(model) == []
 
 
+def clip_an_inf(weight):
+    weight.grad[0, 0] = math.inf
+    nn.utils.clip_grad_norm_([weight], 1.0)
+
+
+def assign(weight):
+    weight.grad = weight.grad * math.nan
+
+
+BETWEEN = {
+    "in place": lambda weight: weight.grad.mul_(math.nan),
+    "by .data": lambda weight: weight.grad.data.mul_(math.nan),
+    "by numpy": lambda weight: weight.grad.numpy().fill(math.nan),
+    "by assignment": assign,
+    "by a clip of Inf": clip_an_inf,
+}
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+@pytest.mark.parametrize("how", BETWEEN)
+def test_raise_keeps_weights_intact_from_nan_after_backward(how, optimizers):
+    model = Tagger(nn.LSTM(4, 8), 8)
+    own = [list(model.rnn.parameters()), list(model.head.parameters())]
+    parts = [[*own[0], *own[1]]] if optimizers == 1 else own[::-1]
+    steppers = [torch.optim.SGD(part, 0.1) for part in parts]
+    with gradwatch.watch(model, dir=None, on_alert="raise") as watch:
+        for step, x in enumerate(batches(8)):
+            model.zero_grad()
+            model(x).square().mean().backward()
+            if step == 5:
+                BETWEEN[how](model.rnn.weight_hh_l0)
+                before = copy.deepcopy(model.state_dict())
+                with pytest.raises(gradwatch.TrainingAlert) as caught:
+                    steppers[0].step()
+                break
+            for stepper in steppers:
+                stepper.step()
+        alert = caught.value.alert
+        assert (alert.step, alert.cause) == (5, "after_backward")
+        assert "skipped_step" in watch.records[-1].events
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_raise_keeps_the_weights_intact():
     model = lstm()
     with gradwatch.watch(model, dir=None, on_alert="raise") as watch:

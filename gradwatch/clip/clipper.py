@@ -31,6 +31,7 @@ from gradwatch.clip.gradients import (
     scale_,
     with_gradient,
 )
+from gradwatch.record import printable
 
 KEPT: Final = 1000
 """How many norms a clipper remembers."""
@@ -318,7 +319,7 @@ class Clipper(ABC):
             whole = sum(self._carried.values())
             heaviest = sorted(self._carried.items(), key=lambda item: -item[1])
             parts = [
-                f"{console.shown(name)} {100 * part / whole:.0f} %"
+                f"{printable(name)} {100 * part / whole:.0f} %"
                 for name, part in heaviest[:_NAMED]
             ]
             lines.append(f"  clipped norms carried by: {', '.join(parts)}")
@@ -374,7 +375,7 @@ class Clipper(ABC):
         self.refused += 1
         expected = scaler is not None and scaler.get_scale() > 1.0
         self._in_row += not expected
-        names = [console.shown(name) for name in broken[:_NAMED]]
+        names = [printable(name) for name in broken[:_NAMED]]
         names += ["..."] * (len(broken) > _NAMED)
         what = f"the gradients of {', '.join(names)} hold NaN or Inf"
         if self.patience is not None and self._in_row >= self.patience:

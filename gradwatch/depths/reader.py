@@ -153,6 +153,23 @@ class Reader:
             read = scaled_down(read, factor)
         gradients.about_to_be_used(live, read, untouched=untouched)
 
+    def all_finite(self, held: Held) -> bool:
+        """Tell whether the step's gradients are finite; an accelerator is waited for.
+
+        Those of other optimizers too, so that none of several moves a weight; but for
+        what a loss scaler keeps from its optimizer by itself.
+        """
+        if not self.gradients.used_finite:
+            return False
+        others = set(self._parameters.arrivals()).difference(held.params)
+        if not others or self.scaler is not None:
+            return True
+        live, grads = self._parameters.of(self.gradients.not_used(others))
+        if not grads or all_finite(read := norms(grads)):
+            return True
+        self.gradients.about_to_be_used(live, read)
+        return False
+
     def compare(self, held: Held) -> None:
         """Compare the weights with what they were before the step's optimizers."""
         self._changes.compare(self._moves(held))

@@ -14,6 +14,9 @@ class Listener(Protocol):
     def on_gradient(self, task: int, param: Tensor) -> None:
         """The first gradient of a backward pass has been accumulated."""
 
+    def failed(self, error: Exception) -> None:
+        """A hook has failed before it could report."""
+
     def before_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
         """An optimizer is about to use its gradients, its own hooks behind it."""
 

@@ -33,7 +33,7 @@ class ParameterHooks:
     def __init__(self, model: nn.Module, listener: Listener) -> None:
         self.names: list[str] = []
         self.params: list[nn.Parameter] = []
-        self._model = weakref.ref(model)
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._trigger = self._hook(listener)
         self._hooks: list[Any] = []
         self._index: dict[int, int] = {}
@@ -66,14 +66,19 @@ class ParameterHooks:
         self._seen, self._used = {}, {}
         if some_stay:  # the last backward was seen: it brought the others theirs too
             self.note(*self.gradients())
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._trigger) for p in params
-        ]
+        try:
+            for param in params:
+                hook = param.register_post_accumulate_grad_hook(self._trigger)
+                self._hooks.append(hook)
+        except BaseException:
+            self._remove_hooks()
+            raise
         return True
 
     def close(self) -> None:
         """Take the hooks off and let go of everything. Safe to call twice."""
         self._remove_hooks()
+        self._model = _nothing  # no rescan, whoever still reports
         self.params, self._order = [], []
         self._seen, self._used = {}, {}
 
@@ -92,7 +97,12 @@ class ParameterHooks:
             parameters = own()
             if parameters is None:
                 return
-            task = current()
+            try:
+                task = current()
+            except Exception as error:
+                if (told := ref()) is not None:
+                    told.failed(error)
+                return
             # The task's number, not a flag: an exception in backward leaves it set.
             if task == parameters._task and task != -1:
                 parameters._order.append(param)

@@ -45,9 +45,8 @@ class ForwardHook(_Inert):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
         """Show a call, where one is wanted; nearly always none is."""
-        probe = self.probe
-        if probe.wanted is not NOTHING and torch.is_grad_enabled():
-            probe.on_forward(module, args, kwargs, output)
+        if self.probe.wanted is not NOTHING:
+            self.probe.on_forward(module, args, kwargs, output)
 
 
 class WeightHook(_Inert):
@@ -61,7 +60,7 @@ class WeightHook(_Inert):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Show the computed weight to the probe."""
-        if self.probe.wanted is not NOTHING and torch.is_grad_enabled():
+        if self.probe.wanted is not NOTHING:
             self.probe.on_weight(self.name, output)
 
 
@@ -72,7 +71,7 @@ class RngHook(_Inert):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Tell the probe that the module is about to run."""
-        if self.probe.wanted is not NOTHING and torch.is_grad_enabled():
+        if self.probe.wanted is not NOTHING:
             self.probe.before_forward(module)
 
 
@@ -151,16 +150,25 @@ class Probe:
         self._era = 0
         self._returned = Returned()
         self._tidy_at = 2 * _HELD
-        self._handles = [
+        self._handles: list[Any] = []
+        try:
+            self._attach(module)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, module: nn.Module) -> None:
+        attached = self._handles
+        attached.append(
             module.register_forward_hook(ForwardHook(self), with_kwargs=True)
-        ]
+        )
         if isinstance(module, nn.RNNCellBase):
             made = getattr(module, "parametrizations", {})
             for name in made:
                 hook = WeightHook(self, name)
-                self._handles.append(made[name].register_forward_hook(hook))
+                attached.append(made[name].register_forward_hook(hook))
         elif getattr(module, "num_layers", 1) > 1 and getattr(module, "dropout", 0):
-            self._handles.append(module.register_forward_pre_hook(RngHook(self)))
+            attached.append(module.register_forward_pre_hook(RngHook(self)))
 
     def close(self) -> None:
         """Take the hooks off and let go of everything. Safe to call twice."""
@@ -258,13 +266,17 @@ class Probe:
 
     def on_weight(self, name: str, output: object) -> None:
         """Note a parametrized weight of a cell."""
-        if self.wanted.weights and isinstance(output, Tensor):
-            self._computed[name] = output.detach()
+        with self._guard:
+            asked = self.wanted.weights and torch.is_grad_enabled()
+            if asked and isinstance(output, Tensor):
+                self._computed[name] = output.detach()
 
     def before_forward(self, module: nn.Module) -> None:
         """Keep the generator's state where dropout is about to draw from it."""
         with self._guard:
-            drawn = self.wanted.sequences and module.training
+            drawn = (
+                self.wanted.sequences and module.training and torch.is_grad_enabled()
+            )
             self._rng = torch.get_rng_state() if drawn else None
 
     def on_forward(
@@ -276,7 +288,8 @@ class Probe:
     ) -> None:
         """Look at one call, as far as that is wanted."""
         with self._guard:
-            self._look(module, args, kwargs, tuple(tensors(output)))
+            if torch.is_grad_enabled():
+                self._look(module, args, kwargs, tuple(tensors(output)))
 
     def _look(
         self,

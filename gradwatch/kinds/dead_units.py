@@ -133,9 +133,7 @@ class DeadUnits(Remembering[_State]):
     def _alert(self, record: StepRecord, stream: Stream, share: float) -> Alert:
         since = self._levels.since(stream.name)
         active = record.metrics.get(stream_key(stream, "act_deriv"))
-        shown = (
-            f"dead {share:.2f} in {stream.name} (alarm from {self._levels.raise_at})"
-        )
+        shown = f"dead {share:.2f} in {stream.name} (alarm at {self._levels.raise_at})"
         if active is not None:
             shown += f"; share of active units at a step {active:.2f}"
         return text.alert(

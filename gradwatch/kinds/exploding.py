@@ -376,7 +376,7 @@ class Exploding(Remembering[_State]):
                 bearer,
                 None,
                 why,
-                LOWER_RATE + BEFORE.format(since=self._state.since),
+                text.filled(LOWER_RATE + BEFORE, since=self._state.since),
                 None,
             )
         grows = self._grows()

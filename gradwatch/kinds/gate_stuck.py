@@ -61,7 +61,7 @@ GATE_STUCK = Kind(
         ),
         "update_gate": Cause(
             "`open/z`: z is above .95",
-            "z near 1 keeps the old state: it is never renewed, whatever the input is",
+            "z near 1 keeps the old state, which hardly changes whatever the input is",
             remedy="init.chrono_",
         ),
     },
@@ -184,7 +184,7 @@ class GateStuck(Remembering[_State]):
             what=f"gate {gate} of {stream.name} is stuck",
             shown=(
                 f"{_SIDES[cause]} in {text.percent(share)} of units and steps "
-                f"(alarm from {text.percent(self._levels.raise_at)})"
+                f"(alarm at {text.percent(self._levels.raise_at)} or above)"
             ),
             cause=cause,
             evidence={key: (share, self._levels.raise_at)},

@@ -152,7 +152,7 @@ class Growth(Remembering[_State]):
                 f"crosses the alarm threshold within about {rounded} steps"
             ),
             shown=(
-                f"growth_log10 {growth:.1f}, up in {_SAMPLES} probes (alarm from "
+                f"growth_log10 {growth:.1f}, up in {_SAMPLES} probes (alarm at "
                 f"{EXPLODING.at('growth')}); rho rises by {trend:.2g} a step"
             ),
             cause=cause,
@@ -172,9 +172,9 @@ class Growth(Remembering[_State]):
             since=since,
             what=f"gradients grow through time in {stream.name} since step {since}",
             shown=(
-                f"growth_log10 {growth:.1f} (alarm from {levels.raise_at} at "
-                f"{levels.running} consecutive probes, or {levels.at_once}): a "
-                f"gradient grows to 10^{growth:.1f} times its size on its way back"
+                f"growth_log10 {growth:.1f} (alarm at {levels.raise_at} in "
+                f"{levels.running} consecutive probes, or {levels.at_once} in one): a "
+                f"gradient grows to 10^{growth:.1f} times its size through time"
             ),
             cause=cause,
             evidence={key: (growth, levels.raise_at)},

@@ -13,6 +13,8 @@ from gradwatch.record import Alert, Incident, parse
 _SEVERITIES: Final = ("info", "warning", "error")
 _NOTICES: Final = 3
 """Notices that one stream may give in a run, per kind."""
+_ALARMS: Final = 3
+"""Alarms of a kind with an incident each; one that flaps has no more."""
 
 
 class Incidents:
@@ -21,11 +23,18 @@ class Incidents:
     Args:
         kinds: The catalogue: kind -> its row, which tells what explains it.
         mute: Kinds, or ``(kind, stream)`` pairs, that are not wanted.
+        fold: Whether an alarm that comes again and again goes on with its last
+            incident, and is given out only when its repeats have doubled.
     """
 
     def __init__(
-        self, kinds: Mapping[str, Kind], mute: Iterable[str | tuple[str, str]] = ()
+        self,
+        kinds: Mapping[str, Kind],
+        mute: Iterable[str | tuple[str, str]] = (),
+        *,
+        fold: bool = True,
     ) -> None:
+        self._fold = fold
         self._kinds = kinds
         ranks = {name: row.rank for name, row in kinds.items() if row.rank is not None}
         self._ranks = dict(sorted(ranks.items(), key=lambda ranked: ranked[1]))
@@ -61,6 +70,8 @@ class Incidents:
             if self._notices[alert.kind, alert.stream] > _NOTICES:
                 return None, None
         known = self._covering(alert)
+        if known is None and (before := self._flapping(alert)) is not None:
+            return self._come_back(before, alert)
         if known is None:
             opened = Incident(
                 kind=alert.kind,
@@ -90,6 +101,40 @@ class Incidents:
         )
         self._open[known.kind] = grown
         return (alert if rises else None), grown
+
+    def _flapping(self, alert: Alert) -> Incident | None:
+        """Return the last incident of an alarm that has had all that it may have."""
+        if alert.severity == "info" or not self._fold:
+            return None
+        past = [i for i in self._past if i.kind == alert.kind]
+        same = [i for i in past if i.severity != "info"]
+        return same[-1] if len(same) >= _ALARMS else None
+
+    def _come_back(
+        self, before: Incident, alert: Alert
+    ) -> tuple[Alert | None, Incident]:
+        """Open an incident again."""
+        self._past.remove(before)
+        again = dataclasses.replace(
+            before,
+            severity=max(before.severity, alert.severity, key=_SEVERITIES.index),
+            until=None,
+            streams=tuple(dict.fromkeys((*before.streams, *alert.streams))),
+            cause=alert.cause or before.cause,
+            evidence=dict(alert.evidence),
+            remedy=alert.remedy or before.remedy,
+            repeats=before.repeats + 1,
+        )
+        out = None
+        if again.doubled:
+            out = dataclasses.replace(
+                alert,
+                message=f"{alert.message}\n  again: {again.repeats + _ALARMS} times so "
+                "far; the next one is reported when this number of repeats has doubled",
+            )
+            again = dataclasses.replace(again, alerts=(*again.alerts, out))
+        self._open[alert.kind] = again
+        return out, again
 
     def _covering(self, alert: Alert) -> Incident | None:
         """Return the open incident that an alert is evidence of."""

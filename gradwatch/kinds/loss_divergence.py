@@ -271,10 +271,11 @@ class LossDivergence(Remembering[_State]):
             shown=(
                 f"median of the last 20 losses {loss:.3g}; at best {best:.3g}, at "
                 f"first {start:.3g}; update_ratio {state.now[0]:.2g}, at the best "
-                f"{state.usual[0]:.2g}; learning rate about {self._rate():.2g}, at the "
-                f"best {self._state.usual[-1]:.2g}"
+                f"{state.usual[0]:.2g}; learning rate about {self._rate():.2g}, when "
+                f"the loss was lowest {self._state.usual[-1]:.2g}"
             ),
             cause=cause,
+            do=self._back_to_usual() if self._rate_raised() else None,
             evidence={_LOSS: (loss, LOSS_DIVERGENCE.at("best") * best)},
         )
 
@@ -282,6 +283,12 @@ class LossDivergence(Remembering[_State]):
         """Return the largest learning rate of a recurrent weight, as far as known."""
         rates = [self._seen.stream(s).lr or 0.0 for s in self._streams]
         return max(rates, default=0.0)
+
+    def _back_to_usual(self) -> str:
+        """Return the line that takes back a rise of the rate."""
+        times = self._rate() / self._state.usual[-1]
+        line = f"for group in optimizer.param_groups: group['lr'] /= {times:.3g}"
+        return text.filled(line + BEFORE, since=self._state.since)
 
     def _rate_raised(self) -> bool:
         return self._rate() >= _RAISED * self._state.usual[-1] > 0

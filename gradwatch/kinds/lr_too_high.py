@@ -210,12 +210,12 @@ class LrTooHigh(Remembering[_State]):
     ) -> Alert:
         share = self._state.losses.recent
         shown = (
-            f"update_ratio {size:.2g} (alarm at {LR_TOO_HIGH.at('ratio')} as the "
-            f"median of {self._last} steps, at {LR_TOO_HIGH.at('jump'):g} twice, or at "
-            f"{LR_TOO_HIGH.at('leap'):g})"
+            f"update_ratio {size:.2g} (alarm: median of {self._last} steps "
+            f"{LR_TOO_HIGH.at('ratio')} or more, two steps of "
+            f"{LR_TOO_HIGH.at('jump'):g}, or one of {LR_TOO_HIGH.at('leap'):g})"
         )
         if share is not None:
-            shown += f"; the loss is at {share:.2f} of its start"
+            shown += f"; the loss is {share:.2f} times what it was at first"
         return text.alert(
             LR_TOO_HIGH,
             record,

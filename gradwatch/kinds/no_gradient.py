@@ -53,7 +53,7 @@ NO_GRADIENT = Kind(
             "it was called, and no gradient came back to its output",
             "{module} runs, but no gradient comes back to its output: a detach(), "
             ".data, .item() or numpy between it and the loss",
-            "assert output.requires_grad  # behind {module}, then on until it fails",
+            "assert output.requires_grad  # after {module}, then ever nearer the loss",
         ),
         "readout_index": Cause(
             "the gradient of W_hh is exactly 0, that of W_ih is not",

@@ -10,10 +10,11 @@ from typing import Final
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
+from gradwatch.kinds.text import BEFORE
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
 
-_ANOMALY = "torch.autograd.set_detect_anomaly(True)  # then run that step again"
+_ANOMALY = "torch.autograd.set_detect_anomaly(True)" + BEFORE
 
 NONFINITE = Kind(
     name="nonfinite",
@@ -38,8 +39,8 @@ NONFINITE = Kind(
     causes={
         "nan_data": Cause(
             "the logged loss, or the input, is not finite",
-            "the loss was not finite either: look at the input, the target and the "
-            "forward pass",
+            "the loss of that step was not finite either: look at the input, the "
+            "target and the forward pass",
             "assert torch.isfinite(batch).all(), 'NaN or Inf in the input'",
         ),
         "nan_backward": Cause(
@@ -47,6 +48,13 @@ NONFINITE = Kind(
             "the loss was finite, so it arose in backward: often sqrt or log at 0, or "
             "a division by 0",
             _ANOMALY,
+        ),
+        "after_backward": Cause(
+            "finite as backward left them, and not as the optimizer was given them",
+            "the gradients were finite at the end of backward: what stands between it "
+            "and the optimizer's step has made them so, such as a clip or added noise",
+            "assert all(p.grad.isfinite().all() for p in model.parameters() "
+            "if p.grad is not None)  # after each line between backward() and step()",
         ),
         "fp16_overflow": Cause(
             "the scaler has skipped more than 10 consecutive steps though the input is "
@@ -160,20 +168,22 @@ class Nonfinite(Remembering[_State]):
         names = record.facts.step.nonfinite or ()
         if count:
             what = f"{count:.0f} gradient tensors hold NaN or Inf"
-            shown = f"first on the way back: {', '.join(names) or 'unknown'}"
+            shown = f"first in backward order: {', '.join(names) or 'unknown'}"
             evidence: dict[str, tuple[float, float | None]] = {_NONFINITE: (count, 1.0)}
         else:
             what, shown = "the logged loss is not finite", f"loss {loss}"
             evidence = {_LOSS: (float(loss or 0.0), None)}
         if self._state.finite is not None:
             step, norm, last = self._state.finite
-            shown += f"; last finite gradient norm {norm:.3g} at step {step:.0f}"
+            shown += f"; last finite at step {step:.0f}: gradient norm {norm:.3g}"
             if not math.isnan(last):
-                shown += f", loss {last:.3g}"
+                shown += f" and loss {last:.3g}"
         else:
             shown += "; no gradient was finite before"
         if self._state.skips > _SKIPS_ALLOWED:
-            what = f"{self._state.skips} consecutive steps were skipped for NaN or Inf"
+            what = (
+                f"{self._state.skips} consecutive steps skipped because of NaN or Inf"
+            )
         return text.alert(
             NONFINITE,
             record,
@@ -191,6 +201,9 @@ class Nonfinite(Remembering[_State]):
             return "nan_data"
         scaler = record.facts.step.skipped_by == "scaler"
         finite = loss is None or math.isfinite(loss)
+        norm = record.metrics.get(_NORM)
+        if count and norm is not None and math.isfinite(norm):
+            return "after_backward"
         if (
             scaler
             and self._state.skips > _SKIPS_ALLOWED

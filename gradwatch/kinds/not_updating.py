@@ -39,20 +39,20 @@ NOT_UPDATING = Kind(
     causes={
         "not_in_optimizer": Cause(
             "no optimizer that has stepped holds the weight",
-            "no optimizer that has stepped holds this weight",
+            "this weight is in no optimizer that has stepped",
             "optimizer.add_param_group({{'params': [{weight}]}})",
         ),
         "frozen": Cause(
             "its learning rate is 0",
-            "its learning rate is 0, and still its gradient is computed; if that is "
+            "the weight's learning rate is 0, yet its gradient is computed; if that is "
             "meant, requires_grad_(False) is cheaper",
             "print([group['lr'] for group in optimizer.param_groups])",
         ),
         None: Cause(
             "the optimizer holds it at a rate that is not 0",
-            "the optimizer holds it and its gradient is not 0: the update has no "
-            "effect: it is below the weight's precision, or something discards it",
-            "print([group['lr'] for group in optimizer.param_groups])",
+            "its optimizer steps and its gradient is not 0: the updates round to "
+            "nothing in the weight's precision, or something writes the weight back",
+            "print({weight}.dtype, [group['lr'] for group in optimizer.param_groups])",
         ),
     },
     numbers={

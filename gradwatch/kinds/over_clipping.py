@@ -108,10 +108,10 @@ class OverClipping(OfSteps[_State]):
                 since=since,
                 what="clipping leaves almost nothing of the gradients",
                 shown=(
-                    f"clip_ratio {ratio:.2g} (alarm from "
-                    f"{OVER_CLIPPING.at('clip_ratio')} down), largest update_ratio "
-                    f"{moved:.2g} (from {OVER_CLIPPING.at('update'):.0e} down), for "
-                    f"{self._state.running.steps} steps"
+                    f"clip_ratio {ratio:.2g} (alarm at "
+                    f"{OVER_CLIPPING.at('clip_ratio')} or below) and largest "
+                    f"update_ratio {moved:.2g} (at {OVER_CLIPPING.at('update'):.0e} or "
+                    f"below), for {self._state.running.steps} steps"
                 ),
                 cause=cause,
                 evidence={CLIP: (ratio, OVER_CLIPPING.at("clip_ratio"))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -13,6 +14,8 @@ HIDDEN: Final = "clipping would hide that, not cure it"
 LOWER_RATE: Final = "for group in optimizer.param_groups: group['lr'] /= 10"
 BEFORE: Final = "  # from a checkpoint before step {since}"
 """What several kinds say: behind a cause, and what to do."""
+_ANEW: Final = "  # then train from the start"
+"""The same where there is no step before."""
 
 
 def alert(
@@ -75,6 +78,8 @@ def alert(
 
 def filled(line: str, *, since: int = 0, stream: Stream | None = None) -> str:
     """Return a line of the catalogue with what it names filled in."""
+    if not since:
+        line = line.replace(BEFORE, _ANEW)
     if stream is None:
         return line.format(since=since)
     biases = [path_of(stream, name) for name in ("bias_ih", "bias_hh")]
@@ -88,12 +93,12 @@ def filled(line: str, *, since: int = 0, stream: Stream | None = None) -> str:
 
 def remedy_line(remedy: Remedy, since: int) -> str:
     """Return the line that applies a remedy, with where to go back to."""
-    where = (
-        f"from a checkpoint before step {since}"
-        if since
-        else "best applied before training starts"
-    )
-    return f"{remedies.line(remedy)}  # {where}"
+    return remedies.line(remedy) + filled(BEFORE, since=since)
+
+
+def times_largest(log10: float) -> str:
+    """Return how a gradient compares with the largest one, from the log of a ratio."""
+    return "zero beside" if log10 == -math.inf else f"10^{log10:.1f} of"
 
 
 def path_of(stream: Stream, weight: str) -> str:

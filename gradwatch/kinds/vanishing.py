@@ -94,30 +94,30 @@ VANISHING = Kind(
         "truncation": Cause(
             "the state is detached between calls, in mid-sequence",
             "the state is detached: no gradient passes to an earlier call",
-            "pass a longer piece of the sequence to each call, no detach() between",
+            "pass longer pieces, and do not detach() the state between calls",
         ),
         "padding": Cause(
             "the input is all zeros in the last third of the steps or more",
             "the state is read after the padding, by which time the sequence has "
             "faded from it",
-            "pack_padded_sequence(x, lengths, enforce_sorted=False), or read out at "
-            "each length",
+            "pack_padded_sequence(x, lengths, enforce_sorted=False), or read each "
+            "sequence out at its last real step",
         ),
         "input_scale": Cause(
             "mean slope of the tanh below .35; the input's part of it is twice that of "
             "the state or more",
             "the inputs are so large that the tanh is saturated: slope below .35",
-            "inputs = 0.1 * inputs  # or normalise them; then from the start",
+            "inputs = 0.1 * inputs  # or normalise them; then train from the start",
         ),
         "large_weights": Cause(
             "the same, and the state's part is twice that of the input or more",
-            "the recurrent weights hold the tanh saturated: its slope is below .35",
+            "the recurrent weights keep the tanh saturated: its slope is below .35",
             remedy="init.orthogonal_",
         ),
         "saturation": Cause(
             "the same, and neither is",
             "the activations are saturated: their slope is below .35",
-            "inputs = 0.1 * inputs  # or normalise them; then from the start",
+            "inputs = 0.1 * inputs  # or normalise them; then train from the start",
         ),
         "forget_gate": Cause(
             "f is below .05 in 90 % of units and steps",
@@ -131,7 +131,7 @@ VANISHING = Kind(
         ),
         "drift": Cause(
             "rho has fallen by a tenth since the start",
-            "rho has fallen by a tenth or more since the start",
+            "rho, the spectral radius of W_hh, has fallen by a tenth or more",
             remedy="parametrize.orthogonal",
         ),
         "horizon_too_long": Cause(
@@ -141,7 +141,7 @@ VANISHING = Kind(
         ),
         "small_radius": Cause(
             "none of these",
-            "the recurrent weights shrink what goes through them",
+            "the recurrent weights shrink the gradient at every time step",
             remedy="init.orthogonal_",
         ),
     },
@@ -446,20 +446,20 @@ class Vanishing(Remembering[_State]):
         length, cut = self._length(stream), self._seen.module(stream).cut or 0
         cause = self._cause(stream)
         shown = (
-            f"the gradient at the first step is 10^{reach:.1f} of the largest one "
-            f"(reported at 10^{_LOW:.0f} or below)"
+            f"the gradient at the first time step is {text.times_largest(reach)} the "
+            f"largest one (reported at 10^{_LOW:.0f} or below)"
         )
         if cut:
             reach = -float("inf")
-            shown = f"the first {cut} of {length} steps are cut off and get nothing"
+            shown = f"the first {cut} of {length} time steps are cut off from the loss"
         signal = record.metrics.get(keys["signal"], 1.0)
-        shown += f"; the output gradient is {signal:.2f} times what it was at first"
+        if f"{signal:.2f}" != "1.00":
+            shown += f"; the output gradient is {signal:.2f} times what it was at first"
         if known["travel"]:
-            shown += (
-                f"; cumulative update size {known['travel']:.2g} of the weights' norm"
-            )
-        if self._state.losses.share is not None:
-            shown += f"; the loss is at {self._state.losses.share:.2f} of its start"
+            size = f"{known['travel']:.2g}"
+            shown += f"; cumulative update size {size} of the weights' norm"
+        if (share := self._state.losses.share) is not None:
+            shown += f"; the loss is {share:.2f} times what it was at first"
         far = f"{horizon:.0f}" if horizon is not None else "only a few"
         why = VANISHING.causes[cause].why
         return text.alert(
@@ -467,13 +467,13 @@ class Vanishing(Remembering[_State]):
             record,
             severity="warning" if alarm else "info",
             since=known["since"],
-            what=f"gradients of {stream.name} reach {far} of {length} steps back",
+            what=f"gradients of {stream.name} reach {far} of {length} time steps back",
             shown=shown,
             cause=cause,
             evidence={keys["adjoint_log10"]: (reach, _LOW)},
             stream=stream,
             remedy=VANISHING.remedy(cause, stream, length),
-            why=f"{why}; it is a fault where the task needs the first steps",
+            why=f"{why}; this matters only if the task needs the early time steps",
         )
 
     def _cause(self, stream: Stream) -> str:

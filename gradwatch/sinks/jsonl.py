@@ -140,13 +140,13 @@ class Jsonl:
         state = (incident.severity, incident.streams, incident.cause)
         known, around = self._around.get(path, (None, {}))
         self._waits.pop(path, None)
-        if known == state and incident.until is None:
+        if not incident.doubled or (known == state and incident.until is None):
             self._waits[path] = content  # more evidence of the same: at the end
             return
         if known is None or known[0] != incident.severity:
             around = self._surroundings(latest or {})
         self._around[path] = (state, around)
-        if incident.until is not None:
+        if incident.until is not None and not incident.repeats:
             del self._around[path]
         self._small.write(path, dump_line({**content, **around}))
 
@@ -198,7 +198,8 @@ class Jsonl:
             if self._fold.count:
                 self._append([dump_line(self._fold.row())])
             for path, content in self._waits.items():
-                line = dump_line({**content, **self._around[path][1]})
+                around = self._around[path][1] if path in self._around else {}
+                line = dump_line({**content, **around})
                 self._small.write(path, line)
             if health is not None:
                 dropped = {**health.get("dropped", {}), **self.lost}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
-from gradwatch.record import Alert, StepRecord
+from gradwatch.record import Alert, StepRecord, printable
 from gradwatch.sinks.fold import Fold
 
 
@@ -36,7 +36,8 @@ class TensorBoard:
         """Take one record in; alerts become text at once."""
         self._fold.add(record)
         for alert in alerts:
-            self._writer.add_text(f"gradwatch/{alert.kind}", alert.message, alert.step)
+            text = printable(alert.message, lines=True)
+            self._writer.add_text(f"gradwatch/{alert.kind}", text, alert.step)
         if self._fold.count >= self._size:
             self._send()
 

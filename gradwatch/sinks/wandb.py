@@ -249,8 +249,14 @@ class Wandb:
             try:
                 return self._queue.get(timeout=_SETTLE_S)
             except queue.Empty:
-                self._rows.settle(_own_step(self._rows.run))
+                self._settle(self._rows)
         return self._queue.get()
+
+    def _settle(self, rows: Rows) -> None:
+        try:
+            rows.settle(_own_step(rows.run))
+        except Exception as error:
+            self._failed(error)
 
     def _take(self, item: Item) -> None:
         if item.run is self._broken:

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from gradwatch.kinds.catalogue import title
 from gradwatch.metrics import PREFIX, STEP_KEY
-from gradwatch.record import Alert, StepRecord
+from gradwatch.record import Alert, StepRecord, printable
 from gradwatch.sinks.fold import Fold
 
 LEVELS: Final = {"warning": "WARN", "error": "ERROR"}
@@ -178,7 +178,7 @@ class Rows:
         if early or self._alerts >= _ALERTS_A_RUN:
             self._held_back[alert.kind] += 1
             return
-        text = alert.message
+        text = printable(alert.message, lines=True)
         if held := self._held_back[alert.kind]:
             text += f"\n({held} more of this kind were held back before)"
         if alert.streams:

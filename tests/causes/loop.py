@@ -67,6 +67,20 @@ def nan_backward(logged):
     return build
 
 
+def noisy(sick):
+    """Noise is added to the gradients, divided by a deviation that becomes 0."""
+    model = net(nn.LSTM)
+    weight = model.rnn.weight_hh_l0
+    generator = torch.Generator().manual_seed(1)
+
+    def add_noise(step):
+        deviation = 0.0 if sick and step >= 20 else 1.0
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.grad += 1e-4 * (noise * deviation) / deviation
+
+    return plain(model, 40, after=add_noise)
+
+
 def scaler(scale):
     if scale is None:
         return None
@@ -240,6 +254,7 @@ CASES = {
     "an input that is NaN, under a scaler, where nobody looks": Case(
         "nonfinite", "nan_data", nan_data(20, 2, 2.0**10), onset=20
     ),
+    "noise that is divided by 0": Case("nonfinite", "after_backward", noisy, onset=20),
     "a root at 0": Case("nonfinite", "nan_backward", nan_backward(True), onset=20),
     "a root at 0, no loss logged": Case(
         "nonfinite", None, nan_backward(False), onset=20
