@@ -36,7 +36,14 @@ def after_backward(callback: Callable[[], None]) -> bool:
     queue = getattr(engine, "queue_callback", None)
     if queue is None or graph_task_id() == -1:
         return False
-    queue(lambda: queue(callback))
+
+    def again() -> None:
+        try:
+            queue(callback)
+        except Exception:  # too early is better than never
+            callback()
+
+    queue(again)
     return True
 
 
@@ -173,6 +180,71 @@ def without_cudnn(device: torch.device) -> Iterator[None]:
         cudnn.enabled = True
 
 
-def forward_hooks(module: nn.Module) -> list[Any]:
-    """Return the forward hooks of a module. Without the private dict: none."""
-    return list(getattr(module, "_forward_hooks", {}).values())
+_SLOT = "_compiled_call_impl"
+
+
+def call_slot(module: nn.Module) -> Any:
+    """Return what runs in place of a module's call; None for nothing.
+
+    ``module.compile()`` puts something there. Without the private name: what
+    :func:`set_call_slot` has put there is never called, and no call is seen.
+    """
+    return vars(module).get(_SLOT)
+
+
+def set_call_slot(module: nn.Module, call: Any) -> None:
+    """Have something run in place of a module's call; None for nothing."""
+    if call is None:
+        vars(module).pop(_SLOT, None)
+    else:
+        vars(module)[_SLOT] = call
+
+
+def changes_arguments(module: nn.Module) -> bool:
+    """Tell whether a forward may be given other arguments than the call was.
+
+    Without the private dict: no.
+    """
+    return bool(getattr(module, "_forward_pre_hooks", None))
+
+
+def compiles() -> bool:
+    """Tell whether the compiler is in use, as far as that can be seen."""
+    return "torch._dynamo" in sys.modules
+
+
+def _compiler_at_work() -> Any:
+    """Return what compiles the functions that are called now; None for nothing.
+
+    Without the private call: something, once the compiler has been imported.
+    """
+    global _compiler
+    if "torch._dynamo" not in sys.modules:
+        return None
+    frames: Any = getattr(torch._C._dynamo, "eval_frame", None)
+    _compiler = getattr(frames, "get_eval_frame_callback", lambda: True)
+    return _compiler()
+
+
+_compiler: Callable[[], Any] = _compiler_at_work
+"""The same; torch's own function, once there is one."""
+
+
+class OutOfGraphs:
+    """A function that a compiler leaves alone, where one is at work.
+
+    ``torch.compiler.disable`` imports the compiler, which takes seconds.
+    """
+
+    __slots__ = ("_disabled", "_function")
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._disabled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _compiler() is None:
+            return self._function(*args, **kwargs)
+        if self._disabled is None:
+            self._disabled = torch.compiler.disable(self._function)
+        return self._disabled(*args, **kwargs)

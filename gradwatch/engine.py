@@ -80,6 +80,7 @@ class Engine:
     ) -> None:
         self.closed, self._intake = False, intake
         self._paused, self._measuring = False, measuring
+        self._raising = settings.raising
         self._schedule, self._health = settings.schedule, health
         self._guard = health.guard("gradients", self._recover)
         self._clock = ClockState(number=settings.start_step)
@@ -230,7 +231,7 @@ class Engine:
         if not state.backwards and task == -1:
             self._launch()  # its end was not called back
         self._read_used(optimizer, held, task)
-        if self._intake.refuses and not self._reader.all_finite(held):
+        if self._raising and self._intake.refuses and not self._reader.all_finite(held):
             self._modules.used()
             self._advance(Refusal())
 
@@ -242,7 +243,7 @@ class Engine:
             verify=(
                 self._step.sampled is not None
                 or self._intake.unseen_writes
-                or self._intake.refuses
+                or (self._raising and self._intake.refuses)
             ),
         )
 
@@ -383,6 +384,9 @@ class Engine:
         """Take the loss of the step; of the next one, where optimizers have stepped."""
         if not self._off:
             with self._guard:
+                if isinstance(loss, Tensor):
+                    loss = loss.detach().reshape(())
+                    loss = float(loss) if loss.device.type == "cpu" else loss
                 self._step.log(loss, used=self._clock.used)
 
     def pause(self) -> None:
@@ -455,4 +459,4 @@ def _weakly(engine: Engine) -> Callable[[], None]:
         if told is not None:
             told.on_backward_end()
 
-    return ended
+    return _torch.OutOfGraphs(ended)

@@ -45,10 +45,12 @@ def printable(text: object, *, lines: bool = False) -> str:
         text: What is to be shown.
         lines: Whether it may have several lines.
     """
-    kept = "\n" if lines else ""
+    text, kept = str(text), "\n" if lines else ""
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() or c in kept else c.encode("unicode_escape").decode()
-        for c in str(text)
+        for c in text
     )
 
 

@@ -9,6 +9,7 @@ of it.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,12 +20,13 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from gradwatch import _torch, console, facts, remedies
+from gradwatch import console, facts, remedies
 from gradwatch.depths.finish import Memory
 from gradwatch.engine import Engine
 from gradwatch.folder import FORMAT, meta, open_folder
 from gradwatch.health import Health
-from gradwatch.hooks.probe import ForwardHook
+from gradwatch.hooks import calls
+from gradwatch.hooks.probe import Probe
 from gradwatch.intake import Intake
 from gradwatch.kinds.catalogue import default_rules
 from gradwatch.kinds.judge import Rule, check_mute
@@ -280,24 +282,21 @@ class Watch:
             TypeError: If it is no number.
             ValueError: If the tensor has more than one element.
         """
-        value: float | Tensor
         if isinstance(loss, Tensor):
-            if loss.numel() != 1:
+            if math.prod(loss.shape) != 1:
                 raise ValueError(
                     f"loss has shape {tuple(loss.shape)}; expected one number, such as "
                     "watch.log(loss=loss.mean())."
                 )
-            loss = loss.detach().reshape(())
-            value = float(loss) if loss.device.type == "cpu" else loss
         else:
             try:
-                value = float(loss)
+                loss = float(loss)
             except (TypeError, ValueError):
                 raise TypeError(
                     f"loss is {loss!r}; expected a number or a tensor of one element."
                 ) from None
         if self._engine is not None:
-            self._engine.log(value)
+            self._engine.log(loss)
 
     def pause(self) -> None:
         """Stop measuring; steps are still counted."""
@@ -486,8 +485,8 @@ def _watching(found: Sequence[Recurrence]) -> Watch | None:
     modules = {id(r.module): r.module for r in found}
     owners = set()
     for module in modules.values():
-        hooks = [h for h in _torch.forward_hooks(module) if isinstance(h, ForwardHook)]
-        owners.add(frozenset(h.probe.owner for h in hooks if not h.probe.closed))
+        probes = [p for p in calls.seeing(module) if isinstance(p, Probe)]
+        owners.add(frozenset(probe.owner for probe in probes if not probe.closed))
     for owner in owners.pop() if len(owners) == 1 else ():
         if isinstance(owner, Watch) and owner._watches(len(modules)):
             return owner

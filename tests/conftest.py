@@ -48,12 +48,16 @@ def _nothing_outlives_its_test():
 
 def _global_hooks():
     """Return the hooks on all optimizers, but for our one pair, which stays."""
-    ours = (every_step._before, every_step._after)
     registries = (
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
     )
-    return [hook for known in registries for hook in known.values() if hook not in ours]
+    return [
+        hook
+        for known in registries
+        for hook in known.values()
+        if hook not in every_step.HOOKS
+    ]
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ def test_nan_at_step_five_is_said_once(lines):
             ("nonfinite", 5, "error")
         ]
         assert [a for a in watch.alerts if a.severity != "info"] == alarms
-        assert "last finite gradient norm" in alarms[0].message
+        assert "last finite at step 4: gradient norm" in alarms[0].message
         assert "at step 4" in alarms[0].message
     assert sum(level == "ERROR" for level, _ in lines) == 1
 

@@ -150,7 +150,7 @@ def test_the_closing_lines_name_what_is_open_with_its_numbers():
         "memory only",
         "  exploding since step 7, until step 60 in rnn.l0, cause drift: growth_log10 "
         "20.6 (threshold 2.7)",
-        "  drift since step 7, still open in rnn.l0, cause drift: rho 1.5 (notice)",
+        "  drift since step 7, still open in rnn.l0: rho 1.5 (notice)",
     ]
     [line] = console.verdict(90, [], 0, [], None).split("\n")
     assert line == "90 steps, no alarm; records in memory only"

@@ -21,6 +21,13 @@ Host = Mapping[Any, Any]
 """Names -> numpy arrays or lists of floats."""
 
 
+def _stream(device: torch.device) -> Any | None:
+    """Return the stream that a device works through; None where it has no events."""
+    module = torch.get_device_module(device)
+    current = getattr(module, "current_stream", None)
+    return current(device) if current and hasattr(module, "Event") else None
+
+
 class Drain:
     """The numbers of one step on their way to the host.
 
@@ -54,12 +61,12 @@ class Drain:
         target = moving[0].device
         wide = torch.float32 if target.type == "mps" else torch.float64
         packed = torch.cat([t.to(target, wide, non_blocking=True) for t in moving])
-        pinned = target.type == "cuda"
-        self._flat = torch.empty(packed.shape, dtype=wide, pin_memory=pinned)
-        self._flat.copy_(packed, non_blocking=pinned)
-        if pinned:
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(target))
+        stream = _stream(target)
+        # Torch takes pinned memory for a copy to the host that does not block.
+        self._flat = packed.to("cpu", non_blocking=stream is not None)
+        if stream is not None:
+            self._event = torch.get_device_module(target).Event()
+            self._event.record(stream)
 
     @property
     def immediate(self) -> bool:

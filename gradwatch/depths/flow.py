@@ -242,7 +242,7 @@ def _reaches(layer: Linear, back: Adjoint, ends: Tensor, last: Tensor) -> Tensor
     cells = 0 if layer.cell is None else layer.cell.shape[-1]
     fixed = torch.Generator().manual_seed(0)  # never the user's
     drawn = torch.randn(VECTORS, count, width + cells, generator=fixed)
-    drawn = drawn.to(back.h.device, back.h.dtype)
+    drawn = drawn.to(back.h.device, back.h.dtype, non_blocking=True)
     at = last.clamp_min(0)[None, :, None]
     h = back.direct_h.gather(0, at.expand(1, -1, width))
     c = None

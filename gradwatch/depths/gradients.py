@@ -272,7 +272,7 @@ def finish(
                 ratio = min(clipped / norm, 1.0) if norm else 1.0
         if not memory.take(norm):
             named = _named(step, before, norm)
-        if clipped is not None and math.isfinite(norm) and not math.isfinite(clipped):
+        if clipped is not None and ratio is None and math.isfinite(norm):
             used = _used(step, host)  # finite as backward left them
             broken, named = _broken(used, clipped), _named(step, used, clipped)
     row: list[float | None] = [

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from gradwatch import _torch
 from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.hooks.capture import Capture
 from gradwatch.hooks.modules import ModuleHooks
@@ -95,9 +96,10 @@ def _note(
 ) -> str | None:
     weight = plain_weight(recurrence)
     if begun and facts.T is None:
+        hidden = "compiled code hides its calls, or " if _torch.compiles() else ""
         return (
-            "rho is not measured: no gradient has come back through the module (call "
-            "module(x), not module.forward(x))"
+            f"rho is not measured: {hidden}no gradient has come back through the "
+            "module (call module(x), not module.forward(x))"
         )
     if facts.replay is not None:
         times = f"left out ({lost} times)"

@@ -18,6 +18,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from gradwatch import _torch
+
 
 class Hearing(Protocol):
     """Whoever hears of every optimizer's step."""
@@ -51,8 +53,9 @@ def add(hearing: Hearing) -> None:
     """Tell somebody of every step from now on."""
     with _TOLD.lock:
         if not _TOLD.registered:
-            register_optimizer_step_pre_hook(_before)
-            register_optimizer_step_post_hook(_after)
+            before, after = HOOKS
+            register_optimizer_step_pre_hook(before)
+            register_optimizer_step_post_hook(after)
             _TOLD.registered = True
         living = (ref for ref in _TOLD.now if ref() is not None)
         _TOLD.now = (*living, weakref.ref(hearing))
@@ -74,3 +77,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for ref in _TOLD.now:
         if (hearing := ref()) is not None:
             hearing.ended(optimizer, args, kwargs)
+
+
+HOOKS: Final = _torch.OutOfGraphs(_before), _torch.OutOfGraphs(_after)
+"""The pair that is registered."""

@@ -91,6 +91,7 @@ class ParameterHooks:
     def _hook(self, listener: Listener) -> Callable[[Tensor], None]:
         """Return the hook of a parameter; it runs once a parameter and pass."""
         ref, own = weakref.ref(listener), weakref.ref(self)
+        first = _torch.OutOfGraphs(_report)
         current = _torch.graph_task_id
 
         def hook(param: Tensor) -> None:
@@ -109,7 +110,7 @@ class ParameterHooks:
                 return
             parameters.begin(task, param)
             if (told := ref()) is not None:
-                told.on_gradient(task, param)
+                first(told, task, param)
 
         return hook
 
@@ -219,6 +220,10 @@ class ParameterHooks:
     def arrivals(self) -> list[int]:
         """Return the places of the parameters in the order backward came by them."""
         return self.among(self._order)
+
+
+def _report(told: Listener, task: int, param: Tensor) -> None:
+    told.on_gradient(task, param)
 
 
 def _nothing() -> None:

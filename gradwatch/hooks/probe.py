@@ -1,13 +1,12 @@
-"""The hooks of one recurrent module, and what they see of its calls.
+"""What is seen of the calls of one recurrent module.
 
 No full backward hook: it forbids in-place operations on the module's output and warns
-where an input needs no gradient. The forward hook puts tensor hooks on what the module
-returned; a gradient that reaches one of them makes the call count.
+where an input needs no gradient. What a call returned gets tensor hooks; a gradient
+that reaches one of them makes the call count.
 """
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from contextlib import ExitStack
 from typing import Any, Final, NamedTuple
@@ -18,61 +17,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch import _torch
 from gradwatch.health import Guard
+from gradwatch.hooks import calls
 from gradwatch.hooks.capture import Capture, Past
 from gradwatch.hooks.sequences import Sequences, given_states, take_sequences, tensors
 from gradwatch.recurrent import shape_of, used_weights
-
-
-class _Inert:
-    """A hook whose copies and pickles do nothing and need no gradwatch to be read."""
-
-    __slots__ = ("probe",)
-
-    def __init__(self, probe: Probe) -> None:
-        self.probe = probe
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The exit of a null context takes any arguments and returns None.
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-class ForwardHook(_Inert):
-    """Shows the module's calls to the probe; the model owns the watch by it."""
-
-    __slots__ = ()
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
-    ) -> None:
-        """Show a call, where one is wanted; nearly always none is."""
-        if self.probe.wanted is not NOTHING:
-            self.probe.on_forward(module, args, kwargs, output)
-
-
-class WeightHook(_Inert):
-    """Keeps what a parametrization returned, as computing it again may change it."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, probe: Probe, name: str) -> None:
-        super().__init__(probe)
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Show the computed weight to the probe."""
-        if self.probe.wanted is not NOTHING:
-            self.probe.on_weight(self.name, output)
-
-
-class RngHook(_Inert):
-    """Notes the state of the generator that dropout between layers draws from."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """Tell the probe that the module is about to run."""
-        if self.probe.wanted is not NOTHING:
-            self.probe.before_forward(module)
 
 
 class Wanted(NamedTuple):
@@ -116,11 +64,11 @@ class Returned(NamedTuple):
 
 
 class Probe:
-    """Owns the hooks of one nn.RNNBase or nn.RNNCellBase.
+    """Sees the calls of one nn.RNNBase or nn.RNNCellBase.
 
     Args:
         module: The module to look at.
-        owner: Whoever is to live as long as the module's hooks: the watch.
+        owner: Whoever is to live as long as the module: the watch.
         samples: How many sequences are looked at; None for all.
         guard: Absorbs and reports what fails in the probe's own work.
     """
@@ -136,8 +84,8 @@ class Probe:
         self.owner: object = owner
         self.module = weakref.ref(module)
         self.closed = False
-        self.wanted = NOTHING
-        """What a forward now has to show."""
+        self.wanted, self.sees = NOTHING, False
+        """What a forward now has to show, and whether it is anything."""
         self.called = False
         """Whether one was looked at since the last step of an optimizer."""
         self._samples, self._guard = samples, guard
@@ -150,38 +98,46 @@ class Probe:
         self._era = 0
         self._returned = Returned()
         self._tidy_at = 2 * _HELD
-        self._handles: list[Any] = []
+        self.on_grad = _torch.OutOfGraphs(self.reached)
+        self._draws = bool(
+            getattr(module, "num_layers", 1) > 1 and getattr(module, "dropout", 0)
+        )
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._taking: Any = None
+        made = getattr(module, "parametrizations", {})
+        cell = isinstance(module, nn.RNNCellBase)
+        self._weights_seen = [
+            _Weight(self, name, made[name]) for name in (made if cell else ())
+        ]
         try:
-            self._attach(module)
+            self._attach()
         except BaseException:
             self.close()
             raise
 
-    def _attach(self, module: nn.Module) -> None:
-        attached = self._handles
-        attached.append(
-            module.register_forward_hook(ForwardHook(self), with_kwargs=True)
-        )
-        if isinstance(module, nn.RNNCellBase):
-            made = getattr(module, "parametrizations", {})
-            for name in made:
-                hook = WeightHook(self, name)
-                attached.append(made[name].register_forward_hook(hook))
-        elif getattr(module, "num_layers", 1) > 1 and getattr(module, "dropout", 0):
-            attached.append(module.register_forward_pre_hook(RngHook(self)))
+    def _attach(self) -> None:
+        """See the calls; again, where the module was compiled meanwhile."""
+        module = self.module()
+        if module is not None:
+            calls.attach(module, self)
+        for weight in self._weights_seen:
+            weight.attach()
 
     def close(self) -> None:
-        """Take the hooks off and let go of everything. Safe to call twice."""
+        """See no call any more and let go of everything. Safe to call twice."""
         self.closed, self.owner = True, None
-        with ExitStack() as each:  # all of them, even if one cannot be taken off
+        with ExitStack() as each:  # all of it, even if one part fails
             each.callback(self.let_go)
-            for handle in self._handles:
-                each.callback(handle.remove)
-        self._handles.clear()
+            for weight in self._weights_seen:
+                each.callback(weight.close)
+            if (module := self.module()) is not None:
+                each.callback(calls.detach, module, self)
+        self._weights_seen.clear()
 
     def let_go(self) -> None:
         """Keep nothing of what was seen, and look at no call until asked to."""
-        self.wanted = NOTHING
+        self._want(NOTHING)
+        self._take_no_more()
         for capture in list(self._captures):
             capture.release()
         self._captures.clear()
@@ -189,8 +145,17 @@ class Probe:
 
     def expect(self, wanted: Wanted) -> None:
         """Have a forward from now on show what is wanted."""
-        if not self.closed:
-            self.wanted = wanted
+        if self.closed:
+            return
+        self._want(wanted)
+        if wanted is not NOTHING:
+            with self._guard:
+                self._attach()
+
+    def _want(self, wanted: Wanted) -> None:
+        self.wanted, self.sees = wanted, wanted is not NOTHING
+        for weight in self._weights_seen:
+            weight.sees = self.sees
 
     def ended(self) -> None:
         """Note that a backward pass has ended: later calls are told apart."""
@@ -272,12 +237,29 @@ class Probe:
                 self._computed[name] = output.detach()
 
     def before_forward(self, module: nn.Module) -> None:
-        """Keep the generator's state where dropout is about to draw from it."""
+        """Keep the generator's state where dropout is about to draw from it.
+
+        Where the module's own hooks may change its arguments, they are taken from
+        behind those hooks, for this one call.
+        """
         with self._guard:
-            drawn = (
-                self.wanted.sequences and module.training and torch.is_grad_enabled()
-            )
+            self._take_no_more()
+            drawn = self._draws and self.wanted.sequences and module.training
+            drawn = drawn and torch.is_grad_enabled()
             self._rng = torch.get_rng_state() if drawn else None
+            if _torch.changes_arguments(module):
+                self._taking = module.register_forward_hook(
+                    self._take, with_kwargs=True
+                )
+
+    def _take(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._given = (args, kwargs)
+
+    def _take_no_more(self) -> None:
+        self._given = None
+        if self._taking is not None:
+            taking, self._taking = self._taking, None
+            taking.remove()
 
     def on_forward(
         self,
@@ -288,6 +270,8 @@ class Probe:
     ) -> None:
         """Look at one call, as far as that is wanted."""
         with self._guard:
+            args, kwargs = self._given or (args, kwargs)
+            self._take_no_more()
             if torch.is_grad_enabled():
                 self._look(module, args, kwargs, tuple(tensors(output)))
 
@@ -417,6 +401,33 @@ class Probe:
                 self._reached.append(capture)
 
 
+class _Weight:
+    """Sees what a parametrization returns, as computing it again may change it."""
+
+    def __init__(self, probe: Probe, name: str, made: nn.Module) -> None:
+        self._probe, self._name, self._made = probe, name, weakref.ref(made)
+        self.sees = False
+
+    def attach(self) -> None:
+        """See the calls."""
+        if (made := self._made()) is not None:
+            calls.attach(made, self)
+
+    def close(self) -> None:
+        """See them no more."""
+        if (made := self._made()) is not None:
+            calls.detach(made, self)
+
+    def before_forward(self, module: nn.Module) -> None:
+        """Nothing is to be known before."""
+
+    def on_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        """Show the computed weight to the probe."""
+        self._probe.on_weight(self._name, output)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -457,4 +468,4 @@ class _OnGrad:
 
     def __call__(self, grad: Tensor | None) -> None:
         if grad is not None:  # None: backward passes by, and nothing comes here
-            self.probe.reached(self.capture, self.name, grad)
+            self.probe.on_grad(self.capture, self.name, grad)

@@ -44,7 +44,8 @@ class Sequences:
             no gradient through them; they may still be new zeros at the old address.
         composite: Whether h was made from the returned c by operations of its own, so
             that the gradient of c holds what comes through h: an LSTMCell on the CPU,
-            but for an unbatched one, which returns views.
+            whose cell is not fused as other devices' are, but for an unbatched one,
+            which returns views.
         pick: Takes the sequences out of what is laid out like the input; its
             ``of_states`` out of states.
         grads: What backward brought to the output ``y`` and to the states ``h``, ``c``
@@ -164,7 +165,7 @@ def take_sequences(
             carried=carried,
             composite=isinstance(module, nn.LSTMCell)
             and y.dim() == 2
-            and not y.is_cuda,
+            and y.device.type in ("cpu", "mps"),
             pick=pick,
         )
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradwatch.numerics.matrices import product
+from gradwatch.numerics.matrices import chosen, product
 from gradwatch.numerics.spectral import Launched, Radius, finish, launch
 from gradwatch.numerics.subspace import Basis
 
@@ -62,8 +62,8 @@ def launch_change(
     """
     before, blocks = launched.matrix, launched.blocks
     if rows is not None and len(rows) < len(before):
-        before = before[rows]
-        blocks = {key: block[rows] for key, block in blocks.items()}
+        before = chosen(before, rows)
+        blocks = {key: chosen(block, rows) for key, block in blocks.items()}
     scale = blocks["scale"][:, None, None].to(before.dtype)
     change = after.to(before.dtype) / scale - before
     if "right" not in blocks:

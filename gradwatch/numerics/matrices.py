@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -41,6 +42,11 @@ def scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
     power = power.clamp_min(torch.finfo(matrix.dtype).tiny)  # subnormal: no exponent
     matrix = (matrix / power[:, None, None]).where(usable[:, None, None], 0.0)
     return matrix, power.where(usable, largest)
+
+
+def chosen(matrices: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return some matrices of a batch; by a list as index a device is waited for."""
+    return torch.stack([matrices[row] for row in rows])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

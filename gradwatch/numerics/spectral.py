@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradwatch.numerics.matrices import product, scaled
+from gradwatch.numerics.matrices import chosen, product, scaled
 from gradwatch.numerics.subspace import (
     Basis,
     Pairs,
@@ -154,7 +154,7 @@ def _squarings(matrix: Tensor) -> dict[str, Tensor]:
     fixed = torch.Generator().manual_seed(0)  # never the user's generator
     probe = torch.randn(
         size, _PROBES, generator=fixed, device="cpu", dtype=torch.float32
-    ).to(matrix.device)
+    ).to(matrix.device, non_blocking=True)
     probe = probe.expand(len(matrix), -1, -1)
     first, second = probe[..., :_TOP], probe[..., _TOP:]
     right = torch.cat([product(power, first), product(middle, second)], -1)
@@ -195,7 +195,8 @@ def finish(launched: Launched, blocks: Mapping[str, Any]) -> list[Radius]:
         found.append(replace(radius, basis=basis_of_pairs(pairs, s)))
     left = [s for s, radius in enumerate(found) if radius.source == "open"]
     if left and size <= FALLBACK_UP_TO:
-        exact = _exact(launched.matrix[left].cpu().double(), [scale[s] for s in left])
+        matrices = chosen(launched.matrix, left).cpu().double()  # which is waited for
+        exact = _exact(matrices, [scale[s] for s in left])
         for s, radius in zip(left, exact, strict=True):
             found[s] = replace(radius, basis=None)  # of the matrix, not of its probes
     return found

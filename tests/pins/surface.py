@@ -84,6 +84,7 @@ def _hooks(model: nn.Module, optimizer: Any) -> dict[str, int]:
     for path, module in model.named_modules():
         found[f"{path} forward"] = len(module._forward_hooks)
         found[f"{path} before forward"] = len(module._forward_pre_hooks)
+        found[f"{path} in place of its call"] = "_compiled_call_impl" in vars(module)
     for name, p in model.named_parameters():
         found[f"{name} accumulated"] = len(p._post_accumulate_grad_hooks or {})
         found[f"{name} gradient"] = len(p._backward_hooks or {})

@@ -100,6 +100,8 @@ _SAFE = (
 def _leaves(function):
     """Tell whether a call leaves gradwatch, for something that can fail."""
     function = getattr(function, "__origin__", function)  # of deque[float]
+    if function is os.getpid or getattr(function, "__name__", "") == "_call_impl":
+        return False  # the latter is the user's own forward
     if isinstance(function, type):
         module = function.__module__
         return module.startswith("torch") or issubclass(function, os.PathLike)
@@ -188,9 +190,10 @@ def golden(watched, folder):
     if watched:
         import gradwatch
 
-        watch = gradwatch.watch(
-            model, dir=folder, every=1, budget=None, on_alert=alarms.append
-        )
+        with contextlib.suppress(Exception):  # before training: its errors are told
+            watch = gradwatch.watch(
+                model, dir=folder, every=1, budget=None, on_alert=alarms.append
+            )
     for step in range(STEPS):
         out, _ = model["rnn"](torch.randn(5, 3, 3))
         hidden = torch.zeros(3, 4)
@@ -217,7 +220,10 @@ def golden(watched, folder):
             repr(watch)
         watch.close()
     hooks = sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
+        len(m._forward_hooks)
+        + len(m._forward_pre_hooks)
+        + ("_compiled" in str(vars(m)))
+        for m in model.modules()
     ) + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
     rng = torch.get_rng_state()
     return {"losses": losses, "weights": weights, "rng": rng}, hooks, watch, alarms
