@@ -300,8 +300,8 @@ def _before(step: Gradients, host: Host) -> Mapping[int, float]:
         values = [value / scale for value in values]
     before = dict(zip(step.live, values, strict=True))
     if step.idle:  # they wait for an optimizer of their own
-        own = {i: norm for i, norm in before.items() if i not in step.idle}
-        return own or before
+        idle = step.idle.difference(*(live for live, _ in step.used))
+        return {i: norm for i, norm in before.items() if i not in idle} or before
     return before
 
 

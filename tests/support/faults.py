@@ -94,6 +94,7 @@ _SAFE = (
     "weakref",
     "_weakref",
     "contextlib",
+    "torch.compiler",
 )
 
 
@@ -112,6 +113,8 @@ def _leaves(function):
         safe = isinstance(owner, _PLAIN) or kind.__module__ in _SAFE
         return not inside and not safe
     module = getattr(function, "__module__", None) or type(function).__module__
+    if module in _SAFE:
+        return False
     return module.split(".")[0] not in ("gradwatch", *_SAFE, "dataclasses", "copy")
 
 
