@@ -37,7 +37,8 @@ def train(model, steps=5, start=0, spoil=None):
 def hooks_of(model):
     found = [h for m in model.modules() for h in m._forward_hooks.values()]
     found += [h for m in model.modules() for h in m._forward_pre_hooks.values()]
-    found += [m for m in model.modules() if "_compiled_call_impl" in vars(m)]
+    slots = [vars(m).get("_compiled_call_impl") for m in model.modules()]
+    found += [slot for slot in slots if slot is not None]
     return found + [
         hook
         for p in model.parameters()
