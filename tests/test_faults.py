@@ -289,13 +289,17 @@ def rounds(count, errors, train_only=False):
         errors.append(error)
 
 
-def test_watches_come_and_go_while_other_threads_train():
+@pytest.mark.parametrize(
+    ("count", "bare"), [(40, 4), pytest.param(1250, 0, marks=pytest.mark.slow)]
+)
+def test_watches_come_and_go_while_other_threads_train(count, bare):
+    """Eight threads, of which some train without a watch: 10,000 rounds in the end."""
     logging.getLogger("gradwatch").setLevel(logging.CRITICAL)
     interval, errors = sys.getswitchinterval(), []
     sys.setswitchinterval(1e-6)
     try:
         threads = [
-            threading.Thread(target=rounds, args=(40, errors, i % 2 == 0))
+            threading.Thread(target=rounds, args=(count, errors, i < bare))
             for i in range(8)
         ]
         for thread in threads:
