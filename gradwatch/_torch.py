@@ -246,5 +246,8 @@ class OutOfGraphs:
         if _compiler() is None:
             return self._function(*args, **kwargs)
         if self._disabled is None:
-            self._disabled = torch.compiler.disable(self._function)
+            try:
+                self._disabled = torch.compiler.disable(self._function)
+            except Exception:  # the compiler then looks at a function of ours
+                self._disabled = self._function
         return self._disabled(*args, **kwargs)

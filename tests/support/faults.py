@@ -95,14 +95,19 @@ _SAFE = (
     "_weakref",
     "contextlib",
     "torch.compiler",
+    "sys",
 )
+
+
+_NAMES = ("_call_impl", "get_eval_frame_callback")
+"""The user's own forward; a getter in C."""
 
 
 def _leaves(function):
     """Tell whether a call leaves gradwatch, for something that can fail."""
     function = getattr(function, "__origin__", function)  # of deque[float]
-    if function is os.getpid or getattr(function, "__name__", "") == "_call_impl":
-        return False  # the latter is the user's own forward
+    if function is os.getpid or getattr(function, "__name__", "") in _NAMES:
+        return False
     if isinstance(function, type):
         module = function.__module__
         return module.startswith("torch") or issubclass(function, os.PathLike)
