@@ -173,3 +173,20 @@ def test_two_watches_see_the_same_module():
         torch.optim.SGD(model.parameters(), 0.1).step()
         for watch in (outer, inner):
             assert any(key.endswith("l0/horizon") for key in watch.latest)
+
+
+def test_the_slot_may_be_called_by_others():
+    model, x = Fused(), torch.randn(5, 3, 4)
+    with attached(model):
+        called = model.rnn._compiled_call_impl
+        assert torch.equal(called(x)[0], model.rnn(x)[0])
+
+
+def test_a_replica_runs_with_its_own_weights():
+    model, x = Fused(), torch.randn(5, 3, 4)
+    with attached(model) as watch:
+        watch.probe_now()
+        replica = model.rnn._replicate_for_data_parallel()
+        for name in [n for n, _ in model.rnn.named_parameters()]:
+            setattr(replica, name, getattr(model.rnn, name).detach() * 0)
+        assert not replica(x)[0].any() and model.rnn(x)[0].any()

@@ -8,6 +8,7 @@ there, and nothing is registered that a compiler or a scripter reads.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -51,18 +52,21 @@ class Call:
     def __init__(self, module: nn.Module, compiled: Callable[..., Any] | None) -> None:
         self.seeing: tuple[Seeing, ...] = ()
         self.compiled = compiled
-        self._own = id(module)
+        self._module = weakref.ref(module)
         self._begins = _torch.OutOfGraphs(self._show_begin)
         self._ended = _torch.OutOfGraphs(self._show_end)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward with its hooks, and show it."""
         # Replicas copy the slot: the module is the one that is being called.
-        module = sys._getframe(1).f_locals["self"]
+        own: Any = self._module()
+        module = sys._getframe(1).f_locals.get("self", own)
+        if not isinstance(module, nn.Module):
+            module = own
         if torch.compiler.is_dynamo_compiling():
             return module._call_impl(*args, **kwargs)
         run = module._call_impl
-        if self.compiled is not None and id(module) == self._own:
+        if self.compiled is not None and module is own:
             run = self.compiled
         for seeing in self.seeing:
             if seeing.sees:
