@@ -81,7 +81,7 @@ def test_its_healthy_twin_gives_no_alarm(name):
 def test_the_batch_that_a_divergence_names_is_the_bad_one():
     watch = trained(built(CASES["four batches that throw the weights out"], True))
     [alarm] = alarms(watch.alerts)
-    named = int(re.search(r"that of step (\d+)", alarm.message)[1])
+    named = int(re.search(r"at step (\d+), had", alarm.message)[1])
     assert 120 <= named < 124
 
 

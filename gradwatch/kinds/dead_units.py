@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gradwatch import remedies
 from gradwatch.facts import ModuleFacts
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
@@ -136,6 +137,10 @@ class DeadUnits(Remembering[_State]):
         shown = f"dead {share:.2f} in {stream.name} (alarm at {self._levels.raise_at})"
         if active is not None:
             shown += f"; share of active units at a step {active:.2f}"
+        remedy, do = DEAD_UNITS.remedy("dead_relu", stream), None
+        if since and remedy is not None:  # they fired before: the step was too large
+            lower = text.filled(text.LOWER_RATE + text.BEFORE, since=since)
+            do = f"{lower}; without one: {remedies.line(remedy)}"
         return text.alert(
             DEAD_UNITS,
             record,
@@ -145,5 +150,6 @@ class DeadUnits(Remembering[_State]):
             cause="dead_relu",
             evidence={stream_key(stream, "dead"): (share, self._levels.raise_at)},
             stream=stream,
-            remedy=DEAD_UNITS.remedy("dead_relu", stream),
+            remedy=remedy,
+            do=do,
         )

@@ -118,13 +118,13 @@ class Drift(Remembering[_State]):
         rho = record.metrics.get(stream_key(stream, "rho"))
         trend = record.metrics.get(stream_key(stream, "rho_trend"))
         shown = (
-            f"total drift {moved:+.2f}, the logarithm of rho over rho at the start "
-            f"(notice at +-{self._levels.raise_at:g})"
+            f"total drift ln(rho / rho at the start) = {moved:+.2f} (notice beyond "
+            f"+-{self._levels.raise_at:g})"
         )
         if rho is not None:
             shown += f"; rho is {rho:.3g}"
         if trend is not None:
-            shown += f", slope {trend:+.2g} per step"
+            shown += f" and changes by {trend:+.2g} a step"
         way = "last longer and explode sooner" if moved > 0 else "die out sooner"
         remedy = DRIFT.remedy("drift", stream)
         assert remedy is not None
@@ -140,5 +140,9 @@ class Drift(Remembering[_State]):
             stream=stream,
             remedy=remedy,
             why=DRIFT.causes["drift"].why.format(way=way),
-            do=f"weight decay, or: {line}" if moved > 0 else line,
+            do=(
+                f"nothing, unless gradients explode; then weight decay, or: {line}"
+                if moved > 0
+                else f"nothing, unless gradients vanish; then: {line}"
+            ),
         )

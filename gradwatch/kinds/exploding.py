@@ -85,8 +85,7 @@ EXPLODING = Kind(
         ),
         "active_subnetwork": Cause(
             "a ReLU net with rho below 1 of which fewer units are on",
-            "rho of the whole matrix is below 1, but that of the units that fire is "
-            "not",
+            "rho of the whole matrix is below 1, but that of its active units is not",
             remedy="init.orthogonal_",
         ),
         "large_radius": Cause(

@@ -54,8 +54,10 @@ LOSS_DIVERGENCE = Kind(
     causes={
         "bad_batch": Cause(
             "it began with a spike of the gradient norm",
-            "it began at one batch with a gradient norm far above all others",
-            "torch.save(batch, 'batch.pt')  # that of step {since}, in another run",
+            "one batch, at step {since}, had a gradient norm far above all others, and "
+            "the loss rose after it",
+            "torch.save(batch, 'batch.pt')  # at step {since} of a repeated run: leave "
+            "it out if it is bad, else clip",
         ),
         "lr": Cause(
             "the learning rate is three times what it was at the best, or updates are "
@@ -66,9 +68,9 @@ LOSS_DIVERGENCE = Kind(
         ),
         "data": Cause(
             "else",
-            "the learning rate is as it was, so the data are not: other targets, "
-            "another order, another source",
-            "print(batch)  # that of step {since} and an earlier one, in another run",
+            "the learning rate has not changed, so most likely the data have: other "
+            "targets, another order, another source",
+            "print(batch)  # at step {since} and at an earlier one, of a repeated run",
         ),
     },
     numbers={
@@ -286,9 +288,10 @@ class LossDivergence(Remembering[_State]):
 
     def _back_to_usual(self) -> str:
         """Return the line that takes back a rise of the rate."""
-        times = self._rate() / self._state.usual[-1]
-        line = f"for group in optimizer.param_groups: group['lr'] /= {times:.3g}"
-        return text.filled(line + BEFORE, since=self._state.since)
+        usual = f"group['lr'] = {self._state.usual[-1]:.2g}"
+        line = f"for group in optimizer.param_groups: {usual}"
+        since = self._state.since
+        return text.filled(f"{line}{BEFORE}; then find what raised it", since=since)
 
     def _rate_raised(self) -> bool:
         return self._rate() >= _RAISED * self._state.usual[-1] > 0

@@ -53,7 +53,8 @@ NO_GRADIENT = Kind(
             "it was called, and no gradient came back to its output",
             "{module} runs, but no gradient comes back to its output: a detach(), "
             ".data, .item() or numpy between it and the loss",
-            "assert output.requires_grad  # after {module}, then ever nearer the loss",
+            "assert output.requires_grad  # after {module}, then after each operation "
+            "up to the loss: the first that fails is the cut",
         ),
         "readout_index": Cause(
             "the gradient of W_hh is exactly 0, that of W_ih is not",
@@ -64,7 +65,8 @@ NO_GRADIENT = Kind(
         None: Cause(
             "exactly 0 everywhere",
             "undecided: a gradient arrives, but every entry of it is 0",
-            "watch.probe_now()  # then look at shut, open, dead in print(watch)",
+            "watch.probe_now()  # then, in watch.latest: shut, open or dead near 1 "
+            "names the cause; else look for a product with 0 behind {module}",
         ),
     },
     numbers={

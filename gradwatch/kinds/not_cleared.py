@@ -32,7 +32,7 @@ NOT_CLEARED = Kind(
         "zero_grad": Cause(
             "by structure",
             "the gradients of all steps so far pile up: nobody clears them",
-            "optimizer.zero_grad()  # before each backward",
+            "optimizer.zero_grad()  # once a step, before its first backward",
         )
     },
     numbers={
@@ -70,7 +70,7 @@ class NotCleared(OfSteps[StepsState]):
                 what="gradients pile up from step to step",
                 shown=(
                     f"{running.steps} consecutive steps began with gradients "
-                    f"that an optimizer had used; their norm is now {norm:.3g}"
+                    f"that an optimizer had already used; their norm is now {norm:.3g}"
                 ),
                 cause="zero_grad",
                 evidence={NORM: (norm, None)},

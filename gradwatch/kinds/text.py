@@ -98,7 +98,7 @@ def remedy_line(remedy: Remedy, since: int) -> str:
 
 def times_largest(log10: float) -> str:
     """Return how a gradient compares with the largest one, from the log of a ratio."""
-    return "zero beside" if log10 == -math.inf else f"10^{log10:.1f} of"
+    return "0 times" if log10 == -math.inf else f"10^{log10:.1f} times"
 
 
 def path_of(stream: Stream, weight: str) -> str:

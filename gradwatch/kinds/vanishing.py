@@ -94,7 +94,7 @@ VANISHING = Kind(
         "truncation": Cause(
             "the state is detached between calls, in mid-sequence",
             "the state is detached: no gradient passes to an earlier call",
-            "pass longer pieces, and do not detach() the state between calls",
+            "pass longer sequences; or no detach(), and one backward after all calls",
         ),
         "padding": Cause(
             "the input is all zeros in the last third of the steps or more",
@@ -126,7 +126,7 @@ VANISHING = Kind(
         ),
         "update_gate": Cause(
             "z is below .05 in 90 % of units and steps",
-            "the update gate is shut: the state keeps nothing",
+            "the update gate z is near 0: each step overwrites the state",
             remedy="init.chrono_",
         ),
         "drift": Cause(

@@ -106,7 +106,8 @@ class Lines:
             self._failing = True
             self._say(
                 f"{self._path} cannot be written ({error.strerror or error}); training "
-                "goes on, what is new waits in memory, and writing is tried again."
+                "goes on, what is new waits in memory, and writing is tried again; it "
+                "is lost if that fails to the end."
             )
 
     def _succeeded(self) -> None:
