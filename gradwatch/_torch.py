@@ -216,14 +216,21 @@ def compiles() -> bool:
 def _compiler_at_work() -> Any:
     """Return what compiles the functions that are called now; None for nothing.
 
-    Without the private call: something, once the compiler has been imported.
+    Without the private call: something, once the compiler has been imported. So too
+    before torch 2.13: that of 2.6 drops a reference that it does not own, and what was
+    between was not tried.
     """
     global _compiler
     if "torch._dynamo" not in sys.modules:
         return None
     frames: Any = getattr(torch._C._dynamo, "eval_frame", None)
-    _compiler = getattr(frames, "get_eval_frame_callback", lambda: True)
+    owned = torch.__version__ >= "2.13"  # compares as versions do
+    _compiler = getattr(frames if owned else None, "get_eval_frame_callback", _always)
     return _compiler()
+
+
+def _always() -> bool:
+    return True
 
 
 _compiler: Callable[[], Any] = _compiler_at_work

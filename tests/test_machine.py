@@ -75,7 +75,7 @@ class Machine(RuleBasedStateMachine):
             torch.manual_seed(self.seed)
             try:
                 result = action(twin)
-            except (ValueError, KeyboardInterrupt) as error:
+            except (ValueError, RuntimeError, KeyboardInterrupt) as error:
                 result = torch.tensor(float(len(type(error).__name__)))
             found.append([result, *twin.state()])
         for a, b in zip(*found, strict=True):
