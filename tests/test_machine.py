@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "examples", [25, pytest.param(1000, marks=pytest.mark.slow)], ids=["few", "many"]
+    "examples", [25, pytest.param(300, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_any_order_of_what_users_do(examples):
     from hypothesis.stateful import run_state_machine_as_test

@@ -59,14 +59,16 @@ class Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward with its hooks, and show it."""
         # Replicas copy the slot: the module is the one that is being called.
-        own: Any = self._module()
-        module = sys._getframe(1).f_locals.get("self", own)
-        if not isinstance(module, nn.Module):
-            module = own
+        module: Any
+        try:
+            module = sys._getframe(1).f_locals["self"]
+            run = module._call_impl
+        except (KeyError, AttributeError):  # not called by nn.Module
+            module = self._module()
+            run = module._call_impl
         if torch.compiler.is_dynamo_compiling():
-            return module._call_impl(*args, **kwargs)
-        run = module._call_impl
-        if self.compiled is not None and module is own:
+            return run(*args, **kwargs)
+        if self.compiled is not None and module is self._module():
             run = self.compiled
         for seeing in self.seeing:
             if seeing.sees:
