@@ -762,6 +762,9 @@ os._exit(0)  # torch's own threads may abort the interpreter's exit
 """
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="fully_shard of torch 2.6 fails on a CPU"
+)
 def test_sharded_gradients_are_clipped_and_refused_on_every_rank(tmp_path):
     address = f"file://{tmp_path / 'rendezvous'}"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -65,8 +65,9 @@ NO_GRADIENT = Kind(
         None: Cause(
             "exactly 0 everywhere",
             "undecided: a gradient arrives, but every entry of it is 0",
-            "watch.probe_now()  # then, in watch.latest: shut, open or dead near 1 "
-            "names the cause; else look for a product with 0 behind {module}",
+            "watch.probe_now()  # a step later, in watch.latest: where a gate's share "
+            "shut or open, or dead, is near 1, re-initialise {module}; else find what "
+            "multiplies by 0 between it and the loss",
         ),
     },
     numbers={
