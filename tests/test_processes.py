@@ -144,7 +144,7 @@ trained(lstm(), dir=sys.argv[1], on_alert=on_alert, steps=10**6)
 
 
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 20))]
+    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 5))]
 )
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_what_was_announced_is_on_disk_whenever_the_process_ends(how, seed, tmp_path):
