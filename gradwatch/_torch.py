@@ -209,8 +209,12 @@ def changes_arguments(module: nn.Module) -> bool:
 
 
 def compiles() -> bool:
-    """Tell whether the compiler is in use, as far as that can be seen."""
-    return "torch._dynamo" in sys.modules
+    """Tell whether anything has been compiled in this process.
+
+    Without the private counters: no.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")
+    return bool(getattr(utils, "counters", {}).get("frames"))
 
 
 def _compiler_at_work() -> Any:

@@ -14,7 +14,14 @@ import json
 import math
 import operator
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import (
@@ -236,7 +243,7 @@ class Records(Sequence[StepRecord]):
 
     def keys(self) -> list[str]:
         """Return every metric key that occurs, sorted."""
-        return sorted({key for record in self._records for key in record.metrics})
+        return sorted({key for record in self for key in record.metrics})
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return one metric over the run.
@@ -251,7 +258,7 @@ class Records(Sequence[StepRecord]):
         Raises:
             KeyError: If no record holds the key; the message names close ones.
         """
-        found = [(r.step, r.metrics[key]) for r in self._records if key in r.metrics]
+        found = [(r.step, r.metrics[key]) for r in self if key in r.metrics]
         if not found:
             raise KeyError(f"no record holds {key!r}; {_near(key, self.keys())}")
         steps, values = zip(*found, strict=True)
@@ -266,6 +273,10 @@ class Records(Sequence[StepRecord]):
         if isinstance(index, slice):
             return list(self._records)[index]
         return self._records[index]
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """Iterate over what is held now: another thread may go on adding to it."""
+        return iter(list(self._records))
 
     def __len__(self) -> int:
         """Return how many records are held."""

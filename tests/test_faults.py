@@ -21,7 +21,7 @@ from gradwatch import console
 from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.kinds.incidents import Incidents
 from gradwatch.kinds.judge import Judge
-from gradwatch.record import Incident, StepRecord, TrainingAlert
+from gradwatch.record import Incident, Records, StepRecord, TrainingAlert
 from gradwatch.rules import default_rules
 from gradwatch.sinks import lines as lines_module
 from gradwatch.sinks.jsonl import Jsonl
@@ -338,6 +338,35 @@ def test_records_are_read_while_another_thread_trains():
     assert errors == [] and len(watch.records) == 120 and reads
 
 
+def test_records_that_rotate_are_read_whole_and_in_order():
+    """More are added than are held, while another thread goes through them."""
+    records, done, errors = Records(limit=50), threading.Event(), []
+
+    def read():
+        try:
+            while not done.is_set():
+                steps = [r.step for r in records]
+                assert steps == list(range(steps[0], steps[0] + len(steps)))
+                steps = records.series("x")[0].tolist()
+                assert steps == list(range(steps[0], steps[0] + len(steps)))
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        records.append(StepRecord(step=0, metrics={"x": 0.0}))
+        reader = threading.Thread(target=read)
+        reader.start()
+        for step in range(1, 20_000):
+            records.append(StepRecord(step=step, metrics={"x": 0.0}))
+        done.set()
+        reader.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+
+
 def test_a_watch_is_closed_by_another_thread(lenient, lines):
     model = lstm()
     watch = gradwatch.watch(model, dir=None, wandb=None)
@@ -437,6 +466,46 @@ def test_out_of_memory_in_a_replay_is_tried_again(lenient, monkeypatch):
     assert found.tolist() == [0, 4, 6]
     assert "MemoryError" in watch.health["failed"]["state"]
     assert watch.health["off"] == []
+
+
+class Wanting:
+    """A rule that asks for the flow, and fails for good."""
+
+    wants = "flow"
+
+    def update(self, record):
+        raise RuntimeError("a rule of the user's")
+
+
+def test_a_rule_that_is_off_asks_for_nothing_any_more(lenient):
+    model = lstm()
+    with gradwatch.watch(
+        model, dir=None, wandb=None, rules=[Wanting()], budget=None, every=1000
+    ) as watch:
+        train(model, 12)
+        assert watch.health["off"] == ["rule Wanting"]
+    steps = watch.records.series("gradwatch/rnn/l0/horizon")[0].tolist()
+    assert max(steps) <= 3 and len(watch.records) == 12
+
+
+def test_what_waits_when_gradients_are_off_is_recorded(lenient, monkeypatch):
+    from gradwatch.depths import reader
+
+    model, real, calls, failed_at = lstm(), reader.norms, [], []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 40:
+            failed_at.append(watch._engine.number)
+            raise RuntimeError("for good")
+        return real(*args)
+
+    monkeypatch.setattr(reader, "norms", fail)
+    with gradwatch.watch(model, dir=None, wandb=None) as watch:
+        train(model, 60)
+        assert watch.health["off"] == ["gradients"]
+    steps = [r.step for r in watch.records]
+    assert set(range(failed_at[0])) <= set(steps) and failed_at[0] % 16
 
 
 # ---- alarms that flap

@@ -168,6 +168,8 @@ class Judge:
             raise error
         if self._absorb(_part(rule), error):
             self._working = [own for own in self._working if own[0] is not rule]
+            self._wanting = [own for own in self._wanting if own is not rule]
+            self._wishing = [own for own in self._wishing if own is not rule]
 
     def reports(self, kind: str) -> bool:
         """Tell whether a rule of a kind works, and the kind is not muted."""

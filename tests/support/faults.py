@@ -5,7 +5,7 @@ The package is imported with each of its calls rewritten: ``f(x)`` becomes
 the builtins, which do not fail) is counted by its site, and raises where that is asked
 for. So every site is known, and no fault is one that somebody had to think of.
 
-Run: python -m tests.support.faults [--share 0.05] [--all] [--countdown FROM TO]
+Run: python -m tests.support.faults [--share 0.05] [--again] [--countdown FROM TO]
 """
 
 import argparse
