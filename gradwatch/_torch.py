@@ -23,28 +23,42 @@ Without the private call: -1, and gradients are read in the optimizer's hooks al
 """
 
 
-def after_backward(callback: Callable[[], None]) -> bool:
-    """Call back once the backward pass in progress has finished, DDP's part included.
+class AfterBackward:
+    """Calls back once the backward pass in progress has finished, DDP's part included.
 
     The callback is queued from a queued callback: what is queued directly runs before
     DDP has averaged the gradients.
 
-    Returns:
-        False where the engine has no such queue or is in no backward pass.
+    Args:
+        callback: It is kept alive by the last pass.
     """
-    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-    queue = getattr(engine, "queue_callback", None)
-    if queue is None or graph_task_id() == -1:
-        return False
 
-    def again() -> None:
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+        self._queue: Any = getattr(engine, "queue_callback", None)
+
+    def __call__(self) -> bool:
+        """Have it called; False where there is no such queue, or no pass."""
+        if self._queue is None or graph_task_id() == -1:
+            return False
+        self._queue(self._again)
+        return True
+
+    def _again(self) -> None:
         try:
-            queue(callback)
+            self._queue(self._callback)
         except Exception:  # too early is better than never
-            callback()
+            self._callback()
 
-    queue(again)
-    return True
+
+flattened: Callable[[list[Tensor]], Tensor] = getattr(
+    torch._C._nn, "flatten_dense_tensors", None
+) or (lambda tensors: torch.cat([tensor.reshape(-1) for tensor in tensors]))
+"""Return the entries of several tensors in one.
+
+Without the private call: by public ones, which take a little longer.
+"""
 
 
 def holds_values(tensor: Tensor) -> bool:
@@ -224,20 +238,20 @@ def _compiler_at_work() -> Any:
     before torch 2.13: that of 2.6 drops a reference that it does not own, and what was
     between was not tried.
     """
-    global _compiler
+    global compiler
     if "torch._dynamo" not in sys.modules:
         return None
     frames: Any = getattr(torch._C._dynamo, "eval_frame", None)
     owned = torch.__version__ >= "2.13"  # compares as versions do
-    _compiler = getattr(frames if owned else None, "get_eval_frame_callback", _always)
-    return _compiler()
+    compiler = getattr(frames if owned else None, "get_eval_frame_callback", _always)
+    return compiler()
 
 
 def _always() -> bool:
     return True
 
 
-_compiler: Callable[[], Any] = _compiler_at_work
+compiler: Callable[[], Any] = _compiler_at_work
 """The same; torch's own function, once there is one."""
 
 
@@ -254,7 +268,7 @@ class OutOfGraphs:
         self._disabled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _compiler() is None:
+        if compiler() is None:
             return self._function(*args, **kwargs)
         if self._disabled is None:
             try:

@@ -263,6 +263,35 @@ def advance(state: ClockState, event: Event) -> tuple[ClockState, Done]:
             return _close(state)
 
 
+def only_one(state: ClockState) -> int | None:
+    """Return the one optimizer whose step will close the next step, for all is known.
+
+    None where a step is open, where there are others, or where that is not sure.
+    """
+    if state.open or state.inside or state.aside or state.by_hand:
+        return None
+    if not state.optimizers or not state.taken or len(state.regulars) != 1:
+        return None
+    [known] = state.regulars
+    waits = known.repeats or state.number - state.late < MEMORY
+    return None if waits else known.optimizer
+
+
+def after_usual(state: ClockState, number: int, task: int) -> ClockState:
+    """Return the state after steps of one backward each and of :func:`only_one`.
+
+    The same as :func:`advance` returns after their events, but for the work.
+
+    Args:
+        state: Before the first of them.
+        number: Of the step after the last one.
+        task: The backward pass of the last one.
+    """
+    [known] = state.regulars
+    last = Regular(known.optimizer, number - 1)
+    return state._replace(number=number, task=task, regulars=(last,))
+
+
 def _backward_begins(
     state: ClockState, event: BackwardBegins
 ) -> tuple[ClockState, Done]:

@@ -44,12 +44,11 @@ from gradwatch.hooks.optimizers import Held, OptimizerHooks
 from gradwatch.hooks.parameters import ParameterHooks
 from gradwatch.hooks.probe import NOTHING
 from gradwatch.intake import Intake
+from gradwatch.quiet import BETWEEN, OFF, Quiet
 from gradwatch.recurrent import Recurrence
 from gradwatch.schedule import DEPTHS
 from gradwatch.settings import Settings
 
-_RESCAN_STEPS: Final = 50
-"""Steps between two looks for parameters that were replaced."""
 _IN_PASSES: Final = (BackwardBegins, OptimizerBegins, OptimizerEnds)
 """Events that may come while gradients are computed."""
 
@@ -84,9 +83,13 @@ class Engine:
         self._schedule, self._health = settings.schedule, health
         self._guard = health.guard("gradients", self._recover)
         self._clock = ClockState(number=settings.start_step)
-        self._overdue = False
+        self._overdue = self._costly = False
         self._thread = get_ident()
-        self._ended = _weakly(self)  # autograd keeps the last callback of a pass
+        # Autograd keeps the last callback of a pass.
+        self._after_backward = _torch.AfterBackward(_weakly(self))
+        self._quiet = Quiet(intake, health, self._after_backward)
+        each = settings.schedule.cadence("gradients") == 1
+        self._may_be_quiet = each and settings.patient and not settings.raising
         with ExitStack() as undo:  # a failure half-way undoes what came before
             self._modules = ModuleHooks(
                 found, owner, samples=settings.flow_samples, health=health
@@ -102,6 +105,8 @@ class Engine:
             )
             self._step = OpenStep(self._reader, self._launcher)
             undo.callback(self._reader.close)
+            parts = self._parameters, self._optimizers, self._modules
+            self._quiet.connect(*parts, self._reader, self._step)
             self._changes = self._soonest = -1
             self._refresh()
             self._stack = undo.pop_all()
@@ -115,6 +120,27 @@ class Engine:
             self._soonest = schedule.soonest(number)
         if self._soonest <= number + 2 or self._modules.wanted is not NOTHING:
             self._expect()
+        if self._may_be_quiet and self._due and not self._off and not self._overdue:
+            self._quiet.consider(self._clock, self._soonest)
+
+    # ---- the quiet path
+
+    def _leave_quiet(self) -> None:
+        """Go on as if the quiet path had not been taken."""
+        if self._quiet.phase != OFF:
+            with self._guard:
+                self._clock = self._quiet.leave(self._clock)
+                self._thread = self._quiet.thread or self._thread
+                self._quiet.raise_error()
+
+    def _pause_quiet(self) -> None:
+        """Do what is due between two steps of the quiet path."""
+        with self._guard:
+            self._leave_quiet()
+            self._reader.rescan_after(self._clock.number)
+            if self._intake.overdue:
+                self._intake.release(self._clock.number)
+            self._refresh()
 
     def _recover(self, off: bool) -> None:
         """Go on with the next step after a failure, or look no more."""
@@ -147,9 +173,10 @@ class Engine:
 
     def on_gradient(self, task: int, param: Tensor) -> None:
         """The first gradient of a backward pass has been accumulated."""
-        if self._off:
+        if self._quiet.begins(task, param) or self._off:
             return
         with self._guard:
+            self._leave_quiet()
             running = None
             if self._clock.inside and get_ident() == self._thread:
                 running = _torch.running_steps()  # of another thread they are not seen
@@ -159,7 +186,7 @@ class Engine:
                 finite = kept is not False or self._reader.gradients.finite
             if self._advance(BackwardBegins(task, kept, finite, running)).opened:
                 self._reader.opened(param)
-            _torch.after_backward(self._ended)
+            self._after_backward()
 
     def failed(self, error: Exception) -> None:
         """A hook has failed before it could report."""
@@ -168,9 +195,12 @@ class Engine:
 
     def on_backward_end(self) -> None:
         """A backward pass has ended."""
-        if self._off or not self._clock.open:
+        if self._off:
             return
         with self._guard:
+            self._leave_quiet()
+            if not self._clock.open:
+                return
             waiting = True
             try:
                 waiting = self._reader.ended(due=self._due)
@@ -192,11 +222,12 @@ class Engine:
 
     def before_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
         """An optimizer is about to use its gradients, its own hooks behind it."""
-        if self._off:
+        if self._quiet.uses(optimizer, closure) or self._off:
             return
         with self._guard:
             if self.closed:  # by another thread, meanwhile
                 return
+            self._leave_quiet()
             held = self._reader.held(optimizer, look_up=not self._clock.open)
             if not held.params:
                 return
@@ -208,7 +239,7 @@ class Engine:
         begins = task not in (-1, state.task)
         if begins:  # it steps inside backward, before our hook
             self._parameters.begin(task)
-            _torch.after_backward(self._ended)
+            self._after_backward()
         waits = state.open and not state.used
         new = not waits and self._parameters.new(held.number, held.params)
         running = max(_torch.running_steps(), 1) if state.inside else 1
@@ -249,11 +280,16 @@ class Engine:
 
     def after_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
         """An optimizer has stepped."""
+        if self._quiet.stepped(optimizer):
+            if self._quiet.pauses:
+                self._pause_quiet()
+            return
         if self._off:
             return
         with self._guard:
             if self.closed:  # by another thread, meanwhile
                 return
+            self._leave_quiet()
             held = self._reader.held(optimizer)
             if not held.params:
                 return
@@ -288,7 +324,8 @@ class Engine:
         if done.dropped:
             self._step.drop()
         if done.closed or done.dropped:
-            self._modules.forget(task, states=self._flow_is_due())
+            now = self._clock.number, self._soonest
+            self._modules.forget(task, states=self._launcher.flow_is_due(*now))
         if done.opened and self._soonest <= self._clock.number + 2:
             self._expect()
         if self._overdue and task == -1:  # not while gradients are computed
@@ -296,13 +333,6 @@ class Engine:
             self._intake.release(self._clock.upcoming[-1])
             self._refresh()
         return done
-
-    def _flow_is_due(self) -> tuple[bool, bool]:
-        """Tell whether the flow is due at the next step, and at the one after it."""
-        now = self._clock.number
-        if self._soonest > now + 1:
-            return False, False
-        return self._launcher.due("flow", now), self._launcher.due("flow", now + 1)
 
     def _rates(self) -> Rates | None:
         """Return the learning rates, if the open step wants them and they are known."""
@@ -313,12 +343,15 @@ class Engine:
     def _close(self, closed: Closed) -> None:
         """Start the numbers of a step that is over on their way."""
         if not closed.aside:
-            self._schedule.stepped(self._health.step())
+            spent, elapsed = self._health.step()
+            # What was sampled is finished in the time of the next step.
+            before, self._costly = self._costly, self._step.sampled is not None
+            ours = None if before or self._costly else spent
+            self._schedule.stepped(elapsed, ours)
         try:
             self._pass_on(closed)
         finally:
-            if closed.number % _RESCAN_STEPS == 0:
-                self._reader.rescan()
+            self._reader.rescan_after(self._clock.number)
             self._refresh()
 
     def _pass_on(self, closed: Closed) -> None:
@@ -344,12 +377,12 @@ class Engine:
     @property
     def number(self) -> int:
         """Number of the open step, else of the next one."""
-        return self._clock.number
+        return max(self._clock.number, self._quiet.number)
 
     @property
     def open(self) -> bool:
         """Whether gradients wait for an optimizer."""
-        return self._clock.open
+        return self._clock.open or self._quiet.phase > BETWEEN
 
     def optimizers(self) -> list[Optimizer]:
         """Return the optimizers that have stepped and hold a watched parameter."""
@@ -374,6 +407,7 @@ class Engine:
         """Hand on what is on the host already; reading decides nothing."""
         if not self._off:
             with self._guard:
+                self._quiet.pass_on()
                 self._intake.bring_up_to_date()
 
     def watches(self, modules: int) -> bool:
@@ -384,13 +418,12 @@ class Engine:
         """Take the loss of the step; of the next one, where optimizers have stepped."""
         if not self._off:
             with self._guard:
-                if isinstance(loss, Tensor):
-                    loss = loss.detach().reshape(())
-                    loss = float(loss) if loss.device.type == "cpu" else loss
-                self._step.log(loss, used=self._clock.used)
+                if self._step.log(loss, used=self._clock.used):
+                    self._leave_quiet()
 
     def pause(self) -> None:
         """Stop measuring; steps are still counted."""
+        self._leave_quiet()
         self._paused = True
         self._refresh()
 
@@ -401,6 +434,7 @@ class Engine:
 
     def probe_now(self) -> None:
         """Have every depth measured at the next step."""
+        self._leave_quiet()
         for depth in DEPTHS:
             self._schedule.ask(depth, self._clock.upcoming[-1])
         self._refresh()
@@ -410,6 +444,7 @@ class Engine:
         if self._off:
             return
         with self._guard:
+            self._leave_quiet()
             self._reader.read_now()
             self._modules.used()
             self._advance(CountByHand())
@@ -417,11 +452,13 @@ class Engine:
 
     def was_remade(self, streams: Sequence[str]) -> None:
         """Note streams whose weights were re-initialised."""
+        self._leave_quiet()
         self._intake.note(*(f"reinit:{name}" for name in streams))
         self._reader.rescan()
 
     def resume_from(self, number: int, memory: Memory) -> None:
         """Go on with the steps of an earlier run."""
+        self._leave_quiet()
         self._clock = self._clock._replace(number=number)
         self._intake.resume_from(memory)
         self._intake.note("resume")
@@ -432,6 +469,7 @@ class Engine:
         if self._off:
             return
         with self._guard:
+            self._leave_quiet()
             kept, finite = True, True
             if self._clock.doubts:
                 kept = self._parameters.all_kept()
@@ -456,7 +494,7 @@ def _weakly(engine: Engine) -> Callable[[], None]:
 
     def ended() -> None:
         told = ref()
-        if told is not None:
+        if told is not None and not told._quiet.ended():
             told.on_backward_end()
 
     return _torch.OutOfGraphs(ended)

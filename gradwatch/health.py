@@ -44,8 +44,10 @@ class Health:
         self._strikes: dict[str, tuple[int, int]] = {}  # how many, at which step
         self._steps = 0
         self.overhead = 0.0
-        """Share of the last step's time that was ours."""
-        self._spent = 0.0
+        """Share of the time so far, from the first step's end on, that was ours."""
+        self._ours = self._all = 0.0
+        self.spent = 0.0
+        """Seconds that were ours since the last step."""
         self._depth = 0
         self._began = self._stepped = time.perf_counter()
         self._report = report
@@ -143,20 +145,23 @@ class Health:
         """End it."""
         self._depth -= 1
         if self._depth == 0:
-            self._spent += time.perf_counter() - self._began
+            self.spent += time.perf_counter() - self._began
         self.lock.release()
 
-    def step(self) -> float:
+    def step(self) -> tuple[float, float]:
         """Note that a training step has closed.
 
         Returns:
-            The seconds since the one before that were not ours.
+            The seconds since the one before that were ours, and the others.
         """
         self._steps += 1
-        now, spent = time.perf_counter(), self._spent
-        elapsed, self._stepped, self._spent = now - self._stepped, now, 0.0
-        self.overhead = min(max(spent / elapsed, 0.0), 1.0) if elapsed else 0.0
-        return elapsed - spent
+        now, spent = time.perf_counter(), self.spent
+        elapsed, self._stepped, self.spent = now - self._stepped, now, 0.0
+        if self._steps > 1:  # the first one has our start in it
+            self._ours += spent
+            self._all += elapsed
+            self.overhead = self._ours / self._all if self._all else 0.0
+        return spent, elapsed - spent
 
     def free(self) -> None:
         """Take a new lock where another thread holds this one, and is no more."""

@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from gradwatch.block import ROWS, Block
+from gradwatch.block import LONGEST, ROWS, Block, Extras
+from gradwatch.depths import gradients
 from gradwatch.depths.finish import Memory, finish
+from gradwatch.depths.gradients import Plain
 from gradwatch.depths.measured import Measured
+from gradwatch.facts import STEP_SCOPE, Facts
 from gradwatch.health import Health
 from gradwatch.pipeline import Pipeline
 from gradwatch.record import Alert, TrainingAlert
@@ -44,9 +48,10 @@ class Intake:
         self._patient, self._raising = settings.patient, settings.raising
         self._guards = {depth: health.guard(depth) for depth in DEPTHS[1:]}
         self._events: list[str] = []
-        self._waiting: deque[Measured] = deque()
+        self._waiting: deque[Measured | Plain] = deque()
         self._since = 0
-        self._bound = 0.0
+        self.bound = 0.0
+        """A total norm below which a step is usual by now; 0 where it is not known."""
         self._handing_on = False
         self._alert: Alert | None = None
 
@@ -94,10 +99,10 @@ class Intake:
 
         Its norm is compared with those that were usual before the steps that wait.
         """
-        gradients, _, sampled, loss = step.parts
-        if not self._patient or self._since >= ROWS or sampled is not None:
+        read, _, sampled, loss = step.parts
+        if not self._patient or self._since >= self.rows or sampled is not None:
             return False
-        if step.events or gradients.scale is not None:
+        if step.events or read.scale is not None:
             return False
         if (
             loss is not None
@@ -105,8 +110,45 @@ class Intake:
             and not math.isfinite(loss)
         ):
             return False
-        before = gradients.before
-        return isinstance(before, list) and math.hypot(*before) < self._bound
+        before = read.before
+        return isinstance(before, list) and math.hypot(*before) < self.bound
+
+    def take_plain(self, steps: Sequence[Plain]) -> None:
+        """Take steps of the quiet path; see :meth:`take`."""
+        self._waiting.extend(steps)
+        self._since += len(steps)
+        for step in steps:
+            self._schedule.stepped(step.elapsed, step.spent, full=step.read is not None)
+
+    @property
+    def since(self) -> int:
+        """How many steps have come since the last ones were handed on."""
+        return self._since
+
+    @property
+    def overdue(self) -> bool:
+        """Whether steps of the quiet path are to go on now."""
+        last = self._waiting[-1] if self._waiting else None
+        loss = last.loss if isinstance(last, Plain) else None
+        told = loss is not None and not math.isfinite(loss)
+        return self._since >= self.rows or told or bool(self._events)
+
+    @property
+    def rows(self) -> int:
+        """How many steps may wait."""
+        return min(ROWS * self.full_every, LONGEST)
+
+    @property
+    def full_every(self) -> int:
+        """Every how many steps gradients are read in full: each, if anything is odd."""
+        return 1 if self._pipeline.restless else self._schedule.in_full
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing has been found that every step has to be looked at for."""
+        run = self.memory.facts.run
+        known = run.cleared is not False and run.scaled is None
+        return known and not self._events and not self.unseen_writes
 
     def release(self, upcoming: int) -> None:
         """Hand on what waits, and have measured what the rules ask for.
@@ -116,7 +158,10 @@ class Intake:
         """
         self.hand_on(keep=int(self._last_may_wait()))
         self._since = 0
-        self._bound = self.memory.gradients.bound
+        chosen = self._schedule.choose()
+        if chosen is not None:
+            self.note(f"cadence: {chosen}")
+        self.bound = self.memory.gradients.bound
         self._pipeline.write_out()
         for depth in self._pipeline.judge.wished():
             self._schedule.ask_within_budget(depth, upcoming)
@@ -132,6 +177,8 @@ class Intake:
         if not self._waiting:
             return False
         last = self._waiting[-1]
+        if isinstance(last, Plain):
+            return False
         return not last.drain.immediate and last.skipped_by != REFUSED
 
     def hand_on(self, keep: int = 0) -> None:
@@ -152,6 +199,9 @@ class Intake:
         try:
             while len(self._waiting) > keep:
                 step = self._waiting.popleft()
+                if isinstance(step, Plain):
+                    block = self._add_plain(block, step)
+                    continue
                 began = time.perf_counter()
                 row, extras = finish(step, self.memory, self._guards)
                 self._note_costs(step, time.perf_counter() - began)
@@ -165,6 +215,27 @@ class Intake:
                     self._to_pipeline(done, refused=True)
         finally:  # a step that fails takes no other with it
             self._to_pipeline(block)
+
+    def _add_plain(self, block: Block | None, first: Plain) -> Block:
+        """Finish a step of the quiet path, and those like it that wait behind it."""
+        steps, columns = [first], first.layout.columns
+        while self._waiting:
+            step = self._waiting[0]
+            if not isinstance(step, Plain) or step.layout.columns is not columns:
+                break
+            self._waiting.popleft()
+            steps.append(step)
+        if block is None or block.columns is not columns:
+            done, block = block, Block(columns)
+            self._to_pipeline(done)
+        memory = self.memory.gradients
+        for step, row, named in gradients.finish_plain(steps, memory):
+            extras = None
+            if named is not STEP_SCOPE:
+                extras = Extras(facts=Facts(step=named).since(self.memory.facts))
+            full = step.read is not None
+            block.add(step.number, step.time, row, extras, full=full)
+        return block
 
     def _to_pipeline(self, block: Block | None, *, refused: bool = False) -> None:
         if block is None:
@@ -180,10 +251,10 @@ class Intake:
 
     def _note_costs(self, step: Measured, seconds: float) -> None:
         """Tell the schedule what the depths of a step cost; the finish is shared."""
-        gradients, _, sampled, _ = step.parts
+        read, _, sampled, _ = step.parts
         if sampled is None:
             return
-        if gradients.written_unseen(step.drain.wait()["gradients"]):
+        if read.written_unseen(step.drain.wait()["gradients"]):
             self.unseen_writes = True
         for depth in sampled.runs:
             cost = sampled.seconds[depth] + seconds / len(sampled.runs)
@@ -193,5 +264,6 @@ class Intake:
 
     def bring_up_to_date(self) -> None:
         """Hand on what is on the host already; reading decides nothing."""
-        if self._waiting and all(step.drain.immediate for step in self._waiting):
+        steps = self._waiting
+        if all(isinstance(s, Plain) or s.drain.immediate for s in steps):
             self.hand_on()

@@ -17,7 +17,7 @@ from gradwatch.kinds.incidents import Incidents
 from gradwatch.kinds.judge import Judge, Rule
 from gradwatch.record import Alert, Incident, Records, StepRecord
 from gradwatch.settings import Settings
-from gradwatch.sinks import Holding, Seldom, Sink
+from gradwatch.sinks import Holding, Seldom, Sink, Taking
 from gradwatch.sinks.jsonl import Jsonl
 
 _ALERTS_KEPT = 1000
@@ -50,12 +50,14 @@ class Pipeline:
         self.alerts: list[Alert] = []
         incidents = Incidents(CATALOGUE, settings.mute, fold=not settings.raising)
         self.judge = Judge(rules, incidents, health.absorb)
+        self._doubted = False
         self.steps = 0
         self.notices = 0
         on_alert = None if quiet else settings.on_alert
         self._on_alert = on_alert if callable(on_alert) else None
         self._folder = folder
         self._sinks = dict(sinks)
+        self._taking = {n: s.take for n, s in sinks.items() if isinstance(s, Taking)}
         self._every = {
             name: (sink.every or 1) if isinstance(sink, Seldom) else 1
             for name, sink in sinks.items()
@@ -68,16 +70,45 @@ class Pipeline:
 
     def take(self, block: Block) -> list[Alert]:
         """Take a block; return the alerts that were given out."""
+        busy: Sequence[Rule] = ()
+        if not self._rules_guard.off:
+            with self._rules_guard:
+                busy = self.judge.busy(block)
+        if block.plain:
+            self._doubted = bool(busy)
+        if not busy and block.plain:
+            self._pass_on(block)
+            return []
         given: list[Alert] = []
         for record in block.records():
-            given += self._take(record)
+            given += self._take(record, busy)
         return given
 
-    def _take(self, record: StepRecord) -> list[Alert]:
+    def _pass_on(self, block: Block) -> None:
+        """Hand on a block in which no rule has found anything."""
+        self.steps += len(block)
+        self.records.extend(block)
+        self.latest.update(block.last())
+        if self._folder is not None and not self._folder_guard.off:
+            with self._folder_guard:
+                self._folder.take(block)
+        for name, sink in self._sinks.items():
+            guard, every = self._sink_guards[name], self._every[name]
+            if guard.off:
+                continue
+            with guard:
+                if name in self._taking:
+                    self._taking[name](block)
+                    continue
+                for i, step in enumerate(block.steps):
+                    if step % every == 0:
+                        sink.write(block.records()[i])
+
+    def _take(self, record: StepRecord, busy: Sequence[Rule]) -> list[Alert]:
         self.steps += 1
         self.records.append(record)
         self.latest.update(record.metrics)
-        given, changed = self._judge(record)
+        given, changed = self._judge(record, busy)
         if given:
             self.alerts = (self.alerts + given)[-_ALERTS_KEPT:]
         self._to_folder(record, given, changed)
@@ -90,6 +121,11 @@ class Pipeline:
                     sink.write(record, given)
         return given
 
+    @property
+    def restless(self) -> bool:
+        """Whether an alarm is open, or some rule was not sure that all is well."""
+        return self._doubted or self.judge.incidents.alarmed
+
     def reports(self, kind: str) -> bool:
         """Tell whether alerts of a kind may be given out: its rule works, unmuted."""
         return self.judge.reports(kind) and not self._rules_guard.off
@@ -100,11 +136,13 @@ class Pipeline:
         errors = [i for i in known if i.severity == "error"] or known
         return [errors[-1].alerts[-1]] if errors else []
 
-    def _judge(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
+    def _judge(
+        self, record: StepRecord, busy: Sequence[Rule]
+    ) -> tuple[list[Alert], list[Incident]]:
         found: tuple[list[Alert], list[Incident]] = [], []
         if not self._rules_guard.off:
             with self._rules_guard:
-                found = self.judge.take(record)
+                found = self.judge.take(record, busy)
         return found
 
     def _to_folder(

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import operator
+import sys
 from collections import deque
 from collections.abc import (
     Callable,
@@ -28,6 +29,7 @@ from typing import (
     Any,
     Final,
     Literal,
+    Protocol,
     TypeVar,
     get_args,
     get_origin,
@@ -105,6 +107,8 @@ class StepRecord:
         profiles: Lists of at most 128 values by key.
         facts: What is no number, by scope; written when it changes.
         events: Such as ``skipped_step``, ``resume``, ``cadence``, ``reinit:<stream>``.
+        partial: Whether the step is so short that only the total norm, and whether it
+            is finite, were read of its gradients; see ``docs/overhead.md``.
     """
 
     step: int
@@ -113,6 +117,7 @@ class StepRecord:
     profiles: Mapping[str, Sequence[float]] = field(default_factory=dict)
     facts: Facts = NO_FACTS
     events: tuple[str, ...] = ()
+    partial: bool = False
 
 
 def reinitialised(events: Collection[str]) -> list[str]:
@@ -229,17 +234,48 @@ def _near(key: object, known: Collection[str]) -> str:
     return f"near it: {', '.join(near)}" if near else f"there are {len(known)} keys"
 
 
+class Rows(Protocol):
+    """Several steps that are records once somebody asks."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def records(self) -> Sequence[StepRecord]:
+        """Return them as records, oldest first."""
+
+
 class Records(Sequence[StepRecord]):
     """The last records of a run, oldest first."""
 
     def __init__(
         self, records: Iterable[StepRecord] = (), limit: int | None = KEPT_RECORDS
     ) -> None:
-        self._records = deque(records, maxlen=limit)
+        self._limit = sys.maxsize if limit is None else limit
+        self._parts: deque[StepRecord | Rows] = deque()
+        self._held = 0
+        for record in records:
+            self.append(record)
 
     def append(self, record: StepRecord) -> None:
         """Add one record; the oldest goes when the limit is reached."""
-        self._records.append(record)
+        self._add(record, 1)
+
+    def extend(self, rows: Rows) -> None:
+        """Add several; they are made records when somebody reads them."""
+        self._add(rows, len(rows))
+
+    def _add(self, part: StepRecord | Rows, size: int) -> None:
+        self._parts.append(part)
+        self._held += size
+        while self._held - _size(self._parts[0]) >= self._limit:
+            self._held -= _size(self._parts.popleft())
+
+    def _all(self) -> list[StepRecord]:
+        """Return what is held now: another thread may go on adding to it."""
+        found: list[StepRecord] = []
+        for part in list(self._parts):
+            found += [part] if isinstance(part, StepRecord) else part.records()
+        return found[-self._limit :] if self._limit else []
 
     def keys(self) -> list[str]:
         """Return every metric key that occurs, sorted."""
@@ -270,24 +306,27 @@ class Records(Sequence[StepRecord]):
     def __getitem__(self, index: slice) -> list[StepRecord]: ...
     def __getitem__(self, index: int | slice) -> StepRecord | list[StepRecord]:
         """Return one record, or a list for a slice."""
-        if isinstance(index, slice):
-            return list(self._records)[index]
-        return self._records[index]
+        return self._all()[index]
 
     def __iter__(self) -> Iterator[StepRecord]:
         """Iterate over what is held now: another thread may go on adding to it."""
-        return iter(list(self._records))
+        return iter(self._all())
 
     def __len__(self) -> int:
         """Return how many records are held."""
-        return len(self._records)
+        return min(self._held, self._limit)
 
     def __repr__(self) -> str:
         """Say how many records there are and which steps they cover."""
-        if not self._records:
+        found = self._all()
+        if not found:
             return "Records(empty)"
-        first, last = self._records[0].step, self._records[-1].step
-        return f"Records({len(self)} records, steps {first} to {last})"
+        first, last = found[0].step, found[-1].step
+        return f"Records({len(found)} records, steps {first} to {last})"
+
+
+def _size(part: StepRecord | Rows) -> int:
+    return 1 if isinstance(part, StepRecord) else len(part)
 
 
 # ---- the file format of docs/files.md
@@ -320,6 +359,7 @@ def dump_line(value: StepRecord | Alert | Incident | Mapping[str, Any]) -> str:
             "profiles": value.profiles,
             "facts": None if value.facts is NO_FACTS else value.facts.to_plain(),
             "events": value.events,
+            "partial": value.partial,
         }
         row |= {part: content for part, content in parts.items() if content}
         try:  # nearly every row is finite, and the C encoder alone is 4 times faster

@@ -34,6 +34,14 @@ _RAREST: Final = 50
 """Steps after which what a rule asks for is let through, whatever it costs."""
 _STEPS_KEPT: Final = 64
 _RUNS_KEPT: Final = 5
+_IN_FULL: Final = (1, 2, 4, 8)
+"""Every how many steps the gradients may be read in full."""
+_FIRST_CHOICE: Final = 64
+"""Steps after which that is chosen; again whenever their number has doubled."""
+_OF_GRADIENTS: Final = 1 / 4
+"""Share of the budget that reading the gradients may take."""
+_AT_LEAST: Final = 1 / 12
+"""Share of the budget that each other depth has, whatever the gradients take."""
 
 
 @dataclass(slots=True)
@@ -59,8 +67,9 @@ class Schedule:
     Args:
         every: One int for state, spectrum and flow, a mapping from depth to steps, or
             None for the defaults.
-        budget: Share of the training time that state, spectrum and flow may take, a
-            third each; None fixes the cadences.
+        budget: Share of the training time that all of it may take: what reading the
+            gradients leaves is for state, spectrum and flow, a third each, at least a
+            twelfth of the whole. None fixes the cadences.
 
     Raises:
         TypeError: If ``every`` is neither an int, a mapping nor None, or ``budget``
@@ -84,6 +93,13 @@ class Schedule:
         self._costs = {d: deque[float](maxlen=_RUNS_KEPT) for d in DEPTHS}
         self._steps = deque[float](maxlen=_STEPS_KEPT)
         self._asked: dict[str, int] = {}
+        self._adapts = self.budget is not None and not chosen
+        self._costs_in_full = deque[float](maxlen=_STEPS_KEPT)
+        self._costs_in_part = deque[float](maxlen=_STEPS_KEPT)
+        self._seen, self._choice = 0, _FIRST_CHOICE
+        self._of_gradients = 0.0
+        self.in_full = 1
+        """Every how many steps the gradients are read in full; else the total norm."""
         self.changes = 0
         """How often an answer of :meth:`due` may have changed."""
 
@@ -129,14 +145,55 @@ class Schedule:
         needed = 1.0
         if self.budget is not None and costs and steps:
             share = statistics.median(costs) / max(statistics.median(steps), 1e-9)
-            needed = min(share / (self.budget / 3), _RAREST)
+            needed = min(share / self._allowed(self.budget), _RAREST)
         last = self._asked.get(depth)
         if last is None or step - last >= needed:
             self.ask(depth, step)
 
-    def stepped(self, seconds: float) -> None:
-        """Note how long a training step took."""
+    def stepped(
+        self, seconds: float, ours: float | None = None, *, full: bool = True
+    ) -> None:
+        """Note how long a training step took.
+
+        Args:
+            seconds: Without what was ours.
+            ours: What was, in seconds; None where more than the gradients was due.
+            full: Whether the gradients were read in full.
+        """
+        self._seen += 1
         self._steps.append(seconds)
+        if ours is not None:
+            (self._costs_in_full if full else self._costs_in_part).append(ours)
+
+    def choose(self) -> str | None:
+        """Choose every how many steps the gradients are read in full.
+
+        By what that has cost, after 64 steps, 128, 256 and so on.
+
+        Returns:
+            The choice in words where it is another one, else None.
+        """
+        if not self._adapts or self.budget is None or self._seen < self._choice:
+            return None
+        while self._choice <= self._seen:
+            self._choice *= 2
+        if len(self._costs_in_full) < _RUNS_KEPT:
+            return None
+        step = max(statistics.fmean(self._steps), 1e-9)
+        full = statistics.fmean(self._costs_in_full) / step
+        known = self._costs_in_part
+        part = statistics.fmean(known) / step if known else full / 2
+        costs = {n: part + (full - part) / n for n in _IN_FULL}
+        fits = [n for n in _IN_FULL if costs[n] <= _OF_GRADIENTS * self.budget]
+        before, self.in_full = self.in_full, fits[0] if fits else _IN_FULL[-1]
+        self._of_gradients = costs[self.in_full]
+        if self.in_full == before:
+            return None
+        return f"gradients in full every {self.in_full} steps"
+
+    def _allowed(self, budget: float) -> float:
+        """Return the share of the time that each of the other depths may take."""
+        return max((budget - self._of_gradients) / 3, _AT_LEAST * budget)
 
     def ran(self, depth: str, seconds: float) -> str | None:
         """Note what a run of a depth cost, and adapt its cadence.
@@ -158,7 +215,7 @@ class Schedule:
         share = statistics.median(self._costs[depth]) / max(
             statistics.median(self._steps), 1e-9
         )
-        allowed = self.budget / 3
+        allowed = self._allowed(self.budget)
         fits = [s for s in _STRETCH if share / (self._every[depth] * s) <= allowed]
         stretch = fits[0] if fits else _STRETCH[-1]
         if stretch == self._stretch[depth]:

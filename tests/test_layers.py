@@ -19,7 +19,7 @@ WINGS = {
     "depths": "depths",
     "kinds": "kinds",
     "sinks": "sinks",
-    "run": "settings folder pipeline intake engine watcher",
+    "run": "settings folder pipeline intake quiet engine watcher",
     "beside": "rules runs checkpoint inspection plot cli __main__",
 }
 """Each wing with its rooms and folders, from the ground up."""

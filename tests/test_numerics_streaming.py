@@ -1,13 +1,21 @@
 """Running statistics against sorting, and that a state survives JSON."""
 
+import itertools
 import json
 import math
+import statistics
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwatch.numerics.streaming import median, push, robust_z, theil_sen
+from gradwatch.numerics.streaming import (
+    largest_median,
+    median,
+    push,
+    robust_z,
+    theil_sen,
+)
 from testbed import reference
 
 LAWS = settings(deadline=None, derandomize=True, max_examples=200, database=None)
@@ -110,3 +118,12 @@ def test_one_outlier_does_not_move_a_trend():
     values[3] = 50.0
     assert theil_sen(range(8), values) == pytest.approx(0.01, rel=0.2)
     assert math.isnan(theil_sen((1,), (2.0,)))
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=9, max_size=12),
+    st.sampled_from([3, 5, 7]),
+)
+def test_the_largest_median_is_that_of_the_largest_choice(values, size):
+    choices = itertools.combinations(values, size)
+    assert largest_median(values, size) == max(map(statistics.median, choices))

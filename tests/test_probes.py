@@ -308,7 +308,7 @@ def test_where_the_end_of_backward_is_not_called_back_the_optimizer_stands_in(
     monkeypatch,
 ):
     """As under compiled autograd: states, spectrum and flow come a little later."""
-    monkeypatch.setattr("gradwatch._torch.after_backward", lambda callback: True)
+    monkeypatch.setattr("gradwatch._torch.AfterBackward.__call__", lambda self: True)
     torch.manual_seed(0)
     model = lstm()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, Self
 
 from torch import Tensor
@@ -194,6 +202,50 @@ class Gradients:
         return numbers
 
 
+class Read(NamedTuple):
+    """What was read of the gradients of a step of the quiet path, in full.
+
+    Attributes:
+        names: Names of the parameters.
+        live: Indices of the parameters that have a gradient.
+        before: Their norms as backward left them.
+        used: The same as the optimizer was given them; the same list where they are.
+        moved: How far the recurrent weights have moved; None where none was compared.
+    """
+
+    names: Sequence[str]
+    live: list[int]
+    before: list[float]
+    used: list[float]
+    moved: Moved | None
+
+
+class Plain(NamedTuple):
+    """A closed step of the quiet path.
+
+    Attributes:
+        number: Its number.
+        time: When it closed, in seconds since the epoch.
+        layout: Which numbers are behind which key.
+        norm: The total norm as backward left it.
+        loss: The loss that was logged for it.
+        overhead: Share of the time so far that gradwatch has used.
+        spent: Seconds since the last step that gradwatch used.
+        elapsed: The other seconds since then.
+        read: The rest; None where only the total norm was read.
+    """
+
+    number: int
+    time: float
+    layout: Layout
+    norm: float
+    loss: float | None
+    overhead: float
+    spent: float
+    elapsed: float
+    read: Read | None
+
+
 @dataclass(slots=True, kw_only=True)
 class Memory:
     """What is remembered of gradients between steps; plain values.
@@ -216,6 +268,14 @@ class Memory:
             return False
         self.norms = push(self.norms, norm, _NORMS_KEPT)
         return True
+
+    def take_all(self, norms: Sequence[float]) -> Sequence[bool]:
+        """Take finite ones, one after the other; tell which are usual."""
+        known = (*self.norms, *norms)
+        if max(norms) > _SUSPICIOUS * min(known):
+            return list(map(self.take, norms))
+        self.norms = known[-_NORMS_KEPT:]
+        return [True] * len(norms)
 
     def unusual(self, norm: float) -> bool:
         """Tell whether a total norm is not finite, or far above those of late."""
@@ -287,8 +347,55 @@ def finish(
     for index in layout.norms:
         found = [before[i] for i in index if i in before]
         row.append(math.hypot(*found) if found else None)
-    row += _ratios(step, host, layout)
+    moved = step.moved
+    row += _ratios(moved, host.get("change"), host.get("weight"), layout)
     return row, named
+
+
+def finish_plain(
+    steps: Sequence[Plain], memory: Memory
+) -> Iterator[tuple[Plain, list[float | None], StepFacts]]:
+    """Yield steps of the quiet path, each with what :func:`finish` returns of it.
+
+    Args:
+        steps: With the same layout.
+        memory: Updated in place.
+    """
+    layout, live = steps[0].layout, list[int]()
+    unread: list[float | None] = [None] * (len(layout.norms) + len(layout.ratios))
+    places: list[Callable[[list[float]], Sequence[float]] | None] = []
+    taken = memory.take_all([step.norm for step in steps])
+    for step, usual in zip(steps, taken, strict=True):
+        norm, read = step.norm, step.read
+        row: list[float | None] = [step.overhead, step.loss, norm, 0.0]
+        if read is None:
+            row += (None, None, float(memory.skipped), *unread)
+            yield step, row, STEP_SCOPE
+            continue
+        if read.live is not live:
+            live, at = read.live, {i: k for k, i in enumerate(read.live)}
+            found = ([at[i] for i in index if i in at] for index in layout.norms)
+            places = [_picking(index) for index in found]
+        before, moved, named = read.before, read.moved, STEP_SCOPE
+        clipped = norm if read.used is before else math.hypot(*read.used)
+        ratio = min(clipped / norm, 1.0) if norm else 1.0
+        if not usual:
+            norms = dict(zip(live, before, strict=True))
+            named = _carriers(read.names, norms, norm)
+        row += (clipped, ratio, float(memory.skipped))
+        row += [None if of is None else math.hypot(*of(before)) for of in places]
+        change, weight = (None, None) if moved is None else moved[1:]
+        row += _ratios(moved, change, weight, layout)
+        yield step, row, named
+
+
+def _picking(
+    places: Sequence[int],
+) -> Callable[[list[float]], Sequence[float]] | None:
+    """Return what picks the values at some places of a list; None for no place."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1)) if places else None
 
 
 def _before(step: Gradients, host: Host) -> Mapping[int, float]:
@@ -332,14 +439,17 @@ def _clipped(
     return math.hypot(*{**before, **_used(step, host)}.values())
 
 
-def _ratios(step: Gradients, host: Host, layout: Layout) -> list[float | None]:
+def _ratios(
+    moved: Moved | None, change: Any, weight: Any, layout: Layout
+) -> list[float | None]:
     """Return how far each stream's W_hh has moved, over its norm."""
-    if step.moved is None:
+    if moved is None:
         return [None] * len(layout.ratios)
-    sizes = zip(_floats(host["change"]), _floats(host["weight"]), strict=True)
-    each = (change / (weight + 1e-12) for change, weight in sizes)
-    found = dict(zip(step.moved.names, each, strict=True))
-    return [found.get(name) for name in layout.ratios]
+    found: dict[str, float] = {}
+    sizes = zip(moved.names, _floats(change), _floats(weight), strict=True)
+    for name, by, size in sizes:
+        found[name] = by / (size + 1e-12)
+    return list(map(found.get, layout.ratios))
 
 
 def _named(step: Gradients, before: Mapping[int, float], norm: float) -> StepFacts:
@@ -348,8 +458,14 @@ def _named(step: Gradients, before: Mapping[int, float], norm: float) -> StepFac
         order = [i for i in step.order if i in before] or list(before)
         broken = [i for i in order if not math.isfinite(before[i])]
         return StepFacts(nonfinite=tuple(step.names[i] for i in broken[:_NAMED]))
+    return _carriers(step.names, before, norm)
+
+
+def _carriers(
+    names: Sequence[str], before: Mapping[int, float], norm: float
+) -> StepFacts:
     heavy = sorted(before, key=before.__getitem__, reverse=True)[:_NAMED]
-    shares = {step.names[i]: (before[i] / norm) ** 2 for i in heavy}
+    shares = {names[i]: (before[i] / norm) ** 2 for i in heavy}
     return StepFacts(
         carriers={n: round(s, 4) for n, s in shares.items() if s >= _CARRIES}
     )

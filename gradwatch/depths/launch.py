@@ -53,6 +53,17 @@ class Launcher:
         off = any(self._guards[part].off for part in (*needed, "probe"))
         return not off and self._schedule.due(depth, step)
 
+    def flow_is_due(self, step: int, soonest: int) -> tuple[bool, bool]:
+        """Tell whether the flow is due at a step, and at the one after it.
+
+        Args:
+            step: The step.
+            soonest: At which anything is due first.
+        """
+        if soonest > step + 1:
+            return False, False
+        return self.due("flow", step), self.due("flow", step + 1)
+
     def wanted(self, steps: Sequence[int]) -> Wanted:
         """Return what a forward has to show that may belong to some steps."""
         grads = any(self.due("flow", n) for n in steps)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from torch import Tensor
+
 from gradwatch.clock import Closed
 from gradwatch.depths.launch import Launcher
 from gradwatch.depths.measured import Loss, Parts, Sampled
@@ -29,14 +31,29 @@ class OpenStep:
         self._next_loss: Loss = None  # logged after an optimizer has stepped
         self._has_ended = False
 
-    def log(self, loss: Loss, *, used: bool) -> None:
-        """Take a loss; of the next step, if this one has been used."""
+    def log(self, loss: float | Tensor, *, used: bool) -> bool:
+        """Take a loss; of the next step, if this one has been used.
+
+        Returns:
+            Whether it is on its way from an accelerator: it is not waited for.
+        """
+        if isinstance(loss, Tensor):
+            loss = loss.detach().reshape(())
+            loss = float(loss) if loss.device.type == "cpu" else loss
         if used:
             self._next_loss = loss
         elif self._has_ended:
             self._loss_since = loss
         else:
             self._loss = loss
+        return isinstance(loss, Tensor)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether any loss waits for a step."""
+        if self._loss is None and self._loss_since is None:
+            return self._next_loss is not None
+        return True
 
     def ended(self) -> None:
         """Note that a backward pass has ended: a loss before it is of this step."""
@@ -63,13 +80,13 @@ class OpenStep:
     def set_aside(self, rates: Rates | None) -> None:
         """Set the step aside: it is one if updates turn out to be hand-written."""
         gradients, layout = self._reader.set_aside(), self._reader.layout
-        loss = self._take_loss(used=False)
+        loss = self.take_loss(used=False)
         self._aside = Parts(gradients, layout, self._complete(rates), loss)
 
     def drop(self) -> None:
         """Forget the step: it was none."""
         self._reader.drop()
-        self._take_loss(used=False)
+        self.take_loss(used=False)
         self.sampled = None
 
     def close(self, closed: Closed, rates: Rates | None) -> Parts:
@@ -83,11 +100,11 @@ class OpenStep:
         if closed.aside and aside is not None:
             self._reader.complete(aside.gradients, ())
             return aside
-        loss = self._take_loss(used=bool(closed.stepped))
+        loss = self.take_loss(used=bool(closed.stepped))
         gradients = self._reader.take(closed.stepped)
         return Parts(gradients, self._reader.layout, self._complete(rates), loss)
 
-    def _take_loss(self, *, used: bool) -> Loss:
+    def take_loss(self, *, used: bool) -> Loss:
         """Return the loss of the step that is over.
 
         If optimizers have used its gradients, it is the last one that was logged

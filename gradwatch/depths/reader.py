@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch import _torch
 from gradwatch.depths.gradients import Gradients, Layout
-from gradwatch.depths.update import Changes, Moving
+from gradwatch.depths.update import Changes, Moved, Moving
 from gradwatch.hooks.clearing import Clearing
 from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.hooks.optimizers import Held, OptimizerHooks
 from gradwatch.hooks.parameters import ParameterHooks
 from gradwatch.numerics.norms import Norms, all_finite, norms, scaled_down
 from gradwatch.recurrent import clean_path, parameter_names, plain_weight
+
+_RESCAN_STEPS: Final = 50
+"""Steps between two looks for parameters that were replaced."""
 
 
 class Reader:
@@ -42,6 +45,7 @@ class Reader:
         self._parameters, self._optimizers = parameters, optimizers
         self._modules, self._clearing = modules, Clearing()
         self._changes, self._moving = Changes({}), dict[int, Moving]()
+        self._scanned = -_RESCAN_STEPS
         self._layout = (list[str](), Layout((), (), ()))
         self._begin_with_parameters()
 
@@ -54,6 +58,16 @@ class Reader:
                 weights[recurrence.stream.name] = weight
         self._changes = Changes(weights)
         self._moving.clear()
+
+    def rescan_after(self, number: int) -> None:
+        """Look for them where that is some time ago.
+
+        Args:
+            number: Of the step that is to come.
+        """
+        if number - self._scanned >= _RESCAN_STEPS:
+            self._scanned = number
+            self.rescan()
 
     def rescan(self) -> None:
         """Look for the model's parameters again; they may have been replaced."""
@@ -92,12 +106,20 @@ class Reader:
 
     def opened(self, param: Tensor) -> None:
         """Look at the first gradient of a step: had it been cleared?"""
-        place = self._parameters.index(param)
-        self.gradients.opened(self._clearing.begins(place, param.grad))
+        self.gradients.opened(self.cleared(param))
+
+    def suspects(self, param: Tensor) -> bool:
+        """Tell whether it seems not to have been."""
+        return self._clearing.suspects(self._parameters.index(param), param.grad)
+
+    def cleared(self, param: Tensor) -> bool | None:
+        """Tell whether the first gradient of a step had been cleared, once a step."""
+        return self._clearing.begins(self._parameters.index(param), param.grad)
 
     def ended(self, *, due: bool) -> bool:
         """Read what a backward pass leaves; tell whether there is any gradient."""
         parameters = self._parameters
+        parameters.ended()
         live, grads = parameters.gradients()
         if not grads:
             return False
@@ -173,6 +195,14 @@ class Reader:
     def compare(self, held: Held) -> None:
         """Compare the weights with what they were before the step's optimizers."""
         self._changes.compare(self._moves(held))
+
+    def moved(self) -> Moved | None:
+        """Return what was compared in a step that is over."""
+        return self._changes.take()
+
+    def left_by_the_only_one(self) -> None:
+        """Look at the gradients as the one optimizer leaves them."""
+        self._clearing.used(self._parameters.params, frozenset())
 
     def has_used(self, held: Held, stepped: tuple[int, ...]) -> None:
         """Look at the gradients as an optimizer leaves them."""

@@ -31,6 +31,12 @@ class Clearing:
         self._confirmed: bool | None = None
         self._hook: Any = None
 
+    def suspects(self, index: int, grad: Tensor | None) -> bool:
+        """Tell whether the first gradient of a step seems not to have been cleared."""
+        if self._used is None or self._used[0] != index or grad is None:
+            return False
+        return self._used[1]() is grad and grad._version == self._used[2] + 1
+
     def begins(self, index: int, grad: Tensor | None) -> bool | None:
         """Note the first gradient of a step.
 
@@ -45,8 +51,7 @@ class Clearing:
         self._first, self.known = index, False
         if self._used is None or self._used[0] != index or grad is None:
             return None
-        _, used, version = self._used
-        if used() is not grad or grad._version != version + 1:
+        if not self.suspects(index, grad):
             self._suspicions = 0
             return True
         self._suspicions += 1

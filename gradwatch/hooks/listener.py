@@ -22,3 +22,20 @@ class Listener(Protocol):
 
     def after_optimizer(self, optimizer: Optimizer, closure: bool) -> None:
         """An optimizer has stepped."""
+
+
+class Quick(Protocol):
+    """Whoever takes what is as usual, so that it need not be reported."""
+
+    def begins(self, task: int, param: Tensor) -> bool:
+        """Take a backward pass that begins; tell whether it was taken."""
+
+    def uses(self, optimizer: Optimizer, *, quickly: bool) -> bool:
+        """The same of an optimizer that is about to use its gradients."""
+
+    def stepped(self, optimizer: Optimizer, *, quickly: bool) -> bool:
+        """The same of one that has stepped."""
+
+
+def nobody() -> None:
+    """Stand in for a reference to somebody who is not there."""

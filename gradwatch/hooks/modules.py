@@ -63,6 +63,11 @@ class ModuleHooks:
             probe.let_go()
 
     @property
+    def at_rest(self) -> bool:
+        """Whether nothing is shown, and nothing remembered of what was."""
+        return self.wanted is NOTHING and not self._looked
+
+    @property
     def streams(self) -> list[Stream]:
         """Every stream, whether its module still lives or not."""
         return [stream for stream, *_ in self._found]

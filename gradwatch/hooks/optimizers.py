@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.hooks import every_step
-from gradwatch.hooks.listener import Listener
+from gradwatch.hooks.listener import Listener, Quick, nobody
 from gradwatch.hooks.parameters import ParameterHooks
 
 
@@ -57,6 +57,7 @@ class OptimizerHooks:
         self._next = 0
         self.replaced: list[int] = []
         """Numbers of those that were freed, or whose place another one has taken."""
+        self._quick: Callable[[], Quick | None] = nobody
         self._again: dict[int, Any] = {}
         self._last = _last(listener)
         self._listener = weakref.ref(listener)
@@ -65,21 +66,30 @@ class OptimizerHooks:
     def close(self) -> None:
         """Hear of no more steps. Safe to call twice."""
         every_step.remove(self)
+        self._quick = nobody
         for hook in self._again.values():
             hook.remove()
         self._again.clear()
+
+    def connect(self, quick: Quick) -> None:
+        """Have somebody take what need not be reported; not kept alive."""
+        self._quick = weakref.ref(quick)
 
     # ---- what every optimizer's step reports
 
     def begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer steps; its own hooks, such as a clipper's, come after this."""
-        if not self._come_again(optimizer):
-            self._last(optimizer, args, kwargs)
+        quick = self._quick()
+        plain = quick is not None and len(args) == 1 and not kwargs
+        if plain and quick is not None and quick.uses(optimizer, quickly=True):
+            return
+        others = self._again or _torch.has_pre_hooks(optimizer)
+        if others and self._come_again(optimizer):
+            return
+        self._last(optimizer, args, kwargs)
 
     def _come_again(self, optimizer: Optimizer) -> bool:
         """Put a hook behind an optimizer's own, if it has some."""
-        if not self._again and not _torch.has_pre_hooks(optimizer):
-            return False
         with self._guard:
             self._come_no_more(optimizer)
             if _torch.has_pre_hooks(optimizer):
@@ -96,12 +106,16 @@ class OptimizerHooks:
 
     def ended(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer has stepped."""
+        quick = self._quick()
+        if quick is not None and quick.stepped(optimizer, quickly=True):
+            return
         if self._again:
             with self._guard:
                 self._come_no_more(optimizer)
         told = self._listener()
         if told is not None:
-            told.after_optimizer(optimizer, _closure(args, kwargs))
+            more = len(args) > 1 or kwargs
+            told.after_optimizer(optimizer, bool(more) and _closure(args, kwargs))
 
     # ---- who holds what
 
@@ -184,6 +198,18 @@ class OptimizerHooks:
         known = [held.optimizer() for held in self._known.values() if held.params]
         return [optimizer for optimizer in known if optimizer is not None]
 
+    def is_foreign(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer is known to hold nothing that is watched."""
+        held = self.known(optimizer)
+        return held is not None and not held.params
+
+    def only_one(self, number: int) -> Held | None:
+        """Return what an optimizer holds, if none other does and all can learn."""
+        found = [held for held in self._known.values() if held.params]
+        if len(found) != 1 or self.replaced or found[0].frozen:
+            return None
+        return found[0] if found[0].number == number else None
+
     def rates(self) -> dict[int, float]:
         """Return the learning rates of all parameters that these optimizers hold.
 
@@ -216,6 +242,7 @@ def _last(listener: Listener) -> _Hook:
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         told = ref()
         if told is not None:
-            told.before_optimizer(optimizer, _closure(args, kwargs))
+            more = len(args) > 1 or kwargs
+            told.before_optimizer(optimizer, bool(more) and _closure(args, kwargs))
 
     return hook

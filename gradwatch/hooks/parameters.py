@@ -9,16 +9,31 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from gradwatch import _torch
-from gradwatch.hooks.listener import Listener
+from gradwatch.hooks.listener import Listener, Quick, nobody
 from gradwatch.recurrent import clean_path
 
 Seen = tuple[weakref.ref[Tensor], int]
 """A gradient and its version, as they were when last looked at."""
+
+
+@dataclass(slots=True)
+class Passing:
+    """The backward pass that began last, and where it has come by so far.
+
+    Attributes:
+        order: The parameters, until it has ended: its hooks hold them here.
+        quick: Who may take it before it is reported; not kept alive.
+    """
+
+    task: int = -1
+    order: list[Tensor] = field(default_factory=list)
+    quick: Callable[[], Quick | None] = nobody
 
 
 class ParameterHooks:
@@ -34,11 +49,11 @@ class ParameterHooks:
         self.names: list[str] = []
         self.params: list[nn.Parameter] = []
         self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self.passing = Passing()
+        self._arrived: list[Tensor] = []
         self._trigger = self._hook(listener)
         self._hooks: list[Any] = []
         self._index: dict[int, int] = {}
-        self._task = -1
-        self._order: list[Tensor] = []
         self._seen: dict[int, Seen] = {}
         self._used: dict[int, tuple[int, Callable[[], Tensor | None], int]] = {}
         self.rescan()
@@ -79,7 +94,8 @@ class ParameterHooks:
         """Take the hooks off and let go of everything. Safe to call twice."""
         self._remove_hooks()
         self._model = _nothing  # no rescan, whoever still reports
-        self.params, self._order = [], []
+        self.params, self._arrived = [], []
+        self.passing.order, self.passing.quick = [], nobody
         self._seen, self._used = {}, {}
 
     def _remove_hooks(self) -> None:
@@ -90,34 +106,38 @@ class ParameterHooks:
 
     def _hook(self, listener: Listener) -> Callable[[Tensor], None]:
         """Return the hook of a parameter; it runs once a parameter and pass."""
-        ref, own = weakref.ref(listener), weakref.ref(self)
-        first = _torch.OutOfGraphs(_report)
+        ref, passing = weakref.ref(listener), self.passing
+        first = _torch.OutOfGraphs(type(listener).on_gradient)
         current = _torch.graph_task_id
 
         def hook(param: Tensor) -> None:
-            parameters = own()
-            if parameters is None:
-                return
             try:
                 task = current()
+                # The task's number, not a flag: an exception in backward leaves it set.
+                if task == passing.task and task != -1:
+                    passing.order.append(param)
+                    return
             except Exception as error:
                 if (told := ref()) is not None:
                     told.failed(error)
                 return
-            # The task's number, not a flag: an exception in backward leaves it set.
-            if task == parameters._task and task != -1:
-                parameters._order.append(param)
+            passing.task, passing.order = task, [param]
+            quick = passing.quick()
+            usable = quick is not None and _torch.compiler() is None
+            if usable and quick is not None and quick.begins(task, param):
                 return
-            parameters.begin(task, param)
             if (told := ref()) is not None:
                 first(told, task, param)
 
         return hook
 
-    def begin(self, task: int, param: Tensor | None = None) -> None:
-        """Note that a backward pass has begun, and where it came by first."""
-        self._task = task
-        self._order = [] if param is None else [param]
+    def connect(self, quick: Quick) -> None:
+        """Have somebody take what need not be reported; not kept alive."""
+        self.passing.quick = weakref.ref(quick)
+
+    def begin(self, task: int) -> None:
+        """Note that a backward pass has begun."""
+        self.passing.task, self.passing.order = task, []
 
     def index(self, param: Tensor) -> int:
         """Return the place of a parameter; -1 where it is not watched."""
@@ -151,6 +171,16 @@ class ParameterHooks:
         self._seen = {
             i: (weakref.ref(g), g._version) for i, g in zip(live, grads, strict=True)
         }
+
+    def noted(
+        self,
+        live: list[int],
+        refs: list[weakref.ref[Tensor]],
+        versions: list[int],
+    ) -> None:
+        """The same, where somebody else has noted them."""
+        pairs = zip(refs, versions, strict=True)
+        self._seen = dict(zip(live, pairs, strict=True))
 
     def kept(self, param: Tensor) -> bool | None:
         """Tell whether a gradient that was just added to is the one that was noted.
@@ -196,6 +226,12 @@ class ParameterHooks:
                 self._used[optimizer] = i, weakref.ref(grad), grad._version
                 return
 
+    def was_left(
+        self, optimizer: int, left: tuple[int, weakref.ref[Tensor], int]
+    ) -> None:
+        """The same, where somebody else has noted it."""
+        self._used[optimizer] = left
+
     def forget_used(self, optimizer: int) -> None:
         """Forget what an optimizer has used that is no more."""
         self._used.pop(optimizer, None)
@@ -219,11 +255,11 @@ class ParameterHooks:
 
     def arrivals(self) -> list[int]:
         """Return the places of the parameters in the order backward came by them."""
-        return self.among(self._order)
+        return self.among(self.passing.order or self._arrived)
 
-
-def _report(told: Listener, task: int, param: Tensor) -> None:
-    told.on_gradient(task, param)
+    def ended(self) -> None:
+        """Note that a pass has ended: its order is known to the hooks no more."""
+        self._arrived, self.passing.order = self.passing.order, []
 
 
 def _nothing() -> None:

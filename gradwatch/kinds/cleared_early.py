@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.of_steps import CLIPPED, NORM, OfSteps, StepsState
@@ -56,10 +57,23 @@ class ClearedEarly(OfSteps[StepsState]):
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(StepsState(), streams)
 
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows in which something was left of every gradient."""
+        norms, left = block.whole(NORM), block.read(CLIPPED)
+        if norms is None or left is None or not self._state.running.at_rest:
+            return False
+        if min(norms) <= 0 or not all(left):
+            return False
+        if left:
+            self._state.running.rest(len(left))
+        return True
+
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         norm, running = record.metrics.get(NORM, 0.0), self._state.running
         if not norm > 0 or not math.isfinite(norm) or "skipped_step" in record.events:
+            return []
+        if record.partial:
             return []
         gone = record.metrics.get(CLIPPED, 0.0) == 0
         # A weight that was compared before and after: an optimizer has stepped.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gradwatch import remedies
+from gradwatch.block import Block
 from gradwatch.facts import ModuleFacts
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
@@ -105,6 +106,11 @@ class DeadUnits(Remembering[_State]):
     def active(self) -> bool:
         """Whether a stream is still below its clear value."""
         return self._levels.active
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows: what is judged here stands in none of them."""
+        self.wants = None
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

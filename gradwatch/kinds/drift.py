@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gradwatch import remedies
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Hysteresis, Levels
@@ -95,6 +96,10 @@ class Drift(Remembering[_State]):
     def active(self) -> bool:
         """Whether a stream is still far from its start."""
         return self._levels.active
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows: what is judged here stands in none of them."""
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

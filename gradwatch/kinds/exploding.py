@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gradwatch import remedies, saved
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
 from gradwatch.kinds.seen import Seen, SeenState
 from gradwatch.kinds.text import BEFORE, HIDDEN, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
-from gradwatch.numerics.streaming import Window, median, push
+from gradwatch.numerics.streaming import Window, largest_median, median, push
 from gradwatch.record import Alert, Remedy, StepRecord, Stream, reinitialised
 
 EXPLODING = Kind(
@@ -259,6 +260,32 @@ class Exploding(Remembering[_State]):
         """Whether it still holds."""
         return self._state.active
 
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows whose norms are all usual."""
+        state, norms = self._state, block.whole(_NORM)
+        ratios = block.largest(self._keys) if self._keys else None
+        if norms is None or ratios is None or state.active or state.high:
+            return False
+        window, peak = state.norms, state.peak
+        known = (*window, *norms)
+        least = min(known)
+        if len(window) < _WARM_UP or least <= 0:
+            return False
+        highest = largest_median(known, _WINDOW) if len(window) == _WINDOW else math.inf
+        if max(norms) < self.clear * least and highest <= peak:
+            window = known[-_WINDOW:]
+        else:
+            for norm in norms:
+                usual = median(window)
+                if norm >= self.clear * usual:
+                    return False
+                peak, window = max(peak, usual), push(window, norm, _WINDOW)
+        state.norms, state.peak = window, peak
+        state.updates = (*state.updates, *ratios)[-_WINDOW:]
+        state.calm += len(norms)
+        self.wants = ()
+        return True
+
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         if reinitialised(record.events):  # norms of other weights are no measure
@@ -306,10 +333,10 @@ class Exploding(Remembering[_State]):
 
     def _take_usual(self, record: StepRecord, norm: float, usual: float) -> None:
         """Take a usual norm into the median; count the steps back to calm."""
-        ratios = [record.metrics.get(key, 0.0) for key in self._keys]
-        self._state.updates = push(
-            self._state.updates, max(ratios, default=0.0), _WINDOW
-        )
+        if not record.partial:
+            ratios = [record.metrics.get(key, 0.0) for key in self._keys]
+            largest = max(ratios, default=0.0)
+            self._state.updates = push(self._state.updates, largest, _WINDOW)
         self._state.norms = push(self._state.norms, norm, _WINDOW)
         if usual > self._state.peak and len(self._state.norms) > _WARM_UP:
             self._state.peak = usual

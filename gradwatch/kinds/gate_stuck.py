@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Hysteresis, Levels
@@ -139,6 +140,11 @@ class GateStuck(Remembering[_State]):
     def active(self) -> bool:
         """Whether a gate is still above its clear value."""
         return self._levels.active
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows: what is judged here stands in none of them."""
+        self.wants = None
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

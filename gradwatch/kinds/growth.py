@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.exploding import CONTEXT, EXPLODING, growth_cause
 from gradwatch.kinds.latch import Hysteresis, Levels
@@ -68,6 +69,15 @@ class Growth(Remembering[_State]):
     def active(self) -> bool:
         """Whether gradients still grow in some stream, or rise towards it."""
         return self._levels.active or bool(self._state.rising)
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows, if no stream has been without a measurement for long."""
+        last = block.steps[-1]
+        if any(last - at > _LOST for at in self._state.measured.values()):
+            return False
+        self.wants = None
+        self._ask(last)
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

@@ -52,6 +52,11 @@ class Incidents:
         """Return the past incidents, then the open ones."""
         return [*self._past, *self._open.values()]
 
+    @property
+    def alarmed(self) -> bool:
+        """Whether an alarm is open; a notice is none."""
+        return any(known.severity != "info" for known in self._open.values())
+
     def mutes(self, kind: str) -> bool:
         """Tell whether alerts of a kind are never wanted."""
         return kind in self._mute

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from gradwatch.block import Block
 from gradwatch.kinds.incidents import Incidents
 from gradwatch.record import Alert, Incident, StepRecord
 
@@ -54,6 +55,20 @@ class Wishing(Protocol):
     """
 
     wishes: str | Sequence[str] | None
+
+
+@runtime_checkable
+class Calm(Protocol):
+    """A rule that need not look at every record to know that nothing is wrong."""
+
+    def calm(self, block: Block) -> bool:
+        """Take in a block whose rows are plain, if none raises or ends anything.
+
+        Returns:
+            True where the rule is then as :meth:`Rule.update` would have left it,
+            record by record, and that would have returned no alert and not have
+            changed ``active``. False where that is not sure: nothing was taken in.
+        """
 
 
 @runtime_checkable
@@ -124,27 +139,56 @@ class Judge:
         self._working = [
             (rule, rule if isinstance(rule, OfKind) else None) for rule in rules
         ]
+        self._calm = {id(r): r.calm for r in rules if isinstance(r, Calm)}
+        self._unsettled = False  # what is open may be over with the next record
         self._wanting = [rule for rule in rules if isinstance(rule, Wanting)]
         self._wishing = [rule for rule in rules if isinstance(rule, Wishing)]
         self.incidents = incidents
 
-    def take(self, record: StepRecord) -> tuple[list[Alert], list[Incident]]:
+    def busy(self, block: Block) -> Sequence[Rule]:
+        """Have every rule take in a block that can; return those that could not.
+
+        They are to be given its records by :meth:`take`. Where there are none, the
+        block has changed nothing.
+        """
+        if self._unsettled or not block.plain:
+            return [rule for rule, _ in self._working]
+        found: list[Rule] = []
+        for rule, _ in self._working:
+            try:
+                calm = self._calm.get(id(rule))
+                if calm is None or not calm(block):
+                    found.append(rule)
+            except Exception as error:
+                self._failed(rule, error)
+        return found
+
+    def take(
+        self, record: StepRecord, busy: Sequence[Rule] | None = None
+    ) -> tuple[list[Alert], list[Incident]]:
         """Judge one record.
+
+        Args:
+            record: The record.
+            busy: The rules that have not taken it in; None for all.
 
         Returns:
             The alerts that are given out, and the incidents that have changed.
         """
         given: list[Alert] = []
         changed: dict[str, Incident] = {}
+        self._unsettled = False
         active: dict[str, bool] = {}
         for rule, of_kind in self._working:
             try:
-                alerts = rule.update(record)
+                alerts = []
+                if busy is None or rule in busy:
+                    alerts = rule.update(record)
             except Exception as error:
                 self._failed(rule, error)
                 continue
             for alert in alerts:
-                active[alert.kind] = True
+                active[alert.kind] = self._unsettled = True
                 out, incident = self.incidents.take(alert)
                 if out is not None:
                     given.append(out)
@@ -198,7 +242,7 @@ class Judge:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        state = copy.deepcopy(dict(state))
+        state, self._unsettled = copy.deepcopy(dict(state)), True
         for rule in self.rules:
             saved = state["rules"].get(type(rule).__name__)
             if saved is not None and isinstance(rule, Saved):

@@ -150,3 +150,13 @@ class Running:
             return False
         self.raised = True
         return True
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no step has shown it lately."""
+        return not self.raised and not self.steps
+
+    def rest(self, steps: int) -> None:
+        """Take in steps without, at rest; see :attr:`at_rest`."""
+        self.away += steps
+        self.back = 0

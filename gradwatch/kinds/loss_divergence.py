@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gradwatch import saved
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.lr_too_high import LR_TOO_HIGH
@@ -190,6 +191,27 @@ class LossDivergence(Remembering[_State]):
         """Whether it still holds."""
         return self._state.active
 
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows whose losses are far from where they began, if any."""
+        column, losses, state = block.column(_LOSS), block.whole(_LOSS), self._state
+        if losses is None:
+            if column is not None and column.count(None) < len(column):
+                return False
+            self.wants = None
+            return True
+        if state.active or state.high or not self._never_far(losses):
+            return False
+        ratios, norms = block.largest(self._ratios), block.whole(_NORM)
+        if ratios is None or norms is None:
+            return False
+        read = iter(ratios)
+        for i, loss in enumerate(losses):
+            state.losses.take_one(block.steps[i], loss)
+            ratio = next(read) if block.full[i] else None
+            self._follow(block.steps[i], ratio, norms[i])
+        self.wants = None
+        return True
+
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants = None
@@ -199,16 +221,13 @@ class LossDivergence(Remembering[_State]):
         losses = self._state.losses
         if losses.take(record) is None:
             return []
-        self._state.taken += 1
-        self._state.rates = [*self._state.rates[1 - len(losses.last) :], self._rate()]
-        self._note(record)
-        if losses.start is None:
-            self._state.active = self._state.active and not losses.signed
+        ratio = None
+        if not record.partial:
+            each = (record.metrics.get(key, 0.0) for key in self._ratios)
+            ratio = max(each, default=0.0)
+        loss = self._follow(record.step, ratio, record.metrics.get(_NORM, 0.0))
+        if loss is None:
             return []
-        loss = losses.usual
-        if loss < self._state.best[0]:
-            self._state.best = [loss, median(tuple(abs(x - loss) for x in losses.last))]
-            self._state.usual = [*self._state.now, self._state.rates[0]]
         if self._state.active:
             calm = loss <= LOSS_DIVERGENCE.clear("best") * self._state.best[0]
             self._state.calm = self._state.calm + 1 if calm else 0
@@ -233,6 +252,36 @@ class LossDivergence(Remembering[_State]):
         )
         return [self._alert(record, loss)]
 
+    def _follow(self, step: int, ratio: float | None, norm: float) -> float | None:
+        """Take in what came with a loss; return the usual loss, None until it is known.
+
+        Args:
+            step: The step.
+            ratio: The largest update ratio; None where it was not read.
+            norm: The total norm.
+        """
+        losses, state = self._state.losses, self._state
+        state.taken += 1
+        state.rates = [*state.rates[1 - len(losses.last) :], self._rate()]
+        self._note(step, state.now[0] if ratio is None else ratio, norm)
+        if losses.start is None:
+            state.active = state.active and not losses.signed
+            return None
+        loss = losses.usual
+        if loss < state.best[0]:
+            state.best = [loss, median(tuple(abs(x - loss) for x in losses.last))]
+            state.usual = [*state.now, state.rates[0]]
+        return loss
+
+    def _never_far(self, losses: Sequence[float]) -> bool:
+        """Tell whether no median of losses can be far, whichever come together."""
+        known = self._state.losses
+        all_of_them = (*known.last, *losses)
+        most, least = max(all_of_them), min(all_of_them)
+        if known.signed or most < LOSS_DIVERGENCE.at("start") * (known.start or 0.0):
+            return True
+        return most < LOSS_DIVERGENCE.at("best") * min(least, self._state.best[0])
+
     def _far(self, loss: float) -> bool:
         best, spread = self._state.best
         return (
@@ -243,15 +292,12 @@ class LossDivergence(Remembering[_State]):
             and loss >= best + LOSS_DIVERGENCE.at("spread") * spread
         )
 
-    def _note(self, record: StepRecord) -> None:
+    def _note(self, step: int, ratio: float, norm: float) -> None:
         """Keep running means of the update ratio and the norm, and the burst."""
-        metrics = record.metrics
-        ratio = max((metrics.get(key, 0.0) for key in self._ratios), default=0.0)
-        norm = metrics.get(_NORM, 0.0)
         if not math.isfinite(ratio + norm):
             return
         if norm >= _BURST * self._state.usual[1] > 0:
-            self._state.bursts = [*self._state.bursts[-_FEW:], record.step]
+            self._state.bursts = [*self._state.bursts[-_FEW:], step]
         old = _KEEPS if self._state.taken > 1 else 0.0
         self._state.now = [
             old * before + (1 - old) * value

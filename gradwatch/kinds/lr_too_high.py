@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Running
@@ -144,6 +145,31 @@ class LrTooHigh(Remembering[_State]):
         each = self._state.running  # of streams that are no more, too, where resumed
         return any(s.name in each and each[s.name].raised for s, _ in self._watched)
 
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows with usual updates of every stream."""
+        state, norms = self._state, block.whole(_NORM)
+        before = block.read(_NORM)
+        if norms is None or before is None:
+            return False
+        for stream, key in self._watched:
+            ratios, running = block.read(key), state.running.get(stream.name)
+            if ratios is None or running is None or not running.at_rest:
+                return False
+            if ratios and not (min(ratios) > 0 and max(ratios) < _CALM):
+                return False
+        for stream, key in self._watched:
+            ratios = block.read(key) or ()
+            for ratio, norm in zip(ratios, before, strict=True):
+                self._take_usual(stream, ratio, norm)
+            last = [*state.ratios.get(stream.name, ()), *ratios]
+            if ratios:
+                state.ratios[stream.name] = last[-self._last :]
+        for norm in norms:
+            state.burst = max(norm, _KEEPS * state.burst)
+        state.taken += len(norms)
+        state.losses.take_block(block)
+        return True
+
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self._state.losses.take(record)
@@ -160,7 +186,7 @@ class LrTooHigh(Remembering[_State]):
                 each[stream.name] = Running()
             running = each[stream.name]
             if ratio is None:
-                if running.raised:
+                if running.raised and not record.partial:
                     running.take(record.step, False, self._hold, _LEAST_BACK)
                 continue
             if 0 < ratio < _CALM:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gradwatch.block import Block
 from gradwatch.kinds.kind import Kind
 from gradwatch.kinds.remembering import Remembering
 from gradwatch.kinds.seen import Seen, SeenState
@@ -82,10 +83,27 @@ class Missing(Remembering[_State], ABC):
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
         """Return what is reported once it has been missing for as long."""
 
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows in which nothing is missing that was there before."""
+        norms, state = block.whole(NORM), self._state
+        if norms is None or min(norms) <= 0 or state.missing or state.raised:
+            return False
+        for stream, keys in self._watched:
+            if stream.name not in state.ever or not self._always(block, stream, keys):
+                return False
+        self.wants = None
+        return True
+
+    @abstractmethod
+    def _always(self, block: Block, stream: Stream, keys: Keys) -> bool:
+        """Tell whether it is missing in no row of a block; False where unsure."""
+
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self.wants, found = None, []
         self._note(record)
+        if record.partial:
+            return []
         norm = record.metrics.get(NORM, 0.0)
         if not norm > 0 or not math.isfinite(norm) or "skipped_step" in record.events:
             return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.missing import NORM, Keys, Missing
@@ -92,6 +93,10 @@ class NoGradient(Missing):
     """W_hh has no gradient at all, or one that is 0 in every entry."""
 
     kind, _row = NO_GRADIENT.name, NO_GRADIENT
+
+    def _always(self, block: Block, stream: Stream, keys: Keys) -> bool:
+        read = block.read(keys.hh)
+        return read is not None and all(read)
 
     def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
         norm = record.metrics.get(keys.hh)

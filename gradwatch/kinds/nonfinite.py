@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
@@ -125,6 +126,19 @@ class Nonfinite(Remembering[_State]):
     def active(self) -> bool:
         """Whether it still holds."""
         return self._state.active
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows: all of them are finite."""
+        state, norms, losses = self._state, block.whole(_NORM), block.column(_LOSS)
+        broken = block.column(_NONFINITE)
+        if norms is None or state.active or broken is None or any(broken):
+            return False
+        loss = None if losses is None else losses[-1]
+        last = math.nan if loss is None else loss
+        state.finite, state.skips = [block.steps[-1], norms[-1], last], 0
+        state.quiet += len(norms)
+        self.wants = None
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.of_steps import NORM, OfSteps, StepsState
@@ -52,6 +53,14 @@ class NotCleared(OfSteps[StepsState]):
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(StepsState(), streams)
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows: none tells of gradients that were not cleared."""
+        norms, state = block.whole(NORM), self._state
+        if norms is None or not state.running.at_rest or state.run.cleared is False:
+            return False
+        state.running.rest(len(norms))
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

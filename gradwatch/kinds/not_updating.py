@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.missing import Keys, Missing
@@ -74,6 +75,10 @@ class NotUpdating(Missing):
         if record.metrics.get(keys.ratio) is None:
             return "not_in_optimizer"
         return "frozen" if self._seen.stream(stream).lr == 0 else None
+
+    def _always(self, block: Block, stream: Stream, keys: Keys) -> bool:
+        read = block.read(keys.ratio)
+        return read is not None and all(read)
 
     def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
         ratio = record.metrics.get(keys.ratio)

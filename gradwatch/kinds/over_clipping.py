@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.of_steps import CLIP, NORM, OfSteps, StepsState
@@ -82,6 +83,18 @@ class OverClipping(OfSteps[_State]):
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(_State(), streams)
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows that a clip leaves more of, if they are clipped at all."""
+        state, ratios = self._state, block.read(CLIP)
+        if ratios is None or block.whole(NORM) is None or not state.running.at_rest:
+            return False
+        if ratios and min(ratios) <= OVER_CLIPPING.at("clip_ratio"):
+            return False
+        if ratios:
+            state.norms = []
+            state.running.rest(len(ratios))
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind
 from gradwatch.kinds.remembering import Remembering
@@ -61,6 +62,10 @@ class RepeatedBatch(Remembering[_State]):
     def active(self) -> bool:
         """Whether they still are."""
         return any(n >= REPEATED_BATCH.at("looks") for n in self._state.same.values())
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows: what is judged here stands in none of them."""
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
+from gradwatch.block import Block
 from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import median
@@ -46,7 +47,17 @@ class Losses:
 
     def take(self, record: StepRecord) -> float | None:
         """Take in a record's loss; return it if it has a finite one."""
-        loss = record.metrics.get(_LOSS)
+        return self.take_one(record.step, record.metrics.get(_LOSS))
+
+    def take_block(self, block: Block) -> None:
+        """Take in the losses of several steps."""
+        losses = block.column(_LOSS)
+        if losses is not None and losses.count(None) < len(losses):
+            for step, loss in zip(block.steps, losses, strict=True):
+                self.take_one(step, loss)
+
+    def take_one(self, step: int, loss: float | None) -> float | None:
+        """Take in the loss of a step; return it if it is a finite one."""
         if loss is None or not math.isfinite(loss):
             return None
         self.last = [*self.last[1 - _SPAN :], loss]
@@ -57,7 +68,7 @@ class Losses:
         self.largest = max(self.largest, loss)
         # The loss itself first: a median costs as much as all the rest.
         if self.start is not None and loss < _IMPROVED * self.best > self.usual:
-            self.best, self.improved = self.usual, record.step
+            self.best, self.improved = self.usual, step
         return loss
 
     @property
@@ -125,3 +136,21 @@ class Seen:
     def stream(self, stream: Stream) -> StreamFacts:
         """Return the facts of a stream."""
         return self.state.streams.get(stream.name, _NO_STREAM)
+
+
+def add_travel(
+    known: dict[str, Any], steps: Iterable[tuple[float | None, bool]]
+) -> None:
+    """Add the sizes of some steps' updates to a cumulative one.
+
+    Args:
+        known: What is known of a stream, with its ``travel``.
+        steps: Of each its update ratio, None where none was measured, and whether it
+            was read in full. The next ratio that is read stands for the steps before
+            it that were not, too.
+    """
+    for ratio, full in steps:
+        if not full:
+            known["unread"] = known.get("unread", 0) + 1
+        elif ratio is not None:
+            known["travel"] += ratio * (1 + known.pop("unread", 0))

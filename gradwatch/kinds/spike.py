@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gradwatch import saved
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
@@ -130,6 +131,29 @@ class Spike(Remembering[_State]):
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(_State())
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows of which no norm stands out."""
+        state, norms = self._state, block.whole(_NORM)
+        if norms is None or min(norms) <= 0 or state.raised is not None:
+            return False
+        logs = tuple(map(math.log, norms))
+        if max(logs) - min((*state.logs, *logs)) >= _FAR and self._any_far(logs):
+            return False
+        state.taken += len(logs)
+        state.logs = (*state.logs, *logs)[-_WINDOW:]
+        state.largest = max(state.largest, *logs)
+        state.losses.take_block(block)
+        return True
+
+    def _any_far(self, logs: Sequence[float]) -> bool:
+        """Tell whether one of the next norms stands out."""
+        window, taken = self._state.logs, self._state.taken
+        for i, log in enumerate(logs, 1):
+            if taken + i > _WARM_UP and log - median(window) >= _FAR:
+                return True
+            window = push(window, log, _WINDOW)
+        return False
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Kind
 from gradwatch.kinds.remembering import Remembering
@@ -57,6 +58,10 @@ class Truncated(Remembering[_State]):
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._streams = tuple(streams)
         super().__init__(_State())
+
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows: what is judged here stands in none of them."""
+        return True
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

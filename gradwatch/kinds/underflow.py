@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.missing import NORM, Keys, Missing
@@ -52,6 +53,10 @@ class Underflow(Missing):
     """W_hh has a gradient of zeros, and the net computes in float16."""
 
     kind, _row = UNDERFLOW.name, UNDERFLOW
+
+    def _always(self, block: Block, stream: Stream, keys: Keys) -> bool:
+        read = block.read(keys.hh)
+        return not self._half(stream) or (read is not None and all(read))
 
     def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
         if not self._half(stream) or record.metrics.get(keys.hh) != 0:

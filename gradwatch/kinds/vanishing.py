@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.seen import Losses, Seen, SeenState
+from gradwatch.kinds.seen import Losses, Seen, SeenState, add_travel
 from gradwatch.metrics import stream_key
 from gradwatch.numerics.streaming import upper_median
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -202,25 +203,10 @@ VANISHING = Kind(
 
 _LOW: Final = VANISHING.at("reach")
 _HIGH: Final = VANISHING.clear("reach")
-_FALLEN: Final = VANISHING.number("fallen")
 _FLOOR: Final = VANISHING.number("floor")
 _PROBES: Final = VANISHING.count("probes")
-_TREND: Final = VANISHING.count("trend")
-_CLEAR_AFTER: Final = VANISHING.count("clear_after")
-_SHORTEST: Final = VANISHING.count("shortest")
 _HOLD: Final = VANISHING.count("hold")
-_HOLD_ALONE: Final = VANISHING.count("hold_alone")
-_LONG: Final = VANISHING.count("long")
-_OFTEN: Final = VANISHING.count("often")
-_OFTEN_FOR: Final = VANISHING.count("often_for")
-_SELDOM: Final = VANISHING.count("seldom")
-_SATURATED: Final = VANISHING.number("saturated")
-_FOR_GOOD: Final = VANISHING.number("for_good")
 _SHUT: Final = VANISHING.number("shut")
-_PADDED: Final = VANISHING.number("padded")
-_STALLED: Final = VANISHING.count("stalled")
-_LASTS: Final = VANISHING.number("lasts")
-_LONG_SEQUENCE: Final = VANISHING.count("long_sequence")
 _LASTING: Final = ("forget_gate", "update_gate", "truncation")
 _CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
@@ -256,8 +242,7 @@ class Vanishing(Remembering[_State]):
 
     At the first probe that is a notice: many nets open by themselves. It is an alarm
     once it has lasted what such nets need, by a cause that stays or by the cumulative
-    update size; at once where the gradient had reached the first steps. See
-    the catalogue.
+    update size; at once where the gradient had reached the first steps.
     """
 
     kind = VANISHING.name
@@ -275,24 +260,32 @@ class Vanishing(Remembering[_State]):
         """Whether some stream's first steps are out of reach."""
         return bool(self._state.open)
 
+    def calm(self, block: Block) -> bool:
+        """Take in plain rows: no probe is among them."""
+        self._state.losses.take_block(block)
+        for stream, keys in self._watched:
+            known = self._state.open.get(stream.name)
+            ratios = block.column(keys["update_ratio"])
+            if known is not None and ratios is not None:
+                add_travel(known, zip(ratios, block.full, strict=True))
+        self.wishes = self._asks(block.steps[-1])
+        return True
+
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self._seen.take(record)
         self._state.losses.take(record)
         for name in reinitialised(record.events):
-            for state in (
-                self._state.open,
-                self._state.past,
-                self._state.reached,
-                self._state.learnt,
-            ):
-                state.pop(name, None)
-            self._state.doubts.pop(name, None)
+            state = self._state
+            for own in (state.open, state.past, state.reached, state.learnt):
+                own.pop(name, None)
+            state.doubts.pop(name, None)
         found: list[Alert] = []
         for stream, keys in self._watched:
             known = self._state.open.get(stream.name)
             if known is not None:
-                known["travel"] += record.metrics.get(keys["update_ratio"], 0.0)
+                ratio = record.metrics.get(keys["update_ratio"])
+                add_travel(known, [(ratio, not record.partial)])
             reach = record.metrics.get(keys["adjoint_log10"])
             if reach is not None:
                 self._state.probed = record.step
@@ -304,46 +297,42 @@ class Vanishing(Remembering[_State]):
         """Return the depth that an open incident, or one to be, asks for next."""
         if not self._state.open and not self._state.doubts:
             return None
-        since = min(
-            (known["since"] for known in self._state.open.values()), default=step
-        )
-        every = _OFTEN if step - since < _OFTEN_FOR else _SELDOM
+        opened = [known["since"] for known in self._state.open.values()]
+        since = min(opened, default=step)
+        late = step - since >= VANISHING.count("often_for")
+        every = VANISHING.count("seldom") if late else VANISHING.count("often")
         return "flow" if step + 1 - self._state.probed >= every else None
 
     def _probe(
         self, record: StepRecord, stream: Stream, keys: Mapping[str, str], reach: float
     ) -> list[Alert]:
-        name = stream.name
+        name, state = stream.name, self._state
         if self._cut(stream):
             reach = _FLOOR  # what is measured is the last piece alone
-        past = self._state.past[name] = [*self._state.past.get(name, []), reach][
-            -_PROBES:
-        ]
+        past = state.past[name] = [*state.past.get(name, []), reach][-_PROBES:]
         signal = record.metrics.get(keys["signal"], 1.0)
         learnt = signal < VANISHING.clear("learnt")
-        known = self._state.open.get(name)
+        known = state.open.get(name)
         if known is not None:
             calm = reach >= _HIGH or learnt
             known["calm"] = known["calm"] + 1 if calm else 0
-            if known["calm"] >= _CLEAR_AFTER:
-                del self._state.open[name]
-                self._state.learnt[name] = self._state.learnt.get(name, False) or learnt
-                self._state.reached[name] = (
-                    self._state.reached.get(name, False) or reach >= _HIGH
-                )
+            if known["calm"] >= VANISHING.count("clear_after"):
+                del state.open[name]
+                state.learnt[name] = state.learnt.get(name, False) or learnt
+                state.reached[name] = state.reached.get(name, False) or reach >= _HIGH
                 return []
             return self._rise(record, stream, keys, known, past)
         if reach >= _HIGH:
-            self._state.reached[name] = True
-            self._state.learnt[name] = False
-        learnt = learnt or self._state.learnt.get(name, False)
-        self._state.doubts.pop(name, None)
+            state.reached[name] = True
+            state.learnt[name] = False
+        learnt = learnt or state.learnt.get(name, False)
+        state.doubts.pop(name, None)
         if reach > _LOW or learnt or not self._can_matter(record, stream, keys):
             return []
-        if self._state.reached.get(name) and (len(past) < _PROBES or max(past) > _HIGH):
-            self._state.doubts[name] = True
+        if state.reached.get(name) and (len(past) < _PROBES or max(past) > _HIGH):
+            state.doubts[name] = True
             return []
-        known = self._state.open[name] = {
+        known = state.open[name] = {
             "since": record.step,
             "first": reach,
             "middles": [],  # medians of the last probes
@@ -351,7 +340,7 @@ class Vanishing(Remembering[_State]):
             "calm": 0,
             "raised": False,
         }
-        if self._state.reached.get(name):
+        if state.reached.get(name):
             return self._rise(record, stream, keys, known, past)
         return [self._alert(record, stream, keys, alarm=False)]
 
@@ -365,7 +354,7 @@ class Vanishing(Remembering[_State]):
         """Tell whether the loss can want the far past at all."""
         length, seen = self._length(stream), self._seen.module(stream).T or 0
         demand = record.metrics.get(keys["demand"])
-        if demand is None or length <= _SHORTEST:
+        if demand is None or length <= VANISHING.count("shortest"):
             return False
         return bool(demand * seen < VANISHING.at("demand") * length)
 
@@ -388,12 +377,16 @@ class Vanishing(Remembering[_State]):
         if known["raised"] or not low or self._progress(record, stream, keys):
             return []
         moved = self._moved(stream, known, middle)
-        known["middles"] = [*known["middles"], middle][-_TREND:]
-        waits = _HOLD if self._state.losses.share is not None else _HOLD_ALONE
+        known["middles"] = [*known["middles"], middle][-VANISHING.count("trend") :]
+        waits = (
+            _HOLD
+            if self._state.losses.share is not None
+            else VANISHING.count("hold_alone")
+        )
         lasting = lasted >= _HOLD and moved
         lasting = lasting or (lasted >= waits and self._stays(stream))
         fell = bool(self._state.reached.get(stream.name))
-        if not fell and not lasting and lasted < _LONG:
+        if not fell and not lasting and lasted < VANISHING.count("long"):
             return []
         known["raised"] = True
         return [self._alert(record, stream, keys, alarm=True)]
@@ -411,7 +404,9 @@ class Vanishing(Remembering[_State]):
         told = share is not None and share < VANISHING.at("loss")
         if told and share is not None and share > VANISHING.clear("loss"):
             # What the read-out alone can learn is learnt soon, and then no more.
-            told = record.step - self._state.losses.improved < _STALLED
+            told = record.step - self._state.losses.improved < VANISHING.count(
+                "stalled"
+            )
         return told or signal < VANISHING.at("learnt")
 
     def _moved(self, stream: Stream, known: Mapping[str, Any], middle: float) -> bool:
@@ -430,7 +425,7 @@ class Vanishing(Remembering[_State]):
         if self._cause(stream) in _LASTING:
             return True
         slope = self._seen.of(stream).get("act_deriv", 1.0)
-        return stream.kind != "RNN_RELU" and slope < _FOR_GOOD
+        return stream.kind != "RNN_RELU" and slope < VANISHING.number("for_good")
 
     def _alert(
         self,
@@ -481,9 +476,11 @@ class Vanishing(Remembering[_State]):
         seen, length = self._seen.of(stream), self._length(stream)
         if self._cut(stream) or self._seen.module(stream).state_detached:
             return "truncation"
-        if (self._seen.module(stream).padding or 0.0) >= _PADDED:
+        if (self._seen.module(stream).padding or 0.0) >= VANISHING.number("padded"):
             return "padding"
-        if stream.kind != "RNN_RELU" and seen.get("act_deriv", 1.0) < _SATURATED:
+        if stream.kind != "RNN_RELU" and seen.get("act_deriv", 1.0) < VANISHING.number(
+            "saturated"
+        ):
             drive = self._seen.stream(stream).drive or ""
             by = {"input": "input_scale", "state": "large_weights"}
             return by.get(drive, "saturation")
@@ -491,8 +488,13 @@ class Vanishing(Remembering[_State]):
             return "forget_gate"
         if seen.get("shut/z", 0.0) > _SHUT:
             return "update_gate"
-        if not stream.gates and seen.get("rho_total_drift", 0.0) <= -_FALLEN:
+        if not stream.gates and seen.get("rho_total_drift", 0.0) <= -VANISHING.number(
+            "fallen"
+        ):
             return "drift"
-        if stream.gates or (length > _LONG_SEQUENCE and seen.get("rho", 0.0) > _LASTS):
+        if stream.gates or (
+            length > VANISHING.count("long_sequence")
+            and seen.get("rho", 0.0) > VANISHING.number("lasts")
+        ):
             return "horizon_too_long"
         return "small_radius"

@@ -39,6 +39,20 @@ def median(window: Window) -> float:
     return 0.5 * (ranked[middle - 1] + ranked[middle])
 
 
+def largest_median(values: Sequence[float], size: int) -> float:
+    """Return the most that the median of ``size`` of the values can be.
+
+    Args:
+        values: At least ``size``.
+        size: An odd number.
+
+    Example:
+        >>> largest_median((5.0, 1.0, 4.0, 2.0, 3.0), 3)
+        4.0
+    """
+    return sorted(values)[-(size // 2 + 1)]
+
+
 def upper_median(values: Sequence[float]) -> float:
     """Return the median; of an even number of values, the larger of the two."""
     return sorted(values)[len(values) // 2]

@@ -1,7 +1,8 @@
 """Where records go. A sink neither computes nor decides.
 
 ``write`` gets every record and the alerts that are given out with it; ``close`` may be
-called twice. What a sink may also have is in :class:`Seldom` and :class:`Holding`.
+called twice. What a sink may also have is in :class:`Seldom`, :class:`Taking` and
+:class:`Holding`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from gradwatch.block import Block
 from gradwatch.record import Alert, StepRecord
 from gradwatch.sinks.tensorboard import TensorBoard
 from gradwatch.sinks.wandb import Wandb
@@ -36,6 +38,14 @@ class Seldom(Protocol):
     """
 
     every: int | None
+
+
+@runtime_checkable
+class Taking(Protocol):
+    """A sink that takes a block of steps at which there was no alert."""
+
+    def take(self, block: Block) -> None:
+        """Store what :meth:`Sink.write` would, given its records one by one."""
 
 
 @runtime_checkable

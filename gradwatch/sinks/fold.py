@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from gradwatch import metrics
+from gradwatch.block import Block
 from gradwatch.facts import NO_FACTS, Facts
 from gradwatch.record import StepRecord
 
@@ -47,6 +48,23 @@ class Fold:
             if _per_step(key):
                 self._widen(low, high, key, value, value)
         self._add_rest(record.profiles, record.facts, record.events)
+
+    def add_rows(self, block: Block, start: int, stop: int) -> None:
+        """Take in some rows of a plain block: only the keys that are wanted."""
+        self.count += stop - start
+        self._record = StepRecord(
+            step=block.steps[stop - 1], time=block.times[stop - 1]
+        )
+        for key in block.columns:
+            if self._keys is not None and key not in self._keys:
+                continue
+            column = block.column(key) or ()
+            values = [value for value in column[start:stop] if value is not None]
+            if not values:
+                continue
+            self._last[key] = values[-1]
+            if _per_step(key):
+                self._widen(self._low, self._high, key, min(values), max(values))
 
     @staticmethod
     def _widen(

@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
-from gradwatch.record import Alert, Incident, StepRecord, dump_line
+from gradwatch.block import Block
+from gradwatch.record import Alert, Incident, Records, StepRecord, dump_line
 from gradwatch.sinks.fold import Fold
 from gradwatch.sinks.lines import Lines, SmallFiles
 
@@ -60,13 +60,13 @@ class Jsonl:
         self._written = 0
         self._step_size = 1
         self._fold = Fold()
-        self._recent: deque[StepRecord] = deque(maxlen=_AROUND_INCIDENT)
+        self._recent = Records(limit=_AROUND_INCIDENT)
         self._profiled: tuple[int | None, Mapping[str, Any]] = (None, {})
         self._around: dict[Path, tuple[Any, dict[str, Any]]] = {}
         self._waits: dict[Path, dict[str, Any]] = {}
         self._pid = os.getpid()
         self._closed = False
-        self._waiting: list[StepRecord] = []
+        self._waiting: list[StepRecord | Block] = []
         self._records = Lines(folder / "records.jsonl", say)
         self._alerts = Lines(folder / "alerts.jsonl", say)
         self._small = SmallFiles(folder, say)
@@ -91,18 +91,27 @@ class Jsonl:
         if alerts:
             self.flush()
 
+    def take(self, block: Block) -> None:
+        """Take a block of plain rows at which there was no alert."""
+        if self._ours:
+            self._recent.extend(block)
+            self._waiting.append(block)
+
     def flush(self) -> None:
         """Write the records that wait."""
         if not self._ours:
             return
-        records, self._waiting = self._waiting, []
-        lines = []
-        for record in records:
-            row: StepRecord | None = record
+        waiting, self._waiting = self._waiting, []
+        lines: list[str] = []
+        for part in waiting:
             if self._step_size > 1:
-                row = self._folded(record)
-            if row is not None:
-                lines.append(dump_line(row))
+                records = [part] if isinstance(part, StepRecord) else part.records()
+                rows = map(self._folded, records)
+                lines += [dump_line(row) for row in rows if row is not None]
+            elif isinstance(part, StepRecord):
+                lines.append(dump_line(part))
+            else:
+                lines += part.lines()
         self._append(lines)
         self._alerts.write()
         self._small.write()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
+from gradwatch.block import Block
 from gradwatch.record import Alert, StepRecord, printable
 from gradwatch.sinks.fold import Fold
 
@@ -40,6 +41,17 @@ class TensorBoard:
             self._writer.add_text(f"gradwatch/{alert.kind}", text, alert.step)
         if self._fold.count >= self._size:
             self._send()
+
+    def take(self, block: Block) -> None:
+        """Take plain rows in."""
+        first = 0
+        for after in range(1, len(block) + 1):
+            if self._fold.count + after - first >= self._size:
+                self._fold.add_rows(block, first, after)
+                self._send()
+                first = after
+        if first < len(block):
+            self._fold.add_rows(block, first, len(block))
 
     def _send(self) -> None:
         for key, value in self._fold.envelope().items():

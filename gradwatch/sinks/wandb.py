@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, final
 
+from gradwatch.block import Block
 from gradwatch.metrics import headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.sinks.wandb_rows import LEVELS, Item, Rows, finished
@@ -148,18 +149,27 @@ class Wandb:
 
     def write(self, record: StepRecord, alerts: Sequence[Alert] = ()) -> None:
         """Queue one record for the active run, if there is one."""
+        alarms = tuple(a for a in alerts if a.severity in LEVELS)
+        self._queue_up(record, 1, alarms)
+
+    def take(self, block: Block) -> None:
+        """Queue a block of plain rows for it."""
+        self._queue_up(block, len(block), ())
+
+    def _queue_up(
+        self, part: StepRecord | Block, records: int, alarms: tuple[Alert, ...]
+    ) -> None:
         self._deliver()
         if self._closed or os.getpid() != self._pid:
             return
         run = self._run if self._run is not None else active_run()
         if run is None or finished(run) or getattr(run, "disabled", False):
             return
-        alarms = tuple(a for a in alerts if a.severity in LEVELS)
         if run is self._broken:
-            self.dropped += 1 + len(alarms)
+            self.dropped += records + len(alarms)
             return
         self._put += 1
-        self._enqueue(Item(run, self._put, _own_step(run), record, alarms))
+        self._enqueue(Item(run, self._put, _own_step(run), part, alarms))
         if self._worker is None and not sys.is_finalizing():
             self._worker = threading.Thread(
                 target=self._work, name="gradwatch-wandb", daemon=True
@@ -181,7 +191,7 @@ class Wandb:
         with contextlib.suppress(queue.Empty):  # the worker was faster
             oldest = self._queue.get_nowait()
             if isinstance(oldest, Item):
-                self.dropped += 1 + len(oldest.alerts)
+                self.dropped += len(oldest.steps) + len(oldest.alerts)
 
     def _tell(self, line: str) -> None:
         """Have a line told on the training thread, once."""
@@ -260,7 +270,7 @@ class Wandb:
 
     def _take(self, item: Item) -> None:
         if item.run is self._broken:
-            self.dropped += 1 + len(item.alerts)
+            self.dropped += len(item.steps) + len(item.alerts)
             return
         if self._rows is None or item.run is not self._rows.run:
             self._begin(item)

@@ -8,9 +8,10 @@ sent again and again with all that it holds, and a new one begins once it is gon
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from gradwatch.block import Block
 from gradwatch.kinds.catalogue import title
 from gradwatch.metrics import PREFIX, STEP_KEY
 from gradwatch.record import Alert, StepRecord, printable
@@ -36,7 +37,7 @@ def finished(run: Any) -> bool:
 
 
 class Item(NamedTuple):
-    """A record on its way to the worker.
+    """A record, or a block of plain ones, on its way to the worker.
 
     ``number`` counts the records put, and ``at`` is the run's own step, read after
     that number was taken: what the user had committed when the record was put.
@@ -45,8 +46,14 @@ class Item(NamedTuple):
     run: Any
     number: int
     at: int | None
-    record: StepRecord
+    part: StepRecord | Block
     alerts: tuple[Alert, ...]
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """The steps that it has records of."""
+        part = self.part
+        return [part.step] if isinstance(part, StepRecord) else part.steps
 
 
 class Rows:
@@ -80,7 +87,7 @@ class Rows:
         self._at = first.at
         self._sent = 0
         self._settled: int | None = None
-        self._began = first.record.step
+        self._began = first.steps[0]
         self._moved_at: int | None = None
         self._row_at = self._began - _ROW_STEPS
         self._defined: set[str] = set()
@@ -94,16 +101,25 @@ class Rows:
         return self._waiting.count + self._fresh.count + len(self._alarms)
 
     def take(self, item: Item) -> str | None:
-        """Take in one record, and send what is due; return a line to tell."""
-        due = self._follow(item) and not self._commit
-        step = item.record.step
-        self._fresh.add(item.record)
+        """Take in what has come, and send what is due; return a line to tell."""
+        due, first = self._follow(item) and not self._commit, 0
         self._alarms.extend(item.alerts)
-        if self._alarms or due or step - self._row_at >= _ROW_STEPS:
-            self.send()
+        for after, step in enumerate(item.steps, 1):
+            if self._alarms or due or step - self._row_at >= _ROW_STEPS:
+                self._fold(item.part, first, after)
+                self.send()
+                due, first = False, after
+        if first < len(item.steps):
+            self._fold(item.part, first, len(item.steps))
         since = self._began if self._moved_at is None else self._moved_at
-        silent = step - since >= _SILENT_STEPS and item.at is not None
+        silent = item.steps[-1] - since >= _SILENT_STEPS and item.at is not None
         return _HINT if silent else None
+
+    def _fold(self, part: StepRecord | Block, first: int, after: int) -> None:
+        if isinstance(part, StepRecord):
+            self._fresh.add(part)
+        else:
+            self._fresh.add_rows(part, first, after)
 
     def _follow(self, item: Item) -> bool:
         """See what the user has committed; tell whether a row is due because of it.
@@ -120,10 +136,10 @@ class Rows:
                 self._sent = 0
         if item.at == self._at:
             return False
-        before, self._at, self._moved_at = self._moved_at, item.at, item.record.step
+        before, self._at, self._moved_at = self._moved_at, item.at, item.steps[0]
         # To users who log seldom a row is sent just after each commit, so that none
         # is sent at the very moment of the next.
-        return before is None or item.record.step - before >= _ROW_STEPS
+        return before is None or item.steps[0] - before >= _ROW_STEPS
 
     @property
     def unsettled(self) -> bool:

@@ -24,7 +24,8 @@ from collections import Counter, deque
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STEPS = 12
+STEPS = 28
+"""Enough for the quiet path, which begins once 12 norms are known."""
 
 
 class Faults:
