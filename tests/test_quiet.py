@@ -184,8 +184,8 @@ def test_what_is_found_is_what_is_found_without_it(name, monkeypatch):
     how, training = RUNS[name]
     followed, real = [], Quiet.stepped
 
-    def note(self, *args):
-        done = real(self, *args)
+    def note(self, *args, **options):
+        done = real(self, *args, **options)
         followed.append(done)
         return done
 
