@@ -38,10 +38,13 @@ _IN_FULL: Final = (1, 2, 4, 8)
 """Every how many steps the gradients may be read in full."""
 _FIRST_CHOICE: Final = 64
 """Steps after which that is chosen; again whenever their number has doubled."""
+_TIMED: Final = 1 / 2
+"""Share of the budget that may show in our own timers: nearly as much lies outside,
+because what comes after us finds the caches cold. The next two are shares of it."""
 _OF_GRADIENTS: Final = 1 / 4
-"""Share of the budget that reading the gradients may take."""
-_AT_LEAST: Final = 1 / 12
-"""Share of the budget that each other depth has, whatever the gradients take."""
+"""What reading the gradients may take."""
+_AT_LEAST: Final = 1 / 6
+"""What each other depth has, whatever the gradients take."""
 
 
 @dataclass(slots=True)
@@ -67,9 +70,10 @@ class Schedule:
     Args:
         every: One int for state, spectrum and flow, a mapping from depth to steps, or
             None for the defaults.
-        budget: Share of the training time that all of it may take: what reading the
-            gradients leaves is for state, spectrum and flow, a third each, at least a
-            twelfth of the whole. None fixes the cadences.
+        budget: Share of the training time that all of it may take. Half of it may show
+            in what is measured here; what reading the gradients leaves of that is for
+            state, spectrum and flow, a third each, at least a sixth. None fixes the
+            cadences.
 
     Raises:
         TypeError: If ``every`` is neither an int, a mapping nor None, or ``budget``
@@ -184,7 +188,8 @@ class Schedule:
         known = self._costs_in_part
         part = statistics.fmean(known) / step if known else full / 2
         costs = {n: part + (full - part) / n for n in _IN_FULL}
-        fits = [n for n in _IN_FULL if costs[n] <= _OF_GRADIENTS * self.budget]
+        most = _OF_GRADIENTS * _TIMED * self.budget
+        fits = [n for n in _IN_FULL if costs[n] <= most]
         before, self.in_full = self.in_full, fits[0] if fits else _IN_FULL[-1]
         self._of_gradients = costs[self.in_full]
         if self.in_full == before:
@@ -193,7 +198,8 @@ class Schedule:
 
     def _allowed(self, budget: float) -> float:
         """Return the share of the time that each of the other depths may take."""
-        return max((budget - self._of_gradients) / 3, _AT_LEAST * budget)
+        timed = _TIMED * budget
+        return max((timed - self._of_gradients) / 3, _AT_LEAST * timed)
 
     def ran(self, depth: str, seconds: float) -> str | None:
         """Note what a run of a depth cost, and adapt its cadence.
