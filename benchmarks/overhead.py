@@ -31,7 +31,7 @@ from benchmarks.results import Results
 
 POOL = 32
 """Batches: one that comes again and again is learnt by heart, and its norms vanish."""
-WARM_UP = 400
+WARM_UP = 130
 """Steps before anything is timed: what is measured at the start is over by then."""
 LOG_EVERY = 10
 """Steps between two of the user's own rows, in the arms with a W&B run."""
@@ -102,28 +102,28 @@ class Case(NamedTuple):
 
 CASES = {
     "rnn": Case(
-        "RNN 16->32, T=30, B=16", lambda: Net(nn.RNN(16, 32), 32), (30, 16, 16), 64, 240
+        "RNN 16->32, T=30, B=16", lambda: Net(nn.RNN(16, 32), 32), (30, 16, 16), 64, 220
     ),
     "lstm": Case(
         "LSTM 64->128, T=100, B=32",
         lambda: Net(nn.LSTM(64, 128), 128),
         (100, 32, 64),
         20,
-        100,
+        70,
     ),
     "gru": Case(
         "GRU 32->64, two layers, both directions, T=50, B=16",
         lambda: Net(nn.GRU(32, 64, 2, bidirectional=True), 128),
         (50, 16, 32),
         20,
-        60,
+        40,
     ),
     "large": Case(
         "LSTM 128->512, T=50, B=16",
         lambda: Net(nn.LSTM(128, 512), 512),
         (50, 16, 128),
-        10,
-        40,
+        20,
+        14,
     ),
     "cells": Case(
         "GRU cell 32->64 in a loop, T=30, B=16",
@@ -136,8 +136,8 @@ CASES = {
         "10 transformer layers and an LSTM, width 128, 126 parameters, T=50, B=8",
         lambda: Transformer(128),
         (50, 8, 128),
-        10,
-        40,
+        20,
+        14,
     ),
 }
 
@@ -249,7 +249,7 @@ def everything(results: Results, case: Case, folder: str, quick: bool) -> None:
     arms["gradwatch"].watch = gradwatch.watch(
         arms["gradwatch"].model, dir=folder, wandb=None, every=1, budget=None
     )
-    short = case._replace(steps=4, rounds=min(case.rounds, 40))
+    short = case._replace(steps=4, rounds=30)
     run_rounds(arms, short, quick, warm_up=20)
     report(results, short, arms, "bare", "gradwatch", "all at every step")
 
@@ -259,7 +259,7 @@ def run_rounds(
 ) -> None:
     """Train all arms, block by block."""
     for arm in arms.values():
-        arm.block(warm_up // 4 if quick else warm_up)
+        arm.block(warm_up)
         arm.times.clear()
     order = list(arms.values())
     for _ in range(max(case.rounds // 10, 12) if quick else case.rounds):

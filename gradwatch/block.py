@@ -68,6 +68,7 @@ class Block:
     extras: dict[int, Extras] = field(default_factory=dict)
     full: list[bool] = field(default_factory=list)
     _read: dict[str, Sequence[float | None] | None] = field(default_factory=dict)
+    _plain: bool | None = None
     _records: list[StepRecord] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -98,8 +99,32 @@ class Block:
     @property
     def plain(self) -> bool:
         """Whether the rows have nothing beside, and all their values are finite."""
-        values = filter(None, chain.from_iterable(self.rows))
-        return not self.extras and math.isfinite(sum(values))
+        if self._plain is None:  # once all rows are there
+            values = filter(None, chain.from_iterable(self.rows))
+            self._plain = not self.extras and math.isfinite(sum(values))
+        return self._plain
+
+    def parts(self) -> list[Block]:
+        """Return the block in parts, each of rows that are all plain or none is."""
+        if self.plain or len(self.rows) < 2:
+            return [self]
+        runs: list[tuple[bool, list[int]]] = []
+        for i, row in enumerate(self.rows):
+            plain = i not in self.extras and math.isfinite(sum(filter(None, row)))
+            if not runs or runs[-1][0] is not plain:
+                runs.append((plain, []))
+            runs[-1][1].append(i)
+        return [self._part(rows[0], rows[-1] + 1) for _, rows in runs]
+
+    def _part(self, start: int, stop: int) -> Block:
+        return Block(
+            self.columns,
+            self.steps[start:stop],
+            self.times[start:stop],
+            self.rows[start:stop],
+            {i - start: e for i, e in self.extras.items() if start <= i < stop},
+            self.full[start:stop],
+        )
 
     def column(self, key: str) -> Sequence[float | None] | None:
         """Return the values of a key, one a row; None where it is no column."""

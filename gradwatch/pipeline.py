@@ -70,6 +70,9 @@ class Pipeline:
 
     def take(self, block: Block) -> list[Alert]:
         """Take a block; return the alerts that were given out."""
+        return [alert for part in block.parts() for alert in self._take_part(part)]
+
+    def _take_part(self, block: Block) -> list[Alert]:
         busy: Sequence[Rule] = ()
         if not self._rules_guard.off:
             with self._rules_guard:
@@ -81,7 +84,7 @@ class Pipeline:
             return []
         given: list[Alert] = []
         for record in block.records():
-            given += self._take(record, busy)
+            given += self._take_record(record, busy)
         return given
 
     def _pass_on(self, block: Block) -> None:
@@ -104,7 +107,7 @@ class Pipeline:
                     if step % every == 0:
                         sink.write(block.records()[i])
 
-    def _take(self, record: StepRecord, busy: Sequence[Rule]) -> list[Alert]:
+    def _take_record(self, record: StepRecord, busy: Sequence[Rule]) -> list[Alert]:
         self.steps += 1
         self.records.append(record)
         self.latest.update(record.metrics)

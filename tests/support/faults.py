@@ -22,9 +22,11 @@ import sys
 import tempfile
 from collections import Counter, deque
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-STEPS = 28
+STEPS = 12
+QUIET_STEPS = 40
 """Enough for the quiet path, which begins once 12 norms are known."""
 
 
@@ -181,7 +183,8 @@ def golden(watched, folder):
     """Train for a few steps; return losses and weights, and what else is to be known.
 
     Every depth is measured at every step; there are two steps of NaN, so that alarms
-    are given, and the state is saved and loaded in between.
+    are given, and the state is saved and loaded in between. Then there are steps of
+    another net at which nothing but the gradients is due.
     """
     import torch
     from torch import nn
@@ -223,11 +226,14 @@ def golden(watched, folder):
         if watch is not None and step == 7:
             with contextlib.suppress(Exception):  # asked for: its errors are told
                 watch.load_state_dict(watch.state_dict())
-    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     if watch is not None:
         with contextlib.suppress(Exception):
             repr(watch)
         watch.close()
+    quiet = quiet_steps(watched, folder)
+    losses += quiet.losses
+    model["quiet"] = quiet.model
+    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     hooks = sum(
         len(m._forward_hooks)
         + len(m._forward_pre_hooks)
@@ -236,6 +242,38 @@ def golden(watched, folder):
     ) + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
     rng = torch.get_rng_state()
     return {"losses": losses, "weights": weights, "rng": rng}, hooks, watch, alarms
+
+
+class Quiet(NamedTuple):
+    """A net after steps at which all is as usual, and its losses."""
+
+    model: Any
+    losses: list[float]
+
+
+def quiet_steps(watched, folder):
+    """Train for steps of the quiet path; from the middle on few are read in full."""
+    import torch
+    from torch import nn
+
+    model, losses, watch = nn.RNN(3, 4), [], None
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    if watched:
+        import gradwatch
+
+        with contextlib.suppress(Exception):
+            watch = gradwatch.watch(model, dir=folder, every=1000, name="quiet")
+    for step in range(QUIET_STEPS):
+        optimizer.zero_grad()
+        loss = model(torch.randn(5, 3, 3))[0].square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if watch is not None and step == QUIET_STEPS // 2:
+            watch._settings.schedule.in_full = 4
+    if watch is not None:
+        watch.close()
+    return Quiet(model, losses)
 
 
 class Told(logging.Handler):
