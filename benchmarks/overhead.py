@@ -9,7 +9,7 @@ a bootstrap's over rounds, 95 %. A second bare arm is the control. One thread.
 
 Beside the times stand the calls of Python and C functions that a watch adds to a step.
 
-Run: python -m benchmarks.overhead [--quick] [--only NAME]
+Run: python -m benchmarks.overhead [--quick] [--only NAME] [--growth]
 """
 
 import argparse
@@ -140,6 +140,38 @@ CASES = {
         14,
     ),
 }
+
+
+def grown(title: str, kind: type[nn.RNNBase], length: int, hidden: int, **more) -> Case:
+    """Return a case of a series: inputs of 16, 16 sequences, some 80 ms a block."""
+    return Case(
+        title,
+        lambda: Net(
+            kind(16, hidden, **more), hidden * (1 + bool(more.get("bidirectional")))
+        ),
+        (length, 16, 16),
+        max(4, 1200 // length),
+        60,
+    )
+
+
+GROWTH = (
+    grown("nn.RNN, T=15, H=32", nn.RNN, 15, 32),
+    grown("nn.RNN, T=60, H=32", nn.RNN, 60, 32),
+    grown("nn.RNN, T=240, H=32", nn.RNN, 240, 32),
+    grown("nn.RNN, T=60, H=128", nn.RNN, 60, 128),
+    grown("nn.RNN, T=60, H=512", nn.RNN, 60, 512),
+    grown("nn.RNN, T=60, H=32, 4 layers", nn.RNN, 60, 32, num_layers=4),
+    grown(
+        "nn.RNN, T=60, H=32, 4 layers, both directions (8 streams)",
+        nn.RNN,
+        60,
+        32,
+        num_layers=4,
+        bidirectional=True,
+    ),
+)
+"""One thing grows at a time: time steps, units, layers and streams."""
 
 
 class Arm:
@@ -311,12 +343,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two minutes")
     parser.add_argument("--only", choices=CASES, help="one model")
+    parser.add_argument("--growth", action="store_true", help="how it grows, alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
     keep = not given.quick and given.only is None
     results = Results("overhead", keep=keep, used=["wandb"])
     head = ["model", "arm", "bare, ms", "added, us", "added, % [95 %]", "control, %"]
-    results.table("models", [*head, "calls a step, Python + C"], "A watch by default")
+    head.append("calls a step, Python + C")
+    if given.growth:
+        results.table("growth", head, "How it grows")
+        with tempfile.TemporaryDirectory() as folder:
+            for case in GROWTH:
+                measure(results, case, folder, given.quick)
+        results.save()
+        return
+    results.table("models", head, "A watch by default")
     chosen = CASES if given.only is None else {given.only: CASES[given.only]}
     with tempfile.TemporaryDirectory() as folder:
         for case in chosen.values():
