@@ -39,7 +39,7 @@ _IN_FULL: Final = (1, 2, 4, 8)
 _FIRST_CHOICE: Final = 64
 """Steps after which that is chosen; again whenever their number has doubled."""
 _TIMED: Final = 1 / 2
-"""Share of the budget that may show in our own timers: nearly as much lies outside,
+"""Share of the budget that may show in our own timers: as much and more lies outside,
 because what comes after us finds the caches cold. The next two are shares of it."""
 _OF_GRADIENTS: Final = 1 / 4
 """What reading the gradients may take."""
