@@ -22,11 +22,11 @@ from torch.optim import optimizer as optimizers
 import gradwatch
 from benchmarks.overhead import CASES, Arm, make
 from benchmarks.results import Results
+from gradwatch import _torch
 
 BLOCK = 48
 ROUNDS = 150
 GRAD, VERSION = attrgetter("grad"), attrgetter("_version")
-FLATTEN: Any = torch._C._nn.flatten_dense_tensors
 
 
 class Hooks:
@@ -67,7 +67,7 @@ class Hooks:
         if "each" in self.what:
             list(map(Tensor.item, torch._foreach_norm(grads)))
         else:
-            torch.linalg.vector_norm(FLATTEN(grads)).item()
+            torch.linalg.vector_norm(_torch.flattened(grads)).item()
         if "versions" in self.what:
             self.refs = list(map(weakref.ref, grads))
             self.versions = list(map(VERSION, grads))

@@ -11,8 +11,8 @@ import functools
 import statistics
 from collections import defaultdict
 
-import gradwatch
-from benchmarks.detection.case import FAMILIES, loop, make
+from benchmarks.detection.alerts import alerts
+from benchmarks.detection.case import FAMILIES
 from benchmarks.detection.parallel import pool_of_two
 from benchmarks.results import Results
 
@@ -22,24 +22,10 @@ EVERY = 8
 
 def alarms(name: str, every: int) -> dict[str, tuple[int, str]]:
     """Train a family; return the step and the cause of each kind's first alarm."""
-    case = make(name, 0)
-    plain = case.loss
-    with gradwatch.watch(case.model, dir=None, wandb=None, budget=None) as watch:
-        watch._settings.schedule.in_full = every
-
-        def logged(model, batch):
-            loss = plain(model, batch)
-            watch.log(loss=loss)
-            return loss
-
-        case.loss = logged
-        for _ in loop(case):
-            pass
-        watch.flush()
-        found: dict[str, tuple[int, str]] = {}
-        for alert in watch.alerts:
-            if alert.severity != "info":
-                found.setdefault(alert.kind, (alert.step, str(alert.cause)))
+    found: dict[str, tuple[int, str]] = {}
+    for alert in alerts(name, in_full=every):
+        if alert.severity != "info":
+            found.setdefault(alert.kind, (alert.step, str(alert.cause)))
     return found
 
 

@@ -17,7 +17,7 @@ from gradwatch.kinds.incidents import Incidents
 from gradwatch.kinds.judge import Judge, Rule
 from gradwatch.record import Alert, Incident, Records, StepRecord
 from gradwatch.settings import Settings
-from gradwatch.sinks import Holding, Seldom, Sink, Taking
+from gradwatch.sinks import ByBlock, Holding, Seldom, Sink
 from gradwatch.sinks.jsonl import Jsonl
 
 _ALERTS_KEPT = 1000
@@ -57,7 +57,11 @@ class Pipeline:
         self._on_alert = on_alert if callable(on_alert) else None
         self._folder = folder
         self._sinks = dict(sinks)
-        self._taking = {n: s.take for n, s in sinks.items() if isinstance(s, Taking)}
+        self._by_block = {
+            name: sink.write_block
+            for name, sink in sinks.items()
+            if isinstance(sink, ByBlock)
+        }
         self._every = {
             name: (sink.every or 1) if isinstance(sink, Seldom) else 1
             for name, sink in sinks.items()
@@ -94,14 +98,14 @@ class Pipeline:
         self.latest.update(block.last())
         if self._folder is not None and not self._folder_guard.off:
             with self._folder_guard:
-                self._folder.take(block)
+                self._folder.write_block(block)
         for name, sink in self._sinks.items():
             guard, every = self._sink_guards[name], self._every[name]
             if guard.off:
                 continue
             with guard:
-                if name in self._taking:
-                    self._taking[name](block)
+                if name in self._by_block:
+                    self._by_block[name](block)
                     continue
                 for i, step in enumerate(block.steps):
                     if step % every == 0:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from gradwatch.kinds.judge import Rule
 from gradwatch.record import Alert
 from gradwatch.schedule import Schedule
-from gradwatch.sinks import Sink, Taking, Wandb
+from gradwatch.sinks import ByBlock, Sink, Wandb
 
 OnAlert = Callable[[Alert], object] | Literal["raise"] | None
 DIR: Final = "gradwatch-runs"
@@ -97,7 +97,7 @@ class Settings:
     @property
     def patient(self) -> bool:
         """Whether steps may wait: nobody but gradwatch looks at each."""
-        return self.rules is None and all(isinstance(s, Taking) for s in self.sinks)
+        return self.rules is None and all(isinstance(s, ByBlock) for s in self.sinks)
 
 
 def _several(name: str, given: Any) -> tuple[Any, ...]:

@@ -68,8 +68,8 @@ def watch(
             that contains some.
         every: Steps between two measurements: one int for state, spectrum and flow,
             or a mapping from probe group to steps. None: the defaults of each.
-        budget: Share of the training time that state, spectrum and flow may take;
-            None fixes the cadences.
+        budget: Share of the training time that measuring may take; None fixes the
+            cadences, and has all gradients read in full at every step.
         flow_samples: How many sequences are replayed; None: all.
         rules: Rules in place of the catalogue's.
         mute: Kinds, or ``(kind, stream)`` pairs, that are not wanted.

@@ -25,7 +25,7 @@ from gradwatch.clock import (
 )
 from gradwatch.kinds.catalogue import CATALOGUE, default_rules
 from gradwatch.kinds.incidents import Incidents
-from gradwatch.kinds.judge import Calm, Judge
+from gradwatch.kinds.judge import ByBlock, Judge
 from gradwatch.quiet import Quiet
 from gradwatch.record import Stream, dump_line
 from testbed.models import Tagger, lstm
@@ -322,7 +322,7 @@ def test_blocks_of_any_size_are_judged_as_their_records_are(found, sizes):
 
 
 def test_every_rule_of_the_catalogue_can_take_a_block():
-    assert all(isinstance(rule, Calm) for rule in default_rules([STREAM]))
+    assert all(isinstance(rule, ByBlock) for rule in default_rules([STREAM]))
 
 
 def test_usual_rows_keep_no_rule_busy():

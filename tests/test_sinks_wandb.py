@@ -16,12 +16,14 @@ import wandb
 from torch import nn
 
 import gradwatch
+from gradwatch.block import Block
 from gradwatch.facts import Facts, ModuleFacts
 from gradwatch.kinds.catalogue import CATALOGUE, title
 from gradwatch.metrics import STEP_KEY, headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.sinks import Wandb
 from gradwatch.sinks.fold import Fold
+from gradwatch.sinks.wandb_rows import Item, Rows
 from testbed.models import batches, lstm
 from testbed.wandb_log import read_log
 from tests.support.wandb_run import FakeRun
@@ -783,3 +785,23 @@ def test_streams_of_the_catalogue_are_named_without_dots():
     keys = headline_keys([stream])
     assert any("encoder/rnn/l1_reverse/rho" in key for key in keys)
     assert not any("." in key for key in keys)
+
+
+def test_rows_of_a_block_outlive_a_row_that_could_not_be_sent():
+    class Failing(FakeRun):
+        def log(self, *args, **kwargs):
+            raise ConnectionError("lost")
+
+    block = Block(("gradwatch/grad_norm",))
+    for step in range(35):
+        block.add(step, 0.0, [1.0 + step])
+    item = Item(Failing(), 1, 0, block, ())
+    rows = Rows(
+        item, keys=None, config={}, commit=False, put=lambda: 1, clock=lambda: 0.0
+    )
+    with pytest.raises(ConnectionError):
+        rows.take(item)
+    assert rows.held == 35
+    rows.run = FakeRun()
+    rows.send()
+    assert rows.run.waiting["gradwatch/grad_norm"] == 35.0

@@ -57,7 +57,7 @@ class ClearedEarly(OfSteps[StepsState]):
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(StepsState(), streams)
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows in which something was left of every gradient."""
         norms, left = block.whole(NORM), block.read(CLIPPED)
         if norms is None or left is None or not self._state.running.at_rest:

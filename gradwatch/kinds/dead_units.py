@@ -107,7 +107,7 @@ class DeadUnits(Remembering[_State]):
         """Whether a stream is still below its clear value."""
         return self._levels.active
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows: what is judged here stands in none of them."""
         self.wants = None
         return True

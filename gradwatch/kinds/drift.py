@@ -97,7 +97,7 @@ class Drift(Remembering[_State]):
         """Whether a stream is still far from its start."""
         return self._levels.active
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows: what is judged here stands in none of them."""
         return True
 

@@ -260,7 +260,7 @@ class Exploding(Remembering[_State]):
         """Whether it still holds."""
         return self._state.active
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows whose norms are all usual."""
         state, norms = self._state, block.whole(_NORM)
         ratios = block.largest(self._keys) if self._keys else None

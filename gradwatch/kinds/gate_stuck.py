@@ -141,7 +141,7 @@ class GateStuck(Remembering[_State]):
         """Whether a gate is still above its clear value."""
         return self._levels.active
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows: what is judged here stands in none of them."""
         self.wants = None
         return True

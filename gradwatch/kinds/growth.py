@@ -70,7 +70,7 @@ class Growth(Remembering[_State]):
         """Whether gradients still grow in some stream, or rise towards it."""
         return self._levels.active or bool(self._state.rising)
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows, if no stream has been without a measurement for long."""
         last = block.steps[-1]
         if any(last - at > _LOST for at in self._state.measured.values()):

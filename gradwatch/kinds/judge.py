@@ -58,10 +58,10 @@ class Wishing(Protocol):
 
 
 @runtime_checkable
-class Calm(Protocol):
+class ByBlock(Protocol):
     """A rule that need not look at every record to know that nothing is wrong."""
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in a block whose rows are plain, if none raises or ends anything.
 
         Returns:
@@ -139,7 +139,9 @@ class Judge:
         self._working = [
             (rule, rule if isinstance(rule, OfKind) else None) for rule in rules
         ]
-        self._calm = {id(r): r.calm for r in rules if isinstance(r, Calm)}
+        self._by_block = {
+            id(r): r.update_block for r in rules if isinstance(r, ByBlock)
+        }
         self._unsettled = False  # what is open may be over with the next record
         self._wanting = [rule for rule in rules if isinstance(rule, Wanting)]
         self._wishing = [rule for rule in rules if isinstance(rule, Wishing)]
@@ -156,8 +158,8 @@ class Judge:
         found: list[Rule] = []
         for rule, _ in self._working:
             try:
-                calm = self._calm.get(id(rule))
-                if calm is None or not calm(block):
+                update = self._by_block.get(id(rule))
+                if update is None or not update(block):
                     found.append(rule)
             except Exception as error:
                 self._failed(rule, error)

@@ -191,7 +191,7 @@ class LossDivergence(Remembering[_State]):
         """Whether it still holds."""
         return self._state.active
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows whose losses are far from where they began, if any."""
         column, losses, state = block.column(_LOSS), block.whole(_LOSS), self._state
         if losses is None:

@@ -145,7 +145,7 @@ class LrTooHigh(Remembering[_State]):
         each = self._state.running  # of streams that are no more, too, where resumed
         return any(s.name in each and each[s.name].raised for s, _ in self._watched)
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows with usual updates of every stream."""
         state, norms = self._state, block.whole(_NORM)
         before = block.read(_NORM)

@@ -83,7 +83,7 @@ class Missing(Remembering[_State], ABC):
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
         """Return what is reported once it has been missing for as long."""
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows in which nothing is missing that was there before."""
         norms, state = block.whole(NORM), self._state
         if norms is None or min(norms) <= 0 or state.missing or state.raised:

@@ -127,7 +127,7 @@ class Nonfinite(Remembering[_State]):
         """Whether it still holds."""
         return self._state.active
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows: all of them are finite."""
         state, norms, losses = self._state, block.whole(_NORM), block.column(_LOSS)
         broken = block.column(_NONFINITE)

@@ -54,7 +54,7 @@ class NotCleared(OfSteps[StepsState]):
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(StepsState(), streams)
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows: none tells of gradients that were not cleared."""
         norms, state = block.whole(NORM), self._state
         if norms is None or not state.running.at_rest or state.run.cleared is False:

@@ -84,7 +84,7 @@ class OverClipping(OfSteps[_State]):
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(_State(), streams)
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows that a clip leaves more of, if they are clipped at all."""
         state, ratios = self._state, block.read(CLIP)
         if ratios is None or block.whole(NORM) is None or not state.running.at_rest:

@@ -63,7 +63,7 @@ class RepeatedBatch(Remembering[_State]):
         """Whether they still are."""
         return any(n >= REPEATED_BATCH.at("looks") for n in self._state.same.values())
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows: what is judged here stands in none of them."""
         return True
 

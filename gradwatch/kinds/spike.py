@@ -132,7 +132,7 @@ class Spike(Remembering[_State]):
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         super().__init__(_State())
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows of which no norm stands out."""
         state, norms = self._state, block.whole(_NORM)
         if norms is None or min(norms) <= 0 or state.raised is not None:

@@ -59,7 +59,7 @@ class Truncated(Remembering[_State]):
         self._streams = tuple(streams)
         super().__init__(_State())
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows: what is judged here stands in none of them."""
         return True
 

@@ -260,7 +260,7 @@ class Vanishing(Remembering[_State]):
         """Whether some stream's first steps are out of reach."""
         return bool(self._state.open)
 
-    def calm(self, block: Block) -> bool:
+    def update_block(self, block: Block) -> bool:
         """Take in plain rows: no probe is among them."""
         self._state.losses.take_block(block)
         for stream, keys in self._watched:

@@ -1,7 +1,7 @@
 """Where records go. A sink neither computes nor decides.
 
 ``write`` gets every record and the alerts that are given out with it; ``close`` may be
-called twice. What a sink may also have is in :class:`Seldom`, :class:`Taking` and
+called twice. What a sink may also have is in :class:`Seldom`, :class:`ByBlock` and
 :class:`Holding`.
 """
 
@@ -41,10 +41,10 @@ class Seldom(Protocol):
 
 
 @runtime_checkable
-class Taking(Protocol):
+class ByBlock(Protocol):
     """A sink that takes a block of steps at which there was no alert."""
 
-    def take(self, block: Block) -> None:
+    def write_block(self, block: Block) -> None:
         """Store what :meth:`Sink.write` would, given its records one by one."""
 
 

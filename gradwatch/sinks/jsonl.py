@@ -1,9 +1,9 @@
 """The run folder: meta.json, records.jsonl, alerts.jsonl and incidents.
 
 An alert is on disk, with every record up to its step, before it is sent anywhere; other
-records when the watch says so, after at most 16 steps. ``records.jsonl`` never outgrows
-the disk: one row a step for the first 64 MB, then rows folded by 10 for the next, by
-100, and so on.
+records when the watch says so, after at most 16 steps (64 that are very short).
+``records.jsonl`` never outgrows the disk: one row a step for the first 64 MB, then rows
+folded by 10 for the next, by 100, and so on.
 
 What cannot be written waits in memory and is tried again; what is lost is counted.
 """
@@ -91,7 +91,7 @@ class Jsonl:
         if alerts:
             self.flush()
 
-    def take(self, block: Block) -> None:
+    def write_block(self, block: Block) -> None:
         """Take a block of plain rows at which there was no alert."""
         if self._ours:
             self._recent.extend(block)

@@ -42,7 +42,7 @@ class TensorBoard:
         if self._fold.count >= self._size:
             self._send()
 
-    def take(self, block: Block) -> None:
+    def write_block(self, block: Block) -> None:
         """Take plain rows in."""
         first = 0
         for after in range(1, len(block) + 1):

@@ -152,7 +152,7 @@ class Wandb:
         alarms = tuple(a for a in alerts if a.severity in LEVELS)
         self._queue_up(record, 1, alarms)
 
-    def take(self, block: Block) -> None:
+    def write_block(self, block: Block) -> None:
         """Queue a block of plain rows for it."""
         self._queue_up(block, len(block), ())
 

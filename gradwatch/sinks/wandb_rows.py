@@ -104,13 +104,15 @@ class Rows:
         """Take in what has come, and send what is due; return a line to tell."""
         due, first = self._follow(item) and not self._commit, 0
         self._alarms.extend(item.alerts)
-        for after, step in enumerate(item.steps, 1):
-            if self._alarms or due or step - self._row_at >= _ROW_STEPS:
-                self._fold(item.part, first, after)
-                self.send()
-                due, first = False, after
-        if first < len(item.steps):
-            self._fold(item.part, first, len(item.steps))
+        try:
+            for after, step in enumerate(item.steps, 1):
+                if self._alarms or due or step - self._row_at >= _ROW_STEPS:
+                    self._fold(item.part, first, after)
+                    due, first = False, after
+                    self.send()
+        finally:  # what wandb raises takes no later row of the block with it
+            if first < len(item.steps):
+                self._fold(item.part, first, len(item.steps))
         since = self._began if self._moved_at is None else self._moved_at
         silent = item.steps[-1] - since >= _SILENT_STEPS and item.at is not None
         return _HINT if silent else None

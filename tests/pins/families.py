@@ -2,33 +2,19 @@
 
 from typing import Any
 
-import gradwatch
-from benchmarks.detection.case import FAMILIES, loop, make
+from benchmarks.detection.alerts import alerts
+from benchmarks.detection.case import FAMILIES
 from benchmarks.detection.parallel import pool_of_two
 
 
 def alerts_of(name: str) -> list[list[Any]]:
     """Train a family at fixed cadences; return its alerts, but for their words."""
-    case = make(name, 0)
-    plain = case.loss
-    with gradwatch.watch(case.model, dir=None, wandb=None, budget=None) as watch:
-
-        def logged(model: Any, batch: Any) -> Any:
-            loss = plain(model, batch)
-            watch.log(loss=loss)
-            return loss
-
-        case.loss = logged
-        for _ in loop(case):
-            pass
-        watch.flush()
-        alerts = watch.alerts
     return [
         [
             *(a.kind, a.severity, a.cause, a.stream, list(a.streams), a.since, a.step),
             {key: list(pair) for key, pair in a.evidence.items()},
         ]
-        for a in alerts
+        for a in alerts(name)
     ]
 
 
