@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,49 @@ def calling_scaler(depth: int = 16) -> Any | None:
                 return owner
         frame, depth = frame.f_back, depth - 1
     return None
+
+
+_BACKWARD = torch.autograd.backward.__code__
+_ABOVE: Final = 64
+"""Frames above a call of backward in which one is looked for that it runs inside of."""
+_frame: Callable[[], Any] = getattr(sys, "_getframe", lambda: None)
+
+
+def backward_call() -> tuple[Any, Any, bool] | None:
+    """Return the outermost call of backward that this runs in, if it can be told.
+
+    A gradient hook runs in the thread that has called backward; on an accelerator in
+    one of the autograd engine, and the call is in another thread: that is asked if it
+    is the only one. Without frames, or the names in torch's own: None.
+
+    Returns:
+        What it was called on; the gradients that were given for these, None for none;
+        and whether whoever asks runs in another call, inside this one.
+    """
+    frame, found, nested, left = _frame(), None, False, _ABOVE
+    while frame is not None and left:
+        if frame.f_code is _BACKWARD:
+            found, nested, left = frame, found is not None, _ABOVE
+        frame, left = frame.f_back, left - 1
+    if found is None:
+        found = _only_backward()
+        if found is None:
+            return None
+    known = found.f_locals  # of torch's own frame: it dies with the call
+    return known.get("tensors"), known.get("grad_tensors"), nested
+
+
+def _only_backward() -> Any:
+    """Return the frame of the one call of backward in progress in all threads."""
+    found = []
+    for frame in getattr(sys, "_current_frames", dict)().values():
+        own = None
+        while frame is not None:
+            own = frame if frame.f_code is _BACKWARD else own
+            frame = frame.f_back
+        if own is not None:
+            found.append(own)
+    return found[0] if len(found) == 1 else None
 
 
 _HOOKED_STEP = (torch.optim.Optimizer.profile_hook_step.__code__.co_filename, "wrapper")

@@ -7,8 +7,7 @@ once the step has closed, its numbers start for the host, and the intake takes i
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from threading import get_ident
 from typing import Final
@@ -39,12 +38,14 @@ from gradwatch.depths.reader import Reader
 from gradwatch.depths.sampled_facts import Rates, notes_of
 from gradwatch.facts import ModuleFacts
 from gradwatch.health import Health
+from gradwatch.hooks.listener import end_of_pass
 from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.hooks.optimizers import Held, OptimizerHooks
 from gradwatch.hooks.parameters import ParameterHooks
 from gradwatch.hooks.probe import NOTHING
+from gradwatch.hooks.roots import Roots
 from gradwatch.intake import Intake
-from gradwatch.quiet import BETWEEN, OFF, Quiet
+from gradwatch.quiet import BETWEEN, ENDED, OFF, Quiet
 from gradwatch.recurrent import Recurrence
 from gradwatch.schedule import DEPTHS
 from gradwatch.settings import Settings
@@ -86,8 +87,9 @@ class Engine:
         self._overdue = self._costly = False
         self._thread = get_ident()
         # Autograd keeps the last callback of a pass.
-        self._after_backward = _torch.AfterBackward(_weakly(self))
-        self._quiet = Quiet(intake, health, self._after_backward)
+        self._after_backward = _torch.AfterBackward(end_of_pass(self))
+        self._roots = Roots()
+        self._quiet = Quiet(intake, health, self._after_backward, self._roots)
         each = settings.schedule.cadence("gradients") == 1
         self._may_be_quiet = each and settings.patient and not settings.raising
         with ExitStack() as undo:  # a failure half-way undoes what came before
@@ -184,9 +186,14 @@ class Engine:
             if self._clock.doubts or running == 0:
                 kept = self._parameters.kept(param)
                 finite = kept is not False or self._reader.gradients.finite
-            if self._advance(BackwardBegins(task, kept, finite, running)).opened:
+            begins = self._advance(BackwardBegins(task, kept, finite, running))
+            if begins.opened:
                 self._reader.opened(param)
             self._after_backward()
+            if self._roots.find() or begins.opened:
+                if kept is None and self._step.has_found:  # a closure may clear them
+                    kept = self._parameters.kept(param)
+                self._step.found(self._roots.loss, kept=kept is not False)
 
     def failed(self, error: Exception) -> None:
         """A hook has failed before it could report."""
@@ -195,7 +202,7 @@ class Engine:
 
     def on_backward_end(self) -> None:
         """A backward pass has ended."""
-        if self._off:
+        if self._quiet.ended() or self._off:
             return
         with self._guard:
             self._leave_quiet()
@@ -418,6 +425,8 @@ class Engine:
         """Take the loss of the step; of the next one, where optimizers have stepped."""
         if not self._off:
             with self._guard:
+                if self._quiet.phase >= ENDED:
+                    self._step.has_ended = True
                 if self._step.log(loss, used=self._clock.used):
                     self._leave_quiet()
 
@@ -486,15 +495,3 @@ class Engine:
         finally:
             self.closed = True
             self._stack.close()
-
-
-def _weakly(engine: Engine) -> Callable[[], None]:
-    """Return what reports the end of a backward pass, and keeps nothing alive."""
-    ref = weakref.ref(engine)
-
-    def ended() -> None:
-        told = ref()
-        if told is not None and not told._quiet.ended():
-            told.on_backward_end()
-
-    return _torch.OutOfGraphs(ended)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gradwatch.block import LONGEST, ROWS, Block, Extras
+from gradwatch.block import LONGEST, ROWS, Block, Extras, Row
 from gradwatch.depths import gradients
 from gradwatch.depths.finish import Memory, finish
 from gradwatch.depths.gradients import Plain
@@ -99,7 +99,7 @@ class Intake:
 
         Its norm is compared with those that were usual before the steps that wait.
         """
-        read, _, sampled, loss = step.parts
+        read, _, sampled, loss, _ = step.parts
         if not self._patient or self._since >= self.rows or sampled is not None:
             return False
         if step.events or read.scale is not None:
@@ -229,12 +229,16 @@ class Intake:
             done, block = block, Block(columns)
             self._to_pipeline(done)
         memory = self.memory.gradients
-        for step, row, named in gradients.finish_plain(steps, memory):
-            extras = None
+        rows: list[Row] = []
+        for row, named in gradients.finish_plain(steps, memory):
             if named is not STEP_SCOPE:
-                extras = Extras(facts=Facts(step=named).since(self.memory.facts))
-            full = step.read is not None
-            block.add(step.number, step.time, row, extras, full=full)
+                facts = Facts(step=named).since(self.memory.facts)
+                block.extras[len(block) + len(rows)] = Extras(facts=facts)
+            rows.append(row)
+        block.rows += rows
+        block.steps += [step.number for step in steps]
+        block.times += [step.time for step in steps]
+        block.full += [step.read is not None for step in steps]
         return block
 
     def _to_pipeline(self, block: Block | None, *, refused: bool = False) -> None:
@@ -251,7 +255,7 @@ class Intake:
 
     def _note_costs(self, step: Measured, seconds: float) -> None:
         """Tell the schedule what the depths of a step cost; the finish is shared."""
-        read, _, sampled, _ = step.parts
+        read, sampled = step.parts.gradients, step.parts.sampled
         if sampled is None:
             return
         if read.written_unseen(step.drain.wait()["gradients"]):

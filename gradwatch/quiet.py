@@ -11,9 +11,9 @@ read, and at every second, fourth or eighth step all the rest.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
+from math import hypot, inf, isfinite
 from operator import attrgetter, call, is_
 from threading import get_ident
 from time import perf_counter, time
@@ -33,6 +33,7 @@ from gradwatch.health import Health
 from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.hooks.optimizers import Held, OptimizerHooks
 from gradwatch.hooks.parameters import ParameterHooks
+from gradwatch.hooks.roots import Roots
 from gradwatch.intake import Intake
 
 _GRAD: Final = attrgetter("grad")
@@ -81,10 +82,15 @@ class Quiet:
         intake: Where closed steps go.
         health: Where our own time is noted.
         after_backward: Has the end of the backward pass in progress reported.
+        roots: Reads the loss from the call of backward.
     """
 
     def __init__(
-        self, intake: Intake, health: Health, after_backward: Callable[[], object]
+        self,
+        intake: Intake,
+        health: Health,
+        after_backward: Callable[[], object],
+        roots: Roots,
     ) -> None:
         self.phase = OFF
         self.number = 0
@@ -94,7 +100,8 @@ class Quiet:
         self.pauses = False
         """Whether something is due between two steps."""
         self._intake, self._health = intake, health
-        self._after_backward = after_backward
+        self._after_backward, self._roots = after_backward, roots
+        self._loss: float | None = None
         self._usual: Usual | None = None
         self._rows: list[Plain] = []
         self._until = self._not_before = 0
@@ -224,10 +231,11 @@ class Quiet:
         """Return the state in an open step, with what was read of it handed over."""
         gradients = self._reader.gradients
         state, _ = clock.advance(state, BackwardBegins(self._task))
+        self._step.found(self._loss)
         if self._full:
             gradients.opened(self._cleared)
         if phase >= ENDED:
-            self._step.ended()
+            self._step.has_ended = True
             if self._full:
                 gradients.ended(usual.names, usual.live, self._before, None, [])
             state, _ = clock.advance(state, BackwardEnds(True))
@@ -258,6 +266,12 @@ class Quiet:
                 began = perf_counter()
                 if self._suspicious and self._reader.suspects(param):
                     return False
+                self._roots.find()
+                loss = self._roots.loss
+                if loss is None or (type(loss) is float and -inf < loss < inf):
+                    self._loss = loss
+                else:
+                    return False
                 if not self._after_backward():
                     return False
                 self._full = self.number % self._every == 0
@@ -286,7 +300,7 @@ class Quiet:
                 elif usual.small:
                     self._norm = _norm(_flattened(grads)).item()
                 else:
-                    self._norm = math.hypot(*map(_ITEM, torch._foreach_norm(grads)))
+                    self._norm = hypot(*map(_ITEM, torch._foreach_norm(grads)))
                 if not self._norm < self._bound:
                     return False
                 for param in usual.without:
@@ -304,7 +318,7 @@ class Quiet:
         read = _read(grads)
         if read is None:
             return False
-        self._before, self._norm = read, math.hypot(*read)
+        self._before, self._norm = read, hypot(*read)
         self._refs = list(map(weakref.ref, grads))
         self._versions = list(map(_VERSION, grads))
         return True
@@ -355,7 +369,7 @@ class Quiet:
         same = all(map(is_, grads, map(call, self._refs)))
         if not same or list(map(_VERSION, grads)) != self._versions:
             read = _read(grads)
-            if read is None or not math.isfinite(math.hypot(*read)):
+            if read is None or not isfinite(hypot(*read)):
                 return False
             for param in usual.without:
                 if param.grad is not None:
@@ -387,7 +401,7 @@ class Quiet:
                 grad = usual.first.grad
                 if self.phase != USED or grad is None:
                     return False
-                read, loss, health = None, None, self._health
+                read, loss, health = None, self._loss, self._health
                 if self._full:
                     read = self._compared(usual)
                     if read is None:
@@ -397,8 +411,9 @@ class Quiet:
                     self._reader.left_by_the_only_one()
                     self._suspicious = True
                 if told:
-                    found = self._step.take_loss(used=True)
-                    loss = None if found is None else float(found)
+                    self._step.found(loss)
+                    counts, _ = self._step.take_loss(used=True)
+                    loss = None if counts is None else float(counts)
                 health.spent += perf_counter() - began
                 spent, elapsed = health.step()
                 self._rows.append(
@@ -416,7 +431,7 @@ class Quiet:
                 )
                 self.number += 1
                 self.phase = BETWEEN
-                odd = loss is not None and not math.isfinite(loss)
+                odd = loss is not None and not isfinite(loss)
                 self.pauses = odd or self.number >= self._until
                 return True
         except Exception as error:

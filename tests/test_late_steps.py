@@ -222,7 +222,7 @@ def test_a_loss_may_be_logged_between_two_optimizers():
             watch.log(loss=float(number))
             head.step()
     losses = [record.metrics.get(run_key("loss")) for record in watch.records]
-    assert losses == [None, 1, 2, 3, 4, 5]
+    assert losses[0] not in (None, 0) and losses[1:] == [1, 2, 3, 4, 5]
 
 
 # ---- whom an alert stops
@@ -260,7 +260,7 @@ def test_a_nan_that_only_the_second_optimizer_holds_never_reaches_its_weights():
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(gradwatch.TrainingAlert, match="nonfinite") as caught:
             rnn.step()  # else it would have moved, and the head would not
-        assert caught.value.alert.cause is None
+        assert caught.value.alert.cause == "nan_backward"
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 

@@ -14,6 +14,8 @@ from gradwatch.numerics.streaming import (
     median,
     push,
     robust_z,
+    rolling_medians,
+    smallest_median,
     theil_sen,
 )
 from testbed import reference
@@ -127,3 +129,14 @@ def test_one_outlier_does_not_move_a_trend():
 def test_the_largest_median_is_that_of_the_largest_choice(values, size):
     choices = itertools.combinations(values, size)
     assert largest_median(values, size) == max(map(statistics.median, choices))
+    choices = itertools.combinations(values, size)
+    assert smallest_median(values, size) == min(map(statistics.median, choices))
+
+
+@LAWS
+@given(st.lists(VALUES, min_size=7, max_size=40), st.integers(1, 7))
+def test_rolling_medians_are_those_of_each_window(values, size):
+    expected = [
+        median(tuple(values[i : i + size])) for i in range(len(values) - size + 1)
+    ]
+    assert rolling_medians(values, size) == expected

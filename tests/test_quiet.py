@@ -398,7 +398,9 @@ def test_cumulative_updates_are_estimated_within_a_tenth():
 
 def test_while_an_alarm_is_open_every_step_is_read_in_full():
     train, _ = partial(on=no_rate, steps=200)
-    assert {a.kind for a in train.watch.alerts} == {"not_updating"}
+    # The loss has gone up in the step before, and has no way back.
+    kinds = [a.kind for a in train.watch.alerts]
+    assert sorted(kinds) == ["loss_divergence", "not_updating"]
     opened = train.watch.alerts[0].step
     assert opened < 110 + 80 + 64 + 16
     assert not any(r.partial for r in train.watch.records if r.step > opened + 1)

@@ -111,11 +111,12 @@ def test_two_ranks_are_one_run(tmp_path):
     for one, two in zip(run.records, records, strict=True):
         assert one.metrics.keys() == two.metrics.keys()
         for key, value in two.metrics.items():
-            # Rank 0 replays sequences of its own half of the batch.
+            # Rank 0 has the loss of its own half of the batch, and replays sequences
+            # of that.
             own = of(key)
-            of_states = own.depth in {"state", "flow"}
-            of_states = of_states or own.name in {"rho_eff", "rho_gain_log10"}
-            if key != run_key("overhead") and not of_states:
+            of_half = own.depth in {"state", "flow"}
+            of_half = of_half or own.name in {"rho_eff", "rho_gain_log10", "loss"}
+            if key != run_key("overhead") and not of_half:
                 torch.testing.assert_close(one.metrics[key], value, rtol=1e-4, atol=0)
 
 

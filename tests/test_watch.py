@@ -202,8 +202,8 @@ def test_the_loss_is_that_of_the_step(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with gradwatch.watch(model, dir=None) as watch:
         for i, x in enumerate(batches(3)):
-            watch.log(loss=torch.tensor(float(i)))
             model(x).sum().backward()
+            watch.log(loss=torch.tensor(float(i)))
             optimizer.step()
         assert watch.records.series(run_key("loss"))[1].tolist() == [0.0, 1.0, 2.0]
         with pytest.raises(ValueError, match=r"shape \(2,\)"):

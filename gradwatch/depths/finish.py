@@ -19,7 +19,7 @@ from gradwatch import saved
 from gradwatch.block import Extras, Row
 from gradwatch.depths import flow, gradients, spectrum, state
 from gradwatch.depths.drain import Host
-from gradwatch.depths.measured import Loss, Measured, Sampled
+from gradwatch.depths.measured import Measured, Parts, Sampled
 from gradwatch.facts import (
     NO_FACTS,
     RUN_SCOPE,
@@ -104,18 +104,18 @@ def finish(
     if names := reinitialised(step.events):
         memory.forget(names)
     parts = step.parts
+    scale = gradients.scale_of(host["gradients"])
     row, named = gradients.finish(
         parts.gradients,
         host["gradients"],
         parts.layout,
         memory.gradients,
-        loss=_loss(parts.loss, host["logged"]),
+        loss=_loss(parts, host["loss"], scale),
         overhead=step.overhead,
         skipped=bool(step.skipped_by),
     )
     if step.skipped_by:
         named = dataclasses.replace(named, skipped_by=step.skipped_by)
-    scale = gradients.scale_of(host["gradients"])
     run = _of_run(step, scale, memory.facts.run)
     plain = named is STEP_SCOPE and run is RUN_SCOPE and not step.events
     if plain and parts.sampled is None:
@@ -128,11 +128,15 @@ def finish(
     return row, dataclasses.replace(extras, facts=facts if facts else NO_FACTS)
 
 
-def _loss(logged: Loss, host: Host) -> float | None:
-    """Return a loss on the host; None where none was logged."""
-    if isinstance(logged, Tensor):
-        return float(host["loss"])
-    return logged
+def _loss(parts: Parts, host: Host, scale: float) -> float | None:
+    """Return the loss of a step as it was before scaling; None where it is not known.
+
+    Where a scaled one is infinite, the factor may be what was too large.
+    """
+    loss = float(host["loss"]) if isinstance(parts.loss, Tensor) else parts.loss
+    if loss is None or not parts.found or scale == 1:
+        return loss
+    return None if math.isinf(loss) else loss / scale
 
 
 def _of_run(step: Measured, scale: float, known: RunFacts) -> RunFacts:

@@ -228,7 +228,7 @@ class Plain(NamedTuple):
         time: When it closed, in seconds since the epoch.
         layout: Which numbers are behind which key.
         norm: The total norm as backward left it.
-        loss: The loss that was logged for it.
+        loss: Its loss.
         overhead: Share of the time so far that gradwatch has used.
         spent: Seconds since the last step that gradwatch used.
         elapsed: The other seconds since then.
@@ -354,8 +354,8 @@ def finish(
 
 def finish_plain(
     steps: Sequence[Plain], memory: Memory
-) -> Iterator[tuple[Plain, list[float | None], StepFacts]]:
-    """Yield steps of the quiet path, each with what :func:`finish` returns of it.
+) -> Iterator[tuple[list[float | None], StepFacts]]:
+    """Yield of each step of the quiet path what :func:`finish` returns of it.
 
     Args:
         steps: With the same layout.
@@ -365,12 +365,13 @@ def finish_plain(
     unread: list[float | None] = [None] * (len(layout.norms) + len(layout.ratios))
     places: list[Callable[[list[float]], Sequence[float]] | None] = []
     taken = memory.take_all([step.norm for step in steps])
+    skipped = float(memory.skipped)
     for step, usual in zip(steps, taken, strict=True):
         norm, read = step.norm, step.read
         row: list[float | None] = [step.overhead, step.loss, norm, 0.0]
         if read is None:
-            row += (None, None, float(memory.skipped), *unread)
-            yield step, row, STEP_SCOPE
+            row += (None, None, skipped, *unread)
+            yield row, STEP_SCOPE
             continue
         if read.live is not live:
             live, at = read.live, {i: k for k, i in enumerate(read.live)}
@@ -382,11 +383,11 @@ def finish_plain(
         if not usual:
             norms = dict(zip(live, before, strict=True))
             named = _carriers(read.names, norms, norm)
-        row += (clipped, ratio, float(memory.skipped))
+        row += (clipped, ratio, skipped)
         row += [None if of is None else math.hypot(*of(before)) for of in places]
         change, weight = (None, None) if moved is None else moved[1:]
         row += _ratios(moved, change, weight, layout)
-        yield step, row, named
+        yield row, named
 
 
 def _picking(

@@ -16,6 +16,7 @@ from gradwatch.depths.spectrum import Spectrum
 from gradwatch.depths.state import State
 from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.hooks.modules import Chains
+from gradwatch.hooks.roots import Loss
 
 Run = Spectrum | State | Flow
 
@@ -72,9 +73,6 @@ class Sampled:
         self.seconds[depth] = spent
 
 
-Loss = float | Tensor | None
-
-
 class Parts(NamedTuple):
     """What was measured of a step.
 
@@ -82,13 +80,16 @@ class Parts(NamedTuple):
         gradients: What was read of its gradients.
         layout: Which numbers are behind which key.
         sampled: What else was launched; None where nothing was due.
-        loss: The loss that was logged for it.
+        loss: Its loss.
+        found: Whether that was found, as a loss scaler has multiplied it; else it was
+            logged.
     """
 
     gradients: Gradients
     layout: Layout
     sampled: Sampled | None
     loss: Loss
+    found: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +103,7 @@ class Measured:
         overhead: Share of the time since the last step that gradwatch used.
         skipped_by: Who left its gradients unused; empty where an optimizer used them.
         events: What has happened in it.
-        drain: All of its numbers on their way to the host, by depth; ``logged`` is a
+        drain: All of its numbers on their way to the host, by depth; ``loss`` is a
             loss that was not on the host.
     """
 
@@ -138,9 +139,9 @@ class Measured:
             events = ["skipped_step", *events]
         if not events and not any(numbers.values()):
             return None
-        logged: Numbers = {}
+        loss: Numbers = {}
         if isinstance(parts.loss, Tensor):
-            logged["loss"] = parts.loss
+            loss["loss"] = parts.loss
         return cls(
             number=number,
             time=time.time(),
@@ -148,5 +149,5 @@ class Measured:
             overhead=overhead,
             skipped_by=skipped_by,
             events=tuple(events),
-            drain=Drain({**numbers, "logged": logged}),
+            drain=Drain({**numbers, "loss": loss}),
         )

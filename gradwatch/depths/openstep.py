@@ -8,9 +8,10 @@ from torch import Tensor
 
 from gradwatch.clock import Closed
 from gradwatch.depths.launch import Launcher
-from gradwatch.depths.measured import Loss, Parts, Sampled
+from gradwatch.depths.measured import Parts, Sampled
 from gradwatch.depths.reader import Reader
 from gradwatch.depths.sampled_facts import Rates
+from gradwatch.hooks.roots import Loss
 
 
 class OpenStep:
@@ -26,10 +27,13 @@ class OpenStep:
         """What was launched; None where nothing was due."""
         self._reader, self._launcher = reader, launcher
         self._aside: Parts | None = None
+        self._found: Loss = None
+        self._passes = 0  # that are in it
         self._loss: Loss = None
         self._loss_since: Loss = None  # logged after the last pass has ended
         self._next_loss: Loss = None  # logged after an optimizer has stepped
-        self._has_ended = False
+        self.has_ended = False
+        """Whether a backward pass of it has."""
 
     def log(self, loss: float | Tensor, *, used: bool) -> bool:
         """Take a loss; of the next step, if this one has been used.
@@ -42,15 +46,35 @@ class OpenStep:
             loss = float(loss) if loss.device.type == "cpu" else loss
         if used:
             self._next_loss = loss
-        elif self._has_ended:
+        elif self.has_ended:
             self._loss_since = loss
         else:
             self._loss = loss
         return isinstance(loss, Tensor)
 
+    def found(self, loss: Loss, *, kept: bool = True) -> None:
+        """Take the loss that a backward pass was called on.
+
+        The step's is the sum of those whose gradients it uses; unknown, if one is.
+
+        Args:
+            loss: What was found; None: it cannot be told.
+            kept: Whether the gradients of the passes before this one are still there.
+        """
+        self._passes = self._passes + 1 if kept else 1
+        if self._passes > 1:
+            known = self._found
+            loss = None if loss is None or known is None else known + loss
+        self._found = loss
+
+    @property
+    def has_found(self) -> bool:
+        """Whether a backward pass of the open step was seen to be called."""
+        return self._passes > 0
+
     @property
     def has_loss(self) -> bool:
-        """Whether any loss waits for a step."""
+        """Whether any loss that was logged waits for a step."""
         if self._loss is None and self._loss_since is None:
             return self._next_loss is not None
         return True
@@ -59,7 +83,7 @@ class OpenStep:
         """Note that a backward pass has ended: a loss before it is of this step."""
         if self._loss_since is not None:
             self._loss, self._loss_since = self._loss_since, None
-        self._has_ended = True
+        self.has_ended = True
 
     def used_again(self) -> None:
         """Note that one more optimizer steps: a loss before it is of this step."""
@@ -81,7 +105,7 @@ class OpenStep:
         """Set the step aside: it is one if updates turn out to be hand-written."""
         gradients, layout = self._reader.set_aside(), self._reader.layout
         loss = self.take_loss(used=False)
-        self._aside = Parts(gradients, layout, self._complete(rates), loss)
+        self._aside = Parts(gradients, layout, self._complete(rates), *loss)
 
     def drop(self) -> None:
         """Forget the step: it was none."""
@@ -102,24 +126,29 @@ class OpenStep:
             return aside
         loss = self.take_loss(used=bool(closed.stepped))
         gradients = self._reader.take(closed.stepped)
-        return Parts(gradients, self._reader.layout, self._complete(rates), loss)
+        return Parts(gradients, self._reader.layout, self._complete(rates), *loss)
 
-    def take_loss(self, *, used: bool) -> Loss:
-        """Return the loss of the step that is over.
+    def take_loss(self, *, used: bool) -> tuple[Loss, bool]:
+        """Return the loss of the step that is over, and whether it was found.
 
-        If optimizers have used its gradients, it is the last one that was logged
-        before that. Else the step has closed at the next backward, and what was logged
-        since its own is the next step's, unless nothing was logged before.
+        What was found counts, but for a loss that was logged after the step's last
+        backward and before the optimizer. Where none was found: if optimizers have used
+        the step's gradients, it is the last one that was logged before that; else the
+        step has closed at the next backward, and what was logged since its own is the
+        next step's, unless nothing was logged before.
         """
-        loss, since = self._loss, self._loss_since
+        found, loss, since = self._found, self._loss, self._loss_since
+        self._found, self._passes = None, 0
         self._loss = self._next_loss
         if since is not None and (used or loss is None):
             loss = since
         elif self._loss is None:
             self._loss = since
         self._loss_since = self._next_loss = None
-        self._has_ended = False
-        return loss
+        self.has_ended = False
+        if found is not None and not (used and since is not None):
+            return found, True
+        return loss, False
 
     def who_skipped(self, closed: Closed) -> str:
         """Return who left gradients unused; empty where an optimizer used them."""

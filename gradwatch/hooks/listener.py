@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from gradwatch import _torch
 
 
 class Listener(Protocol):
@@ -13,6 +17,9 @@ class Listener(Protocol):
 
     def on_gradient(self, task: int, param: Tensor) -> None:
         """The first gradient of a backward pass has been accumulated."""
+
+    def on_backward_end(self) -> None:
+        """A backward pass has ended."""
 
     def failed(self, error: Exception) -> None:
         """A hook has failed before it could report."""
@@ -35,6 +42,18 @@ class Quick(Protocol):
 
     def stepped(self, optimizer: Optimizer, *, quickly: bool) -> bool:
         """The same of one that has stepped."""
+
+
+def end_of_pass(listener: Listener) -> Callable[[], None]:
+    """Return what reports the end of a backward pass, and keeps nobody alive."""
+    ref = weakref.ref(listener)
+
+    def ended() -> None:
+        told = ref()
+        if told is not None:
+            told.on_backward_end()
+
+    return _torch.OutOfGraphs(ended)
 
 
 def nobody() -> None:

@@ -1,4 +1,4 @@
-"""A logged loss that has left its best far behind, and stays."""
+"""A loss that has left its best far behind, and stays."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.lr_too_high import LR_TOO_HIGH
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.seen import Losses, Seen, SeenState
+from gradwatch.kinds.seen import HALF, SPAN, Losses, Seen, SeenState
 from gradwatch.kinds.text import BEFORE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
-from gradwatch.numerics.streaming import median
+from gradwatch.numerics.streaming import (
+    largest_median,
+    median,
+    rolling_medians,
+    smallest_median,
+)
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
 LOSS_DIVERGENCE = Kind(
     name="loss_divergence",
     title="gradwatch: the loss has gone up and stays up",
     severity="warning",
-    meaning="The loss given to `watch.log` has left its best far behind, and stays.",
+    meaning="The loss has left its best far behind, and stays.",
     evidence={
         "best": Evidence(
             "median of 20 losses over the lowest such median",
@@ -44,7 +49,7 @@ LOSS_DIVERGENCE = Kind(
             "a noisy loss is not judged by its luck",
         ),
     },
-    warm_up="60 logged losses",
+    warm_up="60 losses",
     confirmed=(
         "by 30 consecutive steps in which the loss does not fall by a tenth (healthy "
         "nets lose half of what they have learnt, and are on their way back by then), "
@@ -77,7 +82,7 @@ LOSS_DIVERGENCE = Kind(
     numbers={
         "warm_up": Number(
             60,
-            "logged losses before any is judged",
+            "losses before any is judged",
             "three times the losses that a median is taken over",
         ),
         "hold": Number(
@@ -132,6 +137,7 @@ _BURST: Final = LOSS_DIVERGENCE.number("burst")
 _FEW: Final = LOSS_DIVERGENCE.count("few")
 _AFTER: Final = LOSS_DIVERGENCE.count("after")
 _KEEPS: Final = LOSS_DIVERGENCE.number("keeps")
+_NEW: Final = 1 - _KEEPS
 
 _LOSS, _NORM = map(run_key, ("loss", "grad_norm"))
 
@@ -174,7 +180,7 @@ class _State:
 class LossDivergence(Remembering[_State]):
     """The median of 20 losses far above the lowest such median, and not falling.
 
-    Needs ``watch.log(loss=...)``; silent where losses are negative.
+    Silent where losses are negative.
     """
 
     kind = LOSS_DIVERGENCE.name
@@ -205,12 +211,55 @@ class LossDivergence(Remembering[_State]):
         if ratios is None or norms is None:
             return False
         read = iter(ratios)
-        for i, loss in enumerate(losses):
-            state.losses.take_one(block.steps[i], loss)
-            ratio = next(read) if block.full[i] else None
-            self._follow(block.steps[i], ratio, norms[i])
+        each = [next(read) if full else None for full in block.full]
         self.wants = None
+        if state.losses.settled and min(losses) >= 0:
+            self._follow_all(block.steps, losses, each, norms)
+            return True
+        for step, loss, ratio, norm in zip(
+            block.steps, losses, each, norms, strict=True
+        ):
+            state.losses.take_one(step, loss)
+            self._follow(step, ratio, norm)
         return True
+
+    def _follow_all(
+        self,
+        steps: Sequence[int],
+        losses: Sequence[float],
+        ratios: Sequence[float | None],
+        norms: Sequence[float],
+    ) -> None:
+        """Take in steps of which none is far, with their losses.
+
+        What :meth:`_follow` would come to, one after the other.
+        """
+        state, rate = self._state, self._rate()
+        every, best, at = [*state.losses.last, *losses], state.best[0], -1
+        medians: Sequence[float] = ()
+        if smallest_median(every, HALF) < best:
+            medians = rolling_medians(every[1:], SPAN)
+        rates, first = (
+            [*state.rates, *[rate] * len(losses)],
+            len(state.rates) + 1 - SPAN,
+        )
+        state.taken += len(losses)
+        ratio_now, norm_now = state.now
+        for i, (ratio, norm) in enumerate(zip(ratios, norms, strict=True)):
+            if norm >= _BURST * state.usual[1] > 0:
+                state.bursts = [*state.bursts[-_FEW:], steps[i]]
+            new = ratio_now if ratio is None else ratio
+            ratio_now = _KEEPS * ratio_now + _NEW * new
+            norm_now = _KEEPS * norm_now + _NEW * norm
+            if medians and medians[i] < best:
+                best, at = medians[i], i
+                state.usual = [ratio_now, norm_now, rates[max(first + i, 0)]]
+        state.now = [ratio_now, norm_now]
+        state.losses.take_all(steps, losses)
+        state.rates = rates[-SPAN:]
+        if at >= 0:
+            window = every[at + 1 : at + 1 + SPAN]
+            state.best = [best, median(tuple(abs(x - best) for x in window))]
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -275,12 +324,15 @@ class LossDivergence(Remembering[_State]):
 
     def _never_far(self, losses: Sequence[float]) -> bool:
         """Tell whether no median of losses can be far, whichever come together."""
-        known = self._state.losses
-        all_of_them = (*known.last, *losses)
-        most, least = max(all_of_them), min(all_of_them)
-        if known.signed or most < LOSS_DIVERGENCE.at("start") * (known.start or 0.0):
+        state, known = self._state, self._state.losses
+        if known.signed or state.taken + len(losses) < _WARM_UP:
             return True
-        return most < LOSS_DIVERGENCE.at("best") * min(least, self._state.best[0])
+        all_of_them = (*known.last, *losses)
+        most = largest_median(all_of_them, HALF)
+        if most < LOSS_DIVERGENCE.at("start") * (known.start or 0.0):
+            return True
+        least = smallest_median(all_of_them, HALF)
+        return most < LOSS_DIVERGENCE.at("best") * min(least, state.best[0])
 
     def _far(self, loss: float) -> bool:
         best, spread = self._state.best

@@ -49,7 +49,7 @@ LR_TOO_HIGH = Kind(
             "an update that is large because its gradient is, is an explosion's",
         ),
         "loss": Evidence(
-            "median of 5 losses over the loss at the start, where it is logged, at "
+            "median of 5 losses over the loss at the start, where it is known, at "
             "least; not asked for a jump",
             0.8,
             None,

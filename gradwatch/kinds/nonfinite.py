@@ -1,4 +1,4 @@
-"""NaN and Inf, in a gradient or in the logged loss."""
+"""NaN and Inf, in a gradient or in the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NONFINITE = Kind(
     name="nonfinite",
     title="gradwatch: NaN or Inf in gradients",
     severity="error",
-    meaning="A gradient, or the loss given to `watch.log`, holds NaN or Inf.",
+    meaning="A gradient, or the loss, holds NaN or Inf.",
     evidence={
         "tensors": Evidence(
             "`nonfinite`, gradient tensors with NaN or Inf", 1, 0, "exact"
@@ -39,13 +39,13 @@ NONFINITE = Kind(
     excused="what a GradScaler or a refusing clipper skips, up to 10 consecutive steps",
     causes={
         "nan_data": Cause(
-            "the logged loss, or the input, is not finite",
+            "the loss, or the input, is not finite",
             "the loss of that step was not finite either: look at the input, the "
             "target and the forward pass",
             "assert torch.isfinite(batch).all(), 'NaN or Inf in the input'",
         ),
         "nan_backward": Cause(
-            "the logged loss is finite",
+            "the loss is finite",
             "the loss was finite, so it arose in backward: often sqrt or log at 0, or "
             "a division by 0",
             _ANOMALY,
@@ -65,9 +65,9 @@ NONFINITE = Kind(
             "scaler = torch.amp.GradScaler(enabled=False)  # and autocast to bfloat16",
         ),
         None: Cause(
-            "no loss was logged",
-            "undecided: no loss is logged; with watch.log(loss=loss) bad data can be "
-            "told from a fault in backward",
+            "the loss is not known",
+            "undecided: the loss is not known; with watch.log(loss=loss) bad data can "
+            "be told from a fault in backward",
             _ANOMALY,
         ),
     },
@@ -110,7 +110,7 @@ class _State:
 
 
 class Nonfinite(Remembering[_State]):
-    """A gradient or a logged loss holds NaN or Inf.
+    """A gradient or the loss holds NaN or Inf.
 
     What a loss scaler or a refusing clipper skips is expected, up to ten steps in a
     row; the incident ends after 25 finite steps.
@@ -185,7 +185,7 @@ class Nonfinite(Remembering[_State]):
             shown = f"first in backward order: {', '.join(names) or 'unknown'}"
             evidence: dict[str, tuple[float, float | None]] = {_NONFINITE: (count, 1.0)}
         else:
-            what, shown = "the logged loss is not finite", f"loss {loss}"
+            what, shown = "the loss is not finite", f"loss {loss}"
             evidence = {_LOSS: (float(loss or 0.0), None)}
         if self._state.finite is not None:
             step, norm, last = self._state.finite

@@ -10,11 +10,13 @@ from typing import Any, Final
 from gradwatch.block import Block
 from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.metrics import run_key, stream_key
-from gradwatch.numerics.streaming import median
+from gradwatch.numerics.streaming import median, rolling_medians, smallest_median
 from gradwatch.record import StepRecord, Stream, reinitialised
 
-_SPAN: Final = 20
+SPAN: Final = 20
 """Losses that a median is taken over: one bad batch is not what the loss is."""
+HALF: Final = SPAN - 1
+"""Losses of which the median is at least as far out as that of one more."""
 _RECENT: Final = 5
 """Losses that the median of now is taken over; chosen, not measured."""
 _IMPROVED: Final = 0.95
@@ -26,7 +28,7 @@ _NO_STREAM: Final = StreamFacts()
 
 @dataclass(slots=True)
 class Losses:
-    """The losses given to ``watch.log``: where they began, and where they are.
+    """The losses: where they began, and where they are.
 
     Attributes:
         last: The last 20.
@@ -50,18 +52,41 @@ class Losses:
         return self.take_one(record.step, record.metrics.get(_LOSS))
 
     def take_block(self, block: Block) -> None:
-        """Take in the losses of several steps."""
-        losses = block.column(_LOSS)
-        if losses is not None and losses.count(None) < len(losses):
-            for step, loss in zip(block.steps, losses, strict=True):
-                self.take_one(step, loss)
+        """Take in the losses of several plain steps."""
+        losses = block.whole(_LOSS)
+        if losses is not None and self.settled and min(losses) >= 0:
+            self.take_all(block.steps, losses)
+            return
+        for step, loss in zip(block.steps, block.column(_LOSS) or (), strict=False):
+            self.take_one(step, loss)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known where they began."""
+        return self.start is not None
+
+    def take_all(self, steps: Sequence[int], losses: Sequence[float]) -> None:
+        """Take in losses of several steps, none of them negative, once it is settled.
+
+        What :meth:`take_one` would come to, one after the other.
+        """
+        every = [*self.last, *losses]
+        self.largest = max(self.largest, *losses)
+        if smallest_median(every, HALF) < _IMPROVED * self.best:
+            medians = rolling_medians(every[1:], SPAN)
+            best, improved = self.best, self.improved
+            for step, loss, usual in zip(steps, losses, medians, strict=True):
+                if loss < _IMPROVED * best > usual:
+                    best, improved = usual, step
+            self.best, self.improved = best, improved
+        self.last = every[-SPAN:]
 
     def take_one(self, step: int, loss: float | None) -> float | None:
         """Take in the loss of a step; return it if it is a finite one."""
         if loss is None or not math.isfinite(loss):
             return None
-        self.last = [*self.last[1 - _SPAN :], loss]
-        if self.start is None and not self.signed and len(self.last) == _SPAN:
+        self.last = [*self.last[1 - SPAN :], loss]
+        if self.start is None and not self.signed and len(self.last) == SPAN:
             self.start = self.usual
         if loss < 0:
             self.signed, self.start = True, None
@@ -80,6 +105,14 @@ class Losses:
     def recent(self) -> float | None:
         """The median of the last 5 over the start; None where that cannot be told."""
         return median(tuple(self.last[-_RECENT:])) / self.start if self.start else None
+
+    @property
+    def lowest(self) -> float | None:
+        """The lowest median over the start; None where that cannot be told.
+
+        Of small batches no single median says how far a net has come.
+        """
+        return min(self.best, self.usual) / self.start if self.start else None
 
     @property
     def share(self) -> float | None:

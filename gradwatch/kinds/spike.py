@@ -43,13 +43,13 @@ SPIKE = Kind(
             "broken targets 1,500",
         ),
         "record_with_loss": Evidence(
-            "the same, where a loss is logged that has never been as large",
+            "the same, where the loss has never been as large",
             3.0,
             None,
             "a loss that stands out too tells a bad batch from a hard one",
         ),
         "loss": Evidence(
-            "loss over the largest so far, where it is logged",
+            "loss over the largest so far, where it is known",
             2.0,
             None,
             "nets that have learnt reach 1.5",
@@ -194,7 +194,7 @@ class Spike(Remembering[_State]):
         """Return the alert, if the norm was larger than any net that learns shows."""
         step, norm, ratio, z, loss = raised
         record_ratio = math.exp(math.log(norm) - self._state.largest)
-        # A loss that is logged behind the step stands in the next record.
+        # A loss that was logged behind its step stands in the next record.
         loss = max(loss, record.metrics.get(_LOSS, loss))
         most = math.inf if self._state.losses.signed else self._state.losses.largest
         told = loss > SPIKE.at("loss") * max(most, 0.0)

@@ -25,7 +25,7 @@ VANISHING = Kind(
     ),
     evidence={
         "reach": Evidence(
-            "`adjoint_log10`, the median of the last 5 probes",
+            "`adjoint_log10`, the median of the last 5 probes, and the last one",
             -6.0,
             -4.5,
             "float32 sums lose what is below a millionth; who remembers stays above -2",
@@ -44,7 +44,7 @@ VANISHING = Kind(
             "one stay above .65",
         ),
         "loss": Evidence(
-            "loss over its start, where it is logged, at least",
+            "lowest loss over its start, where it is known, at least",
             0.9,
             0.5,
             "in runs that never learn a far target it stays above .98; down to .5 the "
@@ -52,7 +52,7 @@ VANISHING = Kind(
         ),
         "travel": Evidence(
             "cumulative update size, the sum of `update_ratio`, since the first "
-            "probe, with the loss logged",
+            "probe, where the loss is known",
             1.0,
             None,
             "healthy nets that begin without reach open at .3 to .7",
@@ -64,7 +64,7 @@ VANISHING = Kind(
             "padding does not go away by itself; a blank input that is meant may open",
         ),
         "travel_alone": Evidence(
-            "the same, without a logged loss",
+            "the same, where it is not",
             1.5,
             None,
             "nets that learn a near target pass 1.3 before their signal falls",
@@ -76,7 +76,7 @@ VANISHING = Kind(
             "nets that open rise by more than that first",
         ),
         "rising": Evidence(
-            "beside it, with the loss logged: decades in the last 10 probes, at most",
+            "beside it, with the loss known: decades in the last 10 probes, at most",
             0.5,
             None,
             "a reach that has grown and stays where it is opens nothing",
@@ -84,7 +84,7 @@ VANISHING = Kind(
     },
     warm_up="100 steps since the first probe that showed it, or 3,000 whatever moved",
     confirmed=(
-        "after 100 steps alone (300 where the loss is not logged) where the cause does "
+        "after 100 steps alone (300 where the loss is not known) where the cause does "
         "not go away by itself: saturation, a shut gate, a state cut off; after five "
         "probes where gradients had reached the first steps before; else by the "
         "cumulative update size"
@@ -167,7 +167,7 @@ VANISHING = Kind(
         "shortest": Number(5, "steps of a sequence at most that is left alone"),
         "hold": Number(100, "steps that a cause which stays has to last"),
         "hold_alone": Number(
-            300, "the same, where no loss is logged", "no loss tells of progress"
+            300, "the same, where the loss is not known", "no loss tells of progress"
         ),
         "long": Number(
             3000,
@@ -373,7 +373,8 @@ class Vanishing(Remembering[_State]):
         """Return the alarm where a notice has lasted what opens by itself."""
         lasted = record.step - known["since"]
         middle = upper_median(past)
-        low = middle <= _LOW and max(past) <= _HIGH and len(past) >= _PROBES
+        low = max(middle, past[-1]) <= _LOW and len(past) >= _PROBES
+        low = low and max(past) <= _HIGH
         if known["raised"] or not low or self._progress(record, stream, keys):
             return []
         moved = self._moved(stream, known, middle)
@@ -395,18 +396,15 @@ class Vanishing(Remembering[_State]):
         self, record: StepRecord, stream: Stream, keys: Mapping[str, str]
     ) -> bool:
         """Tell whether the task is being learnt, by the signal or by the loss."""
-        signal, share = (
-            record.metrics.get(keys["signal"], 1.0),
-            self._state.losses.share,
-        )
+        signal, losses = record.metrics.get(keys["signal"], 1.0), self._state.losses
         if self._cut(stream):  # what the last piece holds is learnt all the same
             return signal < VANISHING.clear("learnt")
-        told = share is not None and share < VANISHING.at("loss")
-        if told and share is not None and share > VANISHING.clear("loss"):
+        told = losses.lowest is not None and losses.lowest < VANISHING.at("loss")
+        if told and losses.share is not None:
+            told = losses.share <= VANISHING.clear("loss")
             # What the read-out alone can learn is learnt soon, and then no more.
-            told = record.step - self._state.losses.improved < VANISHING.count(
-                "stalled"
-            )
+            stalled = VANISHING.count("stalled")
+            told = told or record.step - losses.improved < stalled
         return told or signal < VANISHING.at("learnt")
 
     def _moved(self, stream: Stream, known: Mapping[str, Any], middle: float) -> bool:

@@ -9,6 +9,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 Window = tuple[float, ...]
 
 
@@ -39,6 +41,22 @@ def median(window: Window) -> float:
     return 0.5 * (ranked[middle - 1] + ranked[middle])
 
 
+def rolling_medians(values: Sequence[float], size: int) -> list[float]:
+    """Return the median of each ``size`` consecutive values, as :func:`median` does.
+
+    Example:
+        >>> rolling_medians((1.0, 9.0, 2.0, 4.0, 3.0), 4)
+        [3.0, 3.5]
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(values), size)
+    ranked, middle = np.sort(windows, axis=1), size // 2
+    found = ranked[:, middle]
+    if size % 2 == 0:
+        found = 0.5 * (ranked[:, middle - 1] + found)
+    medians: list[float] = found.tolist()
+    return medians
+
+
 def largest_median(values: Sequence[float], size: int) -> float:
     """Return the most that the median of ``size`` of the values can be.
 
@@ -51,6 +69,11 @@ def largest_median(values: Sequence[float], size: int) -> float:
         4.0
     """
     return sorted(values)[-(size // 2 + 1)]
+
+
+def smallest_median(values: Sequence[float], size: int) -> float:
+    """Return the least that the median of ``size`` of the values can be; see above."""
+    return sorted(values)[size // 2]
 
 
 def upper_median(values: Sequence[float]) -> float:

@@ -26,7 +26,7 @@ def from_step(begin, change, end=10**6, pairs=None):
         yield change(x, y) if begin <= step < end else (x, y)
 
 
-def nan_data(begin, sequence=0, scale=None, logged=True):
+def nan_data(begin, sequence=0, scale=None, known=True):
     """From one step on, one sequence of the batch holds a NaN."""
 
     def broken(x, y):
@@ -37,14 +37,12 @@ def nan_data(begin, sequence=0, scale=None, logged=True):
     def build(sick):
         model = net(nn.LSTM, bidirectional=True)
         pairs = from_step(begin if sick else 99, broken)
-        return plain(
-            model, begin + 20, pairs=pairs, logged=logged, scaler=scaler(scale)
-        )
+        return plain(model, begin + 20, pairs=pairs, known=known, scaler=scaler(scale))
 
     return build
 
 
-def nan_backward(logged):
+def nan_backward(known):
     """A distance by a root, of two sequences that are one and the same."""
 
     def twins(x, y):
@@ -62,7 +60,7 @@ def nan_backward(logged):
 
     def build(sick):
         pairs = from_step(20 if sick else 99, twins)
-        return plain(looped(nn.GRUCell), 40, pairs=pairs, loss=loss, logged=logged)
+        return plain(looped(nn.GRUCell), 40, pairs=pairs, loss=loss, known=known)
 
     return build
 
@@ -245,8 +243,8 @@ def repeated(sick):
 
 CASES = {
     "an input that is NaN": Case("nonfinite", "nan_data", nan_data(20), onset=20),
-    "an input that is NaN as states are looked at, no loss logged": Case(
-        "nonfinite", "nan_data", nan_data(50, logged=False), onset=50
+    "an input that is NaN as states are looked at, the loss not known": Case(
+        "nonfinite", "nan_data", nan_data(50, known=False), onset=50
     ),
     "an input that is NaN, under a scaler": Case(
         "nonfinite", "nan_data", nan_data(20, scale=2.0**10), onset=20
@@ -256,7 +254,7 @@ CASES = {
     ),
     "noise that is divided by 0": Case("nonfinite", "after_backward", noisy, onset=20),
     "a root at 0": Case("nonfinite", "nan_backward", nan_backward(True), onset=20),
-    "a root at 0, no loss logged": Case(
+    "a root at 0, the loss not known": Case(
         "nonfinite", None, nan_backward(False), onset=20
     ),
     "a sigmoid by hand in float16": Case(

@@ -22,7 +22,7 @@ class Run:
 
     Attributes:
         steps: How many.
-        logged: Whether the watch is told the loss.
+        known: Whether the loss can be found; else backward is called on two numbers.
         clears: Whether gradients are cleared before each backward.
         clip_scaled: Whether the clip comes before the gradients are unscaled.
         before: Called with the number of each step before it.
@@ -34,7 +34,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     steps: int
     loss: Callable[[Any, Any], torch.Tensor] = classes
-    logged: bool = True
+    known: bool = True
     clip: float | None = None
     scaler: torch.amp.GradScaler | None = None
     clip_scaled: bool = False
@@ -72,9 +72,8 @@ def trained(run: Run, folder: Path | None = None) -> gradwatch.Watch:
             if run.clears:
                 optimizer.zero_grad()
             loss = run.loss(model, next(run.batches))
-            if run.logged:
-                watch.log(loss=loss)
-            (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+            root = loss if run.scaler is None else run.scaler.scale(loss)
+            backward(root, known=run.known)
             run.after(step)
             if run.scaler is not None and not run.clip_scaled:
                 run.scaler.unscale_(optimizer)
@@ -88,6 +87,17 @@ def trained(run: Run, folder: Path | None = None) -> gradwatch.Watch:
         watch.flush()
         assert watch.health["failed"] == {}
     return watch
+
+
+def backward(loss: torch.Tensor, *, known: bool = True) -> None:
+    """Call backward; on two numbers, of which none is the loss, where it is not known.
+
+    What it is called on else is what it is called for, to the last bit.
+    """
+    if known:
+        loss.backward()
+    else:
+        torch.stack((loss, loss.detach())).backward(loss.new_tensor((1.0, 0.0)))
 
 
 def net(kind: Any, inputs: int = SYMBOLS, outputs: int = SYMBOLS, **more: Any) -> Any:
