@@ -186,7 +186,10 @@ def backward_call() -> tuple[Any, Any, bool] | None:
         if found is None:
             return None
     known = found.f_locals  # of torch's own frame: it dies with the call
-    return known.get("tensors"), known.get("grad_tensors"), nested
+    try:
+        return known["tensors"], known["grad_tensors"], nested
+    except KeyError:
+        return None
 
 
 def _only_backward() -> Any:

@@ -94,8 +94,9 @@ class Engine:
         self._may_be_quiet = each and settings.patient and not settings.raising
         with ExitStack() as undo:  # a failure half-way undoes what came before
             self._modules = ModuleHooks(
-                found, owner, samples=settings.flow_samples, health=health
+                found, owner, model, samples=settings.flow_samples, health=health
             )
+            self._roots.readout = self._modules.readout
             undo.callback(self._modules.close)
             self._parameters = ParameterHooks(model, self)
             undo.callback(self._parameters.close)

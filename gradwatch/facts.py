@@ -43,6 +43,28 @@ class RunFacts:
         "from the first time they were not"
     )
     scaled: bool | None = _fact("whether a loss scaler multiplies the gradients")
+    readout: str | None = _fact(
+        "the module whose output the loss reads; its path, empty for the model itself"
+    )
+    loss_kind: str | None = _fact(
+        "what the loss is: `cross_entropy`, `nll` (of anything but a log-softmax), "
+        "`bce`, `bce_with_logits`, `mse`, `l1`, `smooth_l1`, `huber`, `ctc`; several "
+        "with a `+`"
+    )
+    loss_terms: int | None = _fact(
+        "how many such functions there are, such as one a time step; at most 512"
+    )
+    loss_reads: str | None = _fact(
+        "the functions between the read-out and the loss, the last one first: "
+        "`softmax`, `relu`, ...; views are left out"
+    )
+    loss_axes: str | None = _fact(
+        "the axis of each softmax among them, cross entropy's own first"
+    )
+    loss_broadcast: str | None = _fact(
+        "the shape of the read-out, such as `32x1`, where it was expanded to be "
+        "compared with targets of another shape"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,8 @@ class Intake:
         """Whether the loop was found to write gradients without a trace."""
         self._pipeline, self._schedule = pipeline, settings.schedule
         self._patient, self._raising = settings.patient, settings.raising
-        self._guards = {depth: health.guard(depth) for depth in DEPTHS[1:]}
+        parts = (*DEPTHS[1:], "readout")
+        self._guards = {part: health.guard(part) for part in parts}
         self._events: list[str] = []
         self._waiting: deque[Measured | Plain] = deque()
         self._since = 0

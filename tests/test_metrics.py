@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import mse_loss
 from torch.nn.utils import clip_grad_norm_
 
 import gradwatch
@@ -29,8 +30,9 @@ def measured(name):
     ) as watch:
         for number, x in enumerate(batches(12)):
             optimizer.zero_grad()
-            loss = model(x).square().mean() * (torch.nan if number == 10 else 1)
-            watch.log(loss=loss)
+            out = model(x)
+            loss = mse_loss(out, x[-1, :, : out.shape[-1]])
+            loss = loss * (torch.nan if number == 10 else 1)
             loss.backward()
             if number != 10:  # a skipped step
                 clip_grad_norm_(model.parameters(), 0.1)

@@ -11,13 +11,13 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from torch import Tensor
 
 from gradwatch import saved
 from gradwatch.block import Extras, Row
-from gradwatch.depths import flow, gradients, spectrum, state
+from gradwatch.depths import flow, gradients, readout, spectrum, state
 from gradwatch.depths.drain import Host
 from gradwatch.depths.measured import Measured, Parts, Sampled
 from gradwatch.facts import (
@@ -28,6 +28,7 @@ from gradwatch.facts import (
     ModuleFacts,
     RunFacts,
     StreamFacts,
+    joined,
 )
 from gradwatch.health import Guard
 from gradwatch.metrics import stream_key
@@ -36,16 +37,18 @@ from gradwatch.record import Stream, reinitialised
 
 @dataclass(slots=True, kw_only=True)
 class Memory:
-    """What is remembered between steps; each depth has its own, in plain values.
+    """What is remembered between steps; each part has its own, in plain values.
 
     Attributes:
         facts: All facts as they are now.
     """
 
+    VERSION: ClassVar = 2
     gradients: gradients.Memory = field(default_factory=gradients.Memory)
     spectrum: spectrum.Memory = field(default_factory=spectrum.Memory)
     state: state.Memory = field(default_factory=state.Memory)
     flow: flow.Memory = field(default_factory=flow.Memory)
+    readout: readout.Memory = field(default_factory=readout.Memory)
     facts: Facts = NO_FACTS
 
     def learn(self, facts: Facts) -> None:
@@ -86,8 +89,8 @@ def _by_depth(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_OLDER: Final[Mapping[int, saved.Upgrade]] = MappingProxyType({0: _by_depth})
-"""What can be read beside the present layout, which is version 1."""
+_OLDER: Final[Mapping[int, saved.Upgrade]] = MappingProxyType({0: _by_depth, 1: dict})
+"""What can be read beside the present layout: version 1 knew no read-out."""
 
 
 def finish(
@@ -187,6 +190,12 @@ def _sampled(
         modules = {p: _as_carried(own, p in carried) for p, own in modules.items()}
         for stream, _ in sampled.state.streams:
             metrics |= _over_time(stream, metrics, modules[stream.module].T)
+    if sampled.readout is not None:
+        now = dataclasses.replace(now, run=joined(now.run, sampled.readout.facts))
+        with guards["readout"]:
+            metrics |= readout.finish(
+                sampled.readout, host["readout"], scale, memory.readout
+            )
     facts = dataclasses.replace(now, modules=modules, streams=streams)
     return facts, Extras(metrics=metrics, profiles=profiles, events=step.events)
 

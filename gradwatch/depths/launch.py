@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from gradwatch.depths import readout
 from gradwatch.depths.flow import Flow
 from gradwatch.depths.measured import Sampled
 from gradwatch.depths.sampled_facts import Rates, of_calls, of_stream, reach_of
@@ -42,7 +43,9 @@ class Launcher:
         """Facts of each module, by its path, when it was last sampled."""
         self._stream_facts: dict[str, StreamFacts] = {}
         self._modules, self._schedule = modules, schedule
-        self._guards = {part: health.guard(part) for part in (*SAMPLED, "probe")}
+        self._guards = {
+            part: health.guard(part) for part in (*SAMPLED, "readout", "probe")
+        }
         self._spectra = 0
 
     # ---- what is due
@@ -110,6 +113,9 @@ class Launcher:
             if "state" in due and sampled.state is not None:
                 with self._whole("state", sampled):
                     sampled.state.add_gates(self._modules.alive())
+            if "state" in due and sampled.readout is None:
+                with self._guards["readout"]:
+                    self._launch_readout(sampled)
         return sampled
 
     @contextmanager
@@ -185,6 +191,13 @@ class Launcher:
             if (replayed := replays.get(module)) is not None:
                 run.add(own[0].stream.module, own, replayed)
         sampled.add("flow", run, began)
+
+    def _launch_readout(self, sampled: Sampled) -> None:
+        """Measure what the loss reads; it is due with the states, and costs little."""
+        began = time.perf_counter()
+        if (taken := self._modules.readout.take()) is not None:
+            sampled.readout = readout.launch(taken)
+            sampled.add("state", None, began)
 
     # ---- a step has closed
 

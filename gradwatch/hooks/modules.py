@@ -6,9 +6,12 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from torch import nn
+
 from gradwatch.health import Health
 from gradwatch.hooks.capture import Capture
 from gradwatch.hooks.probe import NOTHING, Probe, Wanted
+from gradwatch.hooks.readout import Readout
 from gradwatch.record import Stream
 from gradwatch.recurrent import Recurrence
 
@@ -22,6 +25,7 @@ class ModuleHooks:
     Args:
         found: The recurrences of the model.
         owner: Whoever is to live as long as the modules' hooks: the watch.
+        model: The watched model; not kept alive.
         samples: How many sequences are looked at; None for all.
         health: Where failures are noted.
     """
@@ -30,11 +34,14 @@ class ModuleHooks:
         self,
         found: Sequence[Recurrence],
         owner: object,
+        model: nn.Module,
         *,
         samples: int | None,
         health: Health,
     ) -> None:
         self.probes: list[Probe] = []
+        self.readout = Readout(model, health.guard("readout"))
+        """Sees what the loss reads."""
         self.wanted = NOTHING
         """What a forward now has to show."""
         self._looked, self._off = False, False
@@ -95,6 +102,7 @@ class ModuleHooks:
             self.wanted, self._looked = wanted, True
             for probe in self.probes:
                 probe.expect(wanted)
+            self.readout.expect(wanted.sequences)
 
     def called(self) -> list[int]:
         """Return the ids of the modules that were called in the open step."""
@@ -118,11 +126,13 @@ class ModuleHooks:
         """Let go of what was seen of a step that is over; see :meth:`Probe.forget`."""
         if self._looked:
             left = [probe.forget(task, states=states) for probe in self.probes]
+            self.readout.forget(task)
             self._looked = self.wanted is not NOTHING or any(left)
 
     def close(self) -> None:
         """Take the hooks off. Safe to call twice."""
         with ExitStack() as each:
+            each.callback(self.readout.close)
             for probe in self.probes:
                 each.callback(probe.close)
         self.probes.clear()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gradwatch import _torch
+from gradwatch.hooks.readout import Readout
 
 Loss = float | Tensor | None
 """A number; on an accelerator a tensor of no axis, not waited for; None: not known."""
@@ -21,6 +22,8 @@ class Roots:
         self.loss: Loss = None
         """Of the call that was found last: the sum of the numbers it was called on,
         each times the gradient given for it; None where they are no single numbers."""
+        self.readout: Readout | None = None
+        """Who looks at what the loss is made of, where that is wanted."""
         self._last: Callable[[], Tensor | None] = _none
         self._nested = False
 
@@ -40,6 +43,8 @@ class Roots:
         if either and self._last() is first:
             return False
         self._last = weakref.ref(first)
+        if self.readout is not None and self.readout.sees and type(first) is Tensor:
+            self.readout.on_loss(first)
         if weights is None and (roots is first or len(roots) == 1):
             self.loss = _number(first)
         else:

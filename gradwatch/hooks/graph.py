@@ -1,0 +1,239 @@
+"""What a loss is made of: read from the graph that backward is going through.
+
+The graph says which function of torch made the loss, what it was given, and by which
+weights that was made. What it has saved is gone by then, and nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from torch import Tensor
+
+_MOST: Final = 512
+"""Nodes that are looked at."""
+_FAR: Final = 24
+"""Nodes between a loss and what it reads that are followed."""
+_KINDS: Final = MappingProxyType(
+    {
+        "NllLoss": "nll",
+        "NllLoss2D": "nll",
+        "MseLoss": "mse",
+        "BinaryCrossEntropy": "bce",
+        "BinaryCrossEntropyWithLogits": "bce_with_logits",
+        "SmoothL1Loss": "smooth_l1",
+        "HuberLoss": "huber",
+        "CtcLoss": "ctc",
+    }
+)
+_PICKS: Final = ("Gather", "Index")
+_VIEWS: Final = frozenset(
+    {
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "AsStrided",
+        "Transpose",
+        "Permute",
+        "T",
+        "Squeeze",
+        "Unsqueeze",
+        "Expand",
+        "Select",
+        "Slice",
+        "Index",
+        "IndexSelect",
+        "Alias",
+        "Clone",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "Cat",
+        "Stack",
+        "ToCopy",
+        "Narrow",
+    }
+)
+_REDUCTIONS: Final = ("none", "mean", "sum")
+
+
+class LossGraph(NamedTuple):
+    """What one loss is made of.
+
+    Attributes:
+        kind: ``cross_entropy``, ``nll`` (of anything but a log-softmax), ``bce``,
+            ``bce_with_logits``, ``mse``, ``l1``, ``smooth_l1``, ``huber`` or ``ctc``.
+        reduction: ``none``, ``mean`` or ``sum``.
+        terms: How many such functions there are, such as one a time step; of 512 nodes.
+        others: Kinds of other losses that are added to it.
+        alone: Whether nothing else is added to it.
+        reads: The functions that were applied to the read-out before the loss, the last
+            one first; views are left out.
+        softmax: Of each softmax among them, and of cross entropy's own, the axis.
+        broadcast: The shape of what was expanded to be compared with the targets; None
+            where nothing was.
+        weights: The parameters of the function that made the read-out; not kept.
+        nodes: Numbers of the functions from all terms down to their read-outs.
+    """
+
+    kind: str
+    reduction: str
+    terms: int
+    others: tuple[str, ...]
+    alone: bool
+    reads: tuple[str, ...]
+    softmax: tuple[int, ...]
+    broadcast: tuple[int, ...] | None
+    weights: tuple[Tensor, ...]
+    nodes: frozenset[int]
+
+
+def look(root: Tensor) -> LossGraph | None:
+    """Return what a loss is made of; None where no known function is found in it.
+
+    Args:
+        root: What backward was called on.
+    """
+    found, alone = _losses(root.grad_fn)
+    if not found:
+        return None
+    kind, node = found[0]
+    path = list(_path(node))
+    names = [_name(one) for one in path]
+    own = names.index("LogSoftmax") if "LogSoftmax" in names else None
+    if own is not None and set(names[:own]) <= _VIEWS and kind == "nll":
+        kind = "cross_entropy"
+    else:
+        own = None
+    applied = [i for i, n in enumerate(names) if n not in _VIEWS and i != own]
+    ends = bool(path) and bool(weights := tuple(_parameters(path[-1])))
+    return LossGraph(
+        kind=kind,
+        reduction=_REDUCTIONS[_saved(node, "reduction", 0)],
+        terms=len(found),
+        others=tuple(sorted({other for other, _ in found} - {found[0][0]})),
+        alone=alone,
+        reads=tuple(names[i] for i in applied if not (ends and i == len(path) - 1)),
+        softmax=tuple(
+            _signed(_saved(one, "dim", 0))
+            for one, n in zip(path, names, strict=True)
+            if n in ("Softmax", "LogSoftmax")
+        ),
+        broadcast=_expanded(path, names),
+        weights=weights if ends else (),
+        nodes=frozenset(one._sequence_nr() for _, n in found for one in _path(n)),
+    )
+
+
+def _losses(root: Any) -> tuple[list[tuple[str, Any]], bool]:
+    """Return the functions that compare with targets, each with its kind.
+
+    And whether there is nothing else in the sum. A function that is given a parameter is
+    of the model: nothing is looked for below it.
+    """
+    waiting, seen = deque([root] if root is not None else []), {root}
+    found: list[tuple[str, Any]] = []
+    alone = True
+    while waiting and len(seen) <= _MOST:
+        node = waiting.popleft()
+        kind = _KINDS.get(_name(node), "")
+        kind, start = (kind, node) if kind else _by_hand(node)
+        if kind:
+            found.append((kind, start))
+            continue
+        below = [] if _is_given_parameters(node) else _below(node)
+        alone = alone and bool(below)  # else it ends in something else
+        for one in below:
+            if one not in seen:
+                seen.add(one)
+                waiting.append(one)
+    return found, alone and not waiting
+
+
+def _by_hand(node: Any) -> tuple[str, Any]:
+    """Return what kind of loss a function is part of that is written in tensor terms.
+
+    A difference counts if one of its sides alone has a gradient: the other is a target.
+
+    Returns:
+        The kind, empty for none, and the function that was given the read-out.
+    """
+    name, below = _name(node), _below(node)
+    if not below:
+        return "", node
+    if name in _PICKS and _name(_through_views(below[0])) == "LogSoftmax":
+        return "nll", node
+    gap = below[0]
+    if _name(gap) != "Sub" or len(_below(gap)) != 1:
+        return "", node
+    if name == "Abs":
+        return "l1", gap
+    squared = name == "Mul" and len(below) == 2 and gap is below[1]
+    squared = squared or (name == "Pow" and _saved(node, "exponent", 0) == 2)
+    return ("mse", gap) if squared else ("", node)
+
+
+def _path(node: Any) -> Iterator[Any]:
+    """Yield the functions from a loss down to that which made the read-out."""
+    for _ in range(_FAR):
+        below = _below(node)
+        if not below or _is_given_parameters(node):
+            return
+        if len(below) > 1 and _name(node) not in ("Cat", "Stack", "Mul"):
+            return
+        node = below[0]
+        if _name(node) == "AccumulateGrad":
+            return
+        yield node
+
+
+def _through_views(node: Any) -> Any:
+    while _name(node) in _VIEWS and len(_below(node)) == 1:
+        node = _below(node)[0]
+    return node
+
+
+def _is_given_parameters(node: Any) -> bool:
+    return next(_parameters(node), None) is not None
+
+
+def _parameters(node: Any) -> Iterator[Tensor]:
+    """Yield the parameters that a function is given, transposed or not."""
+    for below in _below(node):
+        own = _below(below)[0] if _name(below) in ("T", "Transpose") else below
+        if _name(own) == "AccumulateGrad":
+            yield own.variable
+
+
+def _expanded(path: list[Any], names: list[str]) -> tuple[int, ...] | None:
+    """Return the shape of what was expanded before anything else was applied."""
+    for node, name in zip(path, names, strict=True):
+        if name == "Expand":
+            shape = _saved(node, "self_sym_sizes", ())
+            return tuple(int(n) for n in shape)
+        if name not in _VIEWS:
+            return None
+    return None
+
+
+def _below(node: Any) -> list[Any]:
+    return [below for below, _ in node.next_functions if below is not None]
+
+
+def _name(node: Any) -> str:
+    """Return the name of a function: ``LogSoftmaxBackward0`` as ``LogSoftmax``."""
+    name: str = node.name().rpartition("::")[2]
+    return name.partition("Backward")[0]
+
+
+def _saved(node: Any, name: str, default: Any) -> Any:
+    """Return a number that a function has kept; such are there after it has run."""
+    return getattr(node, f"_saved_{name}", default)
+
+
+def _signed(dim: int) -> int:
+    """Return an axis that was counted from the end as it was given."""
+    return dim - (1 << 64) if dim >= 1 << 63 else dim
