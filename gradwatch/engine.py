@@ -35,12 +35,12 @@ from gradwatch.depths.launch import Launcher
 from gradwatch.depths.measured import Measured
 from gradwatch.depths.openstep import OpenStep
 from gradwatch.depths.reader import Reader
-from gradwatch.depths.sampled_facts import Rates, notes_of
+from gradwatch.depths.sampled_facts import notes_of
 from gradwatch.facts import ModuleFacts
 from gradwatch.health import Health
 from gradwatch.hooks.listener import end_of_pass
 from gradwatch.hooks.modules import ModuleHooks
-from gradwatch.hooks.optimizers import Held, OptimizerHooks
+from gradwatch.hooks.optimizers import Held, OptimizerHooks, Training
 from gradwatch.hooks.parameters import ParameterHooks
 from gradwatch.hooks.probe import NOTHING
 from gradwatch.hooks.roots import Roots
@@ -264,7 +264,7 @@ class Engine:
             self._step.used_again()
         if not done.uses or not self._due:
             return
-        self._reader.about_to_use(held)
+        self._intake.note(*self._reader.about_to_use(optimizer, held, state.number))
         if closure:  # backward runs inside step()
             return
         if not state.backwards and task == -1:
@@ -312,8 +312,10 @@ class Engine:
                 if self._due:
                     if closure:
                         self._read_used(optimizer, held, task)
-                    self._reader.compare(held)
+                    self._reader.compare(held, state.number)
                 self._reader.has_used(held, state.stepped)
+            else:
+                self._reader.lost_sight()
             refused = self._reader.refused
         finally:  # what fails to be measured is a step all the same
             self._advance(OptimizerEnds(held.number, task, refused))
@@ -326,7 +328,7 @@ class Engine:
         if done is clock.NOTHING and not self._overdue:
             return done
         if done.set_aside:
-            self._step.set_aside(self._rates())
+            self._step.set_aside(self._training())
         for closed in done.closed:
             self._close(closed)
         if done.dropped:
@@ -342,11 +344,11 @@ class Engine:
             self._refresh()
         return done
 
-    def _rates(self) -> Rates | None:
-        """Return the learning rates, if the open step wants them and they are known."""
+    def _training(self) -> Training | None:
+        """Return how weights are trained, if the open step wants it and it is known."""
         if self._step.sampled is None or not self._clock.optimizers:
             return None
-        return self._optimizers.rates()
+        return self._optimizers.training()
 
     def _close(self, closed: Closed) -> None:
         """Start the numbers of a step that is over on their way."""
@@ -363,7 +365,7 @@ class Engine:
             self._refresh()
 
     def _pass_on(self, closed: Closed) -> None:
-        parts = self._step.close(closed, self._rates())
+        parts = self._step.close(closed, self._training())
         if not self._paused:  # else events are recorded once measuring resumes
             step = Measured.of(
                 closed.number,
@@ -464,7 +466,7 @@ class Engine:
         """Note streams whose weights were re-initialised."""
         self._leave_quiet()
         self._intake.note(*(f"reinit:{name}" for name in streams))
-        self._reader.rescan()
+        self._reader.was_remade()
 
     def resume_from(self, number: int, memory: Memory) -> None:
         """Go on with the steps of an earlier run."""

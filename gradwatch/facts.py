@@ -43,6 +43,15 @@ class RunFacts:
         "from the first time they were not"
     )
     scaled: bool | None = _fact("whether a loss scaler multiplies the gradients")
+    optimizers: Mapping[str, Mapping[str, Any]] | None = _fact(
+        "the options of each group of parameters that an optimizer trains: `lr`, "
+        "`weight_decay`, `momentum`, `betas`, `eps`, `maximize`, ...; those that are 0 "
+        "are left out"
+    )
+    unheld: tuple[str, ...] | None = _fact(
+        "the parameters that have a gradient, and that no optimizer that has stepped "
+        "holds"
+    )
     readout: str | None = _fact(
         "the module whose output the loss reads; its path, empty for the model itself"
     )
@@ -206,8 +215,8 @@ def _names(scope: type) -> set[str]:
 
 def _scope(kind: type[_Scope], raw: Mapping[str, Any]) -> _Scope:
     known = {name: raw[name] for name in _names(kind) & set(raw)}
-    if "nonfinite" in known:
-        known["nonfinite"] = tuple(known["nonfinite"])
+    for name in {"nonfinite", "unheld"} & known.keys():
+        known[name] = tuple(known[name])
     return kind(**known)
 
 

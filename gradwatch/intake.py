@@ -49,6 +49,7 @@ class Intake:
         parts = (*DEPTHS[1:], "readout")
         self._guards = {part: health.guard(part) for part in parts}
         self._events: list[str] = []
+        self._asks = False  # for the spectrum of weights that were written
         self._waiting: deque[Measured | Plain] = deque()
         self._since = 0
         self.bound = 0.0
@@ -66,6 +67,7 @@ class Intake:
     def note(self, *events: str) -> None:
         """Note what has happened, for the next record to hold."""
         self._events += events
+        self._asks = self._asks or any(e.startswith("written:") for e in events)
 
     def take_events(self) -> tuple[str, ...]:
         """Return what has happened since the last record."""
@@ -164,6 +166,9 @@ class Intake:
             self.note(f"cadence: {chosen}")
         self.bound = self.memory.gradients.bound
         self._pipeline.write_out()
+        if self._asks:
+            self._asks = False
+            self._schedule.ask("spectrum", upcoming)
         for depth in self._pipeline.judge.wished():
             self._schedule.ask_within_budget(depth, upcoming)
         for depth in self._pipeline.judge.wanted():

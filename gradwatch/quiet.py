@@ -102,6 +102,8 @@ class Quiet:
         self._intake, self._health = intake, health
         self._after_backward, self._roots = after_backward, roots
         self._loss: float | None = None
+        self._rate: Any = None
+        self._odd = False  # something has happened that the open step is to tell
         self._usual: Usual | None = None
         self._rows: list[Plain] = []
         self._until = self._not_before = 0
@@ -213,6 +215,7 @@ class Quiet:
             refs, versions = (self._refs, self._versions) if full else ([], [])
             self._parameters.noted(live, refs, versions)
         self._refs, self._versions, self._left, self._suspicious = [], [], None, True
+        self._odd = False
         if phase > BETWEEN:
             if phase != BEGUN or self._norm < self._bound:
                 # The steps may be of another sort by now: no large norm ended this.
@@ -342,8 +345,15 @@ class Quiet:
                 assert usual is not None
                 if usual.held.optimizer() is not optimizer:
                     return self._optimizers.is_foreign(optimizer)
-                if closure or self.phase != ENDED:
+                if closure or self.phase != ENDED or self._odd:
                     return False
+                group = optimizer.param_groups[0]
+                if "lr" in group and group["lr"] is not self._rate:
+                    self._rate = group["lr"]
+                    if events := self._optimizers.jumps(optimizer):
+                        self._intake.note(*events)
+                        self._odd = True
+                        return False
                 if self._full:
                     began = perf_counter()
                     if not self._about_to_use(optimizer, usual):
@@ -375,7 +385,12 @@ class Quiet:
                 if param.grad is not None:
                     return False
             self._used = read
-        self._reader.about_to_use(usual.held)
+        more = optimizer if optimizer.param_groups[1:] else None
+        events = self._reader.about_to_use(more, usual.held, self.number)
+        if events:
+            self._intake.note(*events)
+            self._odd = True
+            return False
         self._thread = get_ident()
         return True
 
@@ -442,7 +457,7 @@ class Quiet:
         """Return what was read of the step; None where it is no usual one."""
         if _torch.graph_task_id() != -1:
             return None
-        self._reader.compare(usual.held)
+        self._reader.compare(usual.held, self.number)
         moved = self._reader.moved()
         return Read(usual.names, usual.live, self._before, self._used, moved)
 

@@ -190,6 +190,7 @@ def _sampled(
         modules = {p: _as_carried(own, p in carried) for p, own in modules.items()}
         for stream, _ in sampled.state.streams:
             metrics |= _over_time(stream, metrics, modules[stream.module].T)
+    now = dataclasses.replace(now, run=joined(now.run, sampled.run))
     if sampled.readout is not None:
         now = dataclasses.replace(now, run=joined(now.run, sampled.readout.facts))
         with guards["readout"]:

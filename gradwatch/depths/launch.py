@@ -12,13 +12,14 @@ import torch
 from gradwatch.depths import readout
 from gradwatch.depths.flow import Flow
 from gradwatch.depths.measured import Sampled
-from gradwatch.depths.sampled_facts import Rates, of_calls, of_stream, reach_of
+from gradwatch.depths.sampled_facts import of_calls, of_stream, reach_of
 from gradwatch.depths.spectrum import Recurrent, Spectrum, too_large
 from gradwatch.depths.state import State
 from gradwatch.depths.trajectory import Trajectory, trajectory
-from gradwatch.facts import ModuleFacts, StreamFacts
+from gradwatch.facts import ModuleFacts, RunFacts, StreamFacts
 from gradwatch.health import Health
 from gradwatch.hooks.modules import Chains, ModuleHooks
+from gradwatch.hooks.optimizers import Training
 from gradwatch.hooks.probe import NOTHING, Wanted
 from gradwatch.recurrent import plain_weight
 from gradwatch.schedule import Schedule
@@ -201,13 +202,12 @@ class Launcher:
 
     # ---- a step has closed
 
-    def complete(self, sampled: Sampled, rates: Rates | None) -> None:
+    def complete(self, sampled: Sampled, training: Training | None) -> None:
         """Add the update of the weights, and what is known of modules and streams.
 
         Args:
             sampled: What was launched of the step.
-            rates: The learning rate of every parameter that an optimizer holds, by its
-                id; None while no optimizer was seen.
+            training: How the parameters are trained; None while no optimizer was seen.
         """
         if sampled.spectrum is not None:
             began = time.perf_counter()
@@ -216,9 +216,13 @@ class Launcher:
             sampled.add("spectrum", None, began)
         for recurrence in self._modules.alive():
             name = recurrence.stream.name
-            known = of_stream(self._stream_facts.get(name), recurrence, rates)
+            known = of_stream(self._stream_facts.get(name), recurrence, training)
             if known is not None:
                 self._stream_facts[name] = known
+        if training is not None:
+            sampled.run = RunFacts(
+                optimizers=training.groups, unheld=training.unheld or None
+            )
         sampled.modules.update(self.module_facts)
         sampled.streams.update(self._stream_facts)
 

@@ -15,7 +15,7 @@ from gradwatch.depths.gradients import Gradients, Layout
 from gradwatch.depths.readout import Readout
 from gradwatch.depths.spectrum import Spectrum
 from gradwatch.depths.state import State
-from gradwatch.facts import ModuleFacts, StreamFacts
+from gradwatch.facts import RUN_SCOPE, ModuleFacts, RunFacts, StreamFacts
 from gradwatch.hooks.modules import Chains
 from gradwatch.hooks.roots import Loss
 
@@ -32,6 +32,7 @@ class Sampled:
         seconds: What that cost on the host's clock, by depth.
         modules: Facts of the modules, by path.
         streams: Facts of the streams, by name.
+        run: Facts of the run.
         readout: What was seen of what the loss reads; of the first pass of the step.
         events: What has happened to the cadence of a depth.
     """
@@ -41,6 +42,7 @@ class Sampled:
     seconds: dict[str, float] = field(default_factory=dict)
     modules: dict[str, ModuleFacts] = field(default_factory=dict)
     streams: dict[str, StreamFacts] = field(default_factory=dict)
+    run: RunFacts = RUN_SCOPE
     readout: Readout | None = None
     events: list[str] = field(default_factory=list)
 

@@ -10,7 +10,7 @@ from gradwatch.clock import Closed
 from gradwatch.depths.launch import Launcher
 from gradwatch.depths.measured import Parts, Sampled
 from gradwatch.depths.reader import Reader
-from gradwatch.depths.sampled_facts import Rates
+from gradwatch.hooks.optimizers import Training
 from gradwatch.hooks.roots import Loss
 
 
@@ -94,18 +94,18 @@ class OpenStep:
         """Launch what is due, once a backward pass has ended."""
         self.sampled = self._launcher.launch(number, self.sampled, called)
 
-    def _complete(self, rates: Rates | None) -> Sampled | None:
+    def _complete(self, training: Training | None) -> Sampled | None:
         """Return what was launched, with what is known at the end of the step."""
         sampled, self.sampled = self.sampled, None
         if sampled is not None:
-            self._launcher.complete(sampled, rates)
+            self._launcher.complete(sampled, training)
         return sampled
 
-    def set_aside(self, rates: Rates | None) -> None:
+    def set_aside(self, training: Training | None) -> None:
         """Set the step aside: it is one if updates turn out to be hand-written."""
         gradients, layout = self._reader.set_aside(), self._reader.layout
         loss = self.take_loss(used=False)
-        self._aside = Parts(gradients, layout, self._complete(rates), *loss)
+        self._aside = Parts(gradients, layout, self._complete(training), *loss)
 
     def drop(self) -> None:
         """Forget the step: it was none."""
@@ -113,12 +113,12 @@ class OpenStep:
         self.take_loss(used=False)
         self.sampled = None
 
-    def close(self, closed: Closed, rates: Rates | None) -> Parts:
+    def close(self, closed: Closed, training: Training | None) -> Parts:
         """Return what was measured of a step that is over; begin again.
 
         Args:
             closed: The step.
-            rates: Learning rates of what optimizers hold; None while none was seen.
+            training: How parameters are trained; None while no optimizer was seen.
         """
         aside, self._aside = self._aside, None  # if it is not this one, it was none
         if closed.aside and aside is not None:
@@ -126,7 +126,7 @@ class OpenStep:
             return aside
         loss = self.take_loss(used=bool(closed.stepped))
         gradients = self._reader.take(closed.stepped)
-        return Parts(gradients, self._reader.layout, self._complete(rates), *loss)
+        return Parts(gradients, self._reader.layout, self._complete(training), *loss)
 
     def take_loss(self, *, used: bool) -> tuple[Loss, bool]:
         """Return the loss of the step that is over, and whether it was found.

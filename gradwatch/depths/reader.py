@@ -69,6 +69,15 @@ class Reader:
             self._scanned = number
             self.rescan()
 
+    def was_remade(self) -> None:
+        """Note that weights were written by us, and may be others."""
+        self.lost_sight()
+        self.rescan()
+
+    def lost_sight(self) -> None:
+        """Note that weights are written by who is known, and that nobody looks."""
+        self._changes.forget()
+
     def rescan(self) -> None:
         """Look for the model's parameters again; they may have been replaced."""
         if self._parameters.rescan():
@@ -132,9 +141,24 @@ class Reader:
 
     # ---- optimizers
 
-    def about_to_use(self, held: Held) -> None:
-        """Remember the weights that an optimizer is about to change."""
-        self._changes.remember(self._moves(held))
+    def about_to_use(
+        self, optimizer: Optimizer | None, held: Held, step: int
+    ) -> list[str]:
+        """Remember the weights that an optimizer is about to change.
+
+        Args:
+            optimizer: The optimizer; None where its rates were looked at.
+            held: What it holds.
+            step: The number of the step.
+
+        Returns:
+            What has happened since the last step, as events: to its learning rates, and
+            to weights that no optimizer has written.
+        """
+        events = [] if optimizer is None else self._optimizers.jumps(optimizer)
+        for name in self._changes.remember(self._moves(held), step):
+            events.append(f"written:{name}")
+        return events
 
     def _moves(self, held: Held) -> Moving:
         if held.number not in self._moving:
@@ -192,9 +216,9 @@ class Reader:
         self.gradients.about_to_be_used(live, read)
         return False
 
-    def compare(self, held: Held) -> None:
+    def compare(self, held: Held, step: int) -> None:
         """Compare the weights with what they were before the step's optimizers."""
-        self._changes.compare(self._moves(held))
+        self._changes.compare(self._moves(held), step)
 
     def moved(self) -> Moved | None:
         """Return what was compared in a step that is over."""

@@ -10,10 +10,8 @@ from gradwatch import _torch
 from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.hooks.capture import Capture
 from gradwatch.hooks.modules import ModuleHooks
+from gradwatch.hooks.optimizers import Training
 from gradwatch.recurrent import Recurrence, plain_weight
-
-Rates = Mapping[int, float]
-"""Id of a parameter that an optimizer holds -> its learning rate."""
 
 
 def of_calls(chain: Sequence[Capture]) -> ModuleFacts | None:
@@ -41,14 +39,14 @@ def reach_of(
 
 
 def of_stream(
-    known: StreamFacts | None, recurrence: Recurrence, rates: Rates | None
+    known: StreamFacts | None, recurrence: Recurrence, training: Training | None
 ) -> StreamFacts | None:
     """Return whether W_hh can learn, and whether anything trains it.
 
     Args:
         known: What was known of the stream.
         recurrence: The stream.
-        rates: None while no optimizer was seen.
+        training: None while no optimizer was seen.
 
     Returns:
         None where W_hh is parametrised.
@@ -56,6 +54,7 @@ def of_stream(
     weight = plain_weight(recurrence)
     if weight is None:
         return known
+    rates = None if training is None else training.rates
     rate = None if rates is None else rates.get(id(weight))
     return dataclasses.replace(
         known or StreamFacts(),

@@ -15,6 +15,11 @@ from gradwatch.numerics.norms import Norms, joined, norms
 _SMALL: Final = 1 << 16
 """Up to this many entries numpy costs a third of torch on the CPU, in one thread."""
 
+_APART: Final = 1e-3
+"""Difference of two norms, over one of them, that no rounding explains."""
+_SELDOM: Final = 50
+"""Steps for which a weight that is written outside is not told of again."""
+
 
 class _View(NamedTuple):
     """A small weight as numpy sees it, and two buffers of its size.
@@ -46,6 +51,20 @@ class Moved(NamedTuple):
     weight: Norms
 
 
+class _Left(NamedTuple):
+    """A weight as the optimizers of a step have left it.
+
+    Attributes:
+        step: The step.
+        version: Its version.
+        size: Its norm; NaN where that is not known at once.
+    """
+
+    step: int
+    version: int
+    size: float
+
+
 class Changes:
     """Compares weights with what they were before the first optimizer of a step.
 
@@ -59,18 +78,38 @@ class Changes:
         self._views: dict[str, _View] = {}
         self._sizes: dict[str, Norms] = {}
         self._changes: dict[str, Norms] = {}
+        self._left: dict[str, _Left] = {}
+        self._told: dict[str, int] = {}
 
     def among(self, params: Iterable[nn.Parameter]) -> Moving:
         """Return which of some parameters are recurrent weights, with their names."""
         known = [self._tracked.get(id(param)) for param in params]
         return [pair for pair in known if pair is not None]
 
-    def remember(self, moving: Moving) -> None:
-        """Copy and measure weights that no optimizer of the step has changed yet."""
+    def remember(self, moving: Moving, step: int) -> list[str]:
+        """Copy and measure weights that no optimizer of the step has changed yet.
+
+        Returns:
+            Names of those that somebody else has written since the last step; of one
+            that is written step after step, the first time alone.
+        """
+        written: list[str] = []
         with np.errstate(all="ignore"):  # what overflows is measured again, wider
             for name, weight in moving:
                 if name not in self._sizes:
-                    self._sizes[name] = self._one(name, weight)
+                    size = self._sizes[name] = self._one(name, weight)
+                    left = self._left.pop(name, None)
+                    if left is None or left.step + 1 != step:
+                        continue
+                    if _is_written(left, weight._version, size):
+                        if step - self._told.get(name, -_SELDOM) >= _SELDOM:
+                            written.append(name)
+                        self._told[name] = step
+        return written
+
+    def forget(self) -> None:
+        """Forget how weights were left: they are written by somebody who is known."""
+        self._left.clear()
 
     def _one(self, name: str, weight: nn.Parameter) -> Norms:
         view = self._views.get(name)
@@ -89,12 +128,24 @@ class Changes:
         copy.copy_(weight.detach())
         return norms([weight])
 
-    def compare(self, moving: Moving) -> None:
+    def compare(self, moving: Moving, step: int) -> None:
         """Measure how far weights have come by now from what was remembered."""
         with np.errstate(all="ignore"):
             for name, weight in moving:
                 if name in self._sizes:
-                    self._changes[name] = self._change(name, weight)
+                    change = self._changes[name] = self._change(name, weight)
+                    size = self._size_now(name, change)
+                    self._left[name] = _Left(step, weight._version, size)
+
+    def _size_now(self, name: str, change: Norms) -> float:
+        """Return the norm of a small weight after its change."""
+        view, before = self._views.get(name), self._sizes[name]
+        if view is None or not isinstance(before, list) or not isinstance(change, list):
+            return math.nan
+        if not change[0] < before[0]:  # what is left over may be anything
+            return math.nan
+        product = float(view.before.dot(view.gap))
+        return math.sqrt(max(before[0] ** 2 - 2 * product + change[0] ** 2, 0.0))
 
     def _change(self, name: str, weight: nn.Parameter) -> Norms:
         view = self._views.get(name)
@@ -116,6 +167,14 @@ class Changes:
         names = list(changes)
         before = [sizes[name] for name in names]
         return Moved(names, joined(list(changes.values())), joined(before))
+
+
+def _is_written(left: _Left, version: int, size: Norms) -> bool:
+    """Tell whether a weight is not as it was left, by its version or by its norm."""
+    if version != left.version:
+        return True
+    now = size[0] if isinstance(size, list) else math.nan
+    return abs(now - left.size) > _APART * left.size
 
 
 def _view(weight: Tensor) -> _View | None:

@@ -131,8 +131,8 @@ def look(root: Tensor) -> LossGraph | None:
 def _losses(root: Any) -> tuple[list[tuple[str, Any]], bool]:
     """Return the functions that compare with targets, each with its kind.
 
-    And whether there is nothing else in the sum. A function that is given a parameter is
-    of the model: nothing is looked for below it.
+    And whether there is nothing else in the sum. A function that is given a parameter
+    is of the model: nothing is looked for below it.
     """
     waiting, seen = deque([root] if root is not None else []), {root}
     found: list[tuple[str, Any]] = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,6 +39,25 @@ class Held(NamedTuple):
         return any((p := ref()) is not None and p.requires_grad for ref in self.frozen)
 
 
+class Training(NamedTuple):
+    """How the watched parameters are trained.
+
+    Attributes:
+        rates: Id of a parameter that an optimizer holds -> its learning rate; NaN where
+            reading it would wait.
+        groups: The options of each group of parameters, by the optimizer's class.
+        unheld: Names of parameters that have a gradient, and that none of them holds.
+    """
+
+    rates: Mapping[int, float]
+    groups: Mapping[str, Mapping[str, Any]]
+    unheld: tuple[str, ...]
+
+
+_JUMP: Final = 3.0
+"""Factor by which a learning rate has to change between two steps to be told of."""
+
+
 class OptimizerHooks:
     """Hears of every optimizer's step, and knows those that hold watched parameters.
 
@@ -54,6 +73,8 @@ class OptimizerHooks:
         self._parameters, self._guard = parameters, guard
         self._known: dict[int, Held] = {}
         self._idle: dict[frozenset[int], frozenset[int]] = {}
+        self._rates: weakref.WeakKeyDictionary[Optimizer, list[float]]
+        self._rates = weakref.WeakKeyDictionary()
         self._next = 0
         self.replaced: list[int] = []
         """Numbers of those that were freed, or whose place another one has taken."""
@@ -210,14 +231,63 @@ class OptimizerHooks:
             return None
         return found[0] if found[0].number == number else None
 
-    def rates(self) -> dict[int, float]:
-        """Return the learning rates of all parameters that these optimizers hold.
+    def jumps(self, optimizer: Optimizer) -> list[str]:
+        """Return how learning rates have jumped since the last time, as events."""
+        now = list(map(_rate, optimizer.param_groups))
+        before, self._rates[optimizer] = self._rates.get(optimizer), now
+        if before is None or before == now or len(before) != len(now):
+            return []
+        each = "" if len(now) == 1 else " of group {}"
+        return [
+            f"lr: {old:.3g} -> {new:.3g}{each.format(i)}"
+            for i, (old, new) in enumerate(zip(before, now, strict=True))
+            if old > 0 and not old < _JUMP * new < _JUMP * _JUMP * old
+        ]
 
-        Returns:
-            Id of a parameter -> its learning rate; NaN where reading it would wait.
-        """
-        groups = [g for o in self.alive() for g in o.param_groups]
-        return {id(p): _rate(group) for group in groups for p in group["params"]}
+    def training(self) -> Training:
+        """Return how the parameters are trained, as far as that is known."""
+        rates: dict[int, float] = {}
+        groups: dict[str, dict[str, Any]] = {}
+        for optimizer in self.alive():
+            for i, group in enumerate(optimizer.param_groups):
+                rates |= dict.fromkeys(map(id, group["params"]), _rate(group))
+                name = type(optimizer).__name__
+                name += f", group {i}" if len(optimizer.param_groups) > 1 else ""
+                while name in groups:
+                    name += "'"
+                groups[name] = _options(group)
+        names, params = self._parameters.names, self._parameters.params
+        unheld = [
+            name
+            for name, p in zip(names, params, strict=True)
+            if p.grad is not None and id(p) not in rates
+        ]
+        return Training(rates, groups, tuple(unheld))
+
+
+_OPTIONS: Final = (
+    "lr",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "betas",
+    "alpha",
+    "eps",
+    "amsgrad",
+    "maximize",
+)
+"""What is told of a group of parameters, where it has it."""
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of how a group of parameters is trained, as plain values."""
+    found: dict[str, Any] = {"lr": _rate(group)}
+    for name in _OPTIONS[1:]:
+        value = group.get(name)
+        plain = value if isinstance(value, tuple | list) else (value,)
+        if all(isinstance(one, bool | int | float) for one in plain):
+            found[name] = list(plain) if value is not plain[0] else value
+    return {n: v for n, v in found.items() if v not in (0, False)}
 
 
 def _rate(group: dict[str, Any]) -> float:
