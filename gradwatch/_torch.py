@@ -205,6 +205,25 @@ def _only_backward() -> Any:
     return found[0] if len(found) == 1 else None
 
 
+next_function: Callable[[], int] = getattr(
+    torch._C._autograd, "_get_sequence_nr", lambda: 0
+)
+"""Return the number that the next function of the graph made by this thread gets.
+
+Without the private call: 0, and no function is older than that.
+"""
+
+
+def made_before(tensor: Tensor, number: int) -> bool:
+    """Tell whether a tensor was made by a function with a smaller number."""
+    node: Any = tensor.grad_fn
+    return (
+        node is not None
+        and hasattr(node, "_sequence_nr")
+        and (node._sequence_nr() < number)
+    )
+
+
 _HOOKED_STEP = (torch.optim.Optimizer.profile_hook_step.__code__.co_filename, "wrapper")
 
 

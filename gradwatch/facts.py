@@ -28,6 +28,9 @@ class StepFacts:
     nonfinite: tuple[str, ...] | None = _fact(
         "the first parameters, on the way back, whose gradient was not finite"
     )
+    weights_finite: bool | None = _fact(
+        "False where a gradient was not finite, and a weight was not before it"
+    )
     carriers: Mapping[str, float] | None = _fact(
         "the parameters that carry an unusual total norm, each with its share of the "
         "square"
@@ -43,6 +46,10 @@ class RunFacts:
         "from the first time they were not"
     )
     scaled: bool | None = _fact("whether a loss scaler multiplies the gradients")
+    written_late: bool | None = _fact(
+        "True where gradients were written, as a clip does, after the optimizer's step "
+        "and before they were cleared"
+    )
     optimizers: Mapping[str, Mapping[str, Any]] | None = _fact(
         "the options of each group of parameters that an optimizer trains: `lr`, "
         "`weight_decay`, `momentum`, `betas`, `eps`, `maximize`, ...; those that are 0 "
@@ -69,6 +76,10 @@ class RunFacts:
     )
     loss_axes: str | None = _fact(
         "the axis of each softmax among them, cross entropy's own first"
+    )
+    loss_views: tuple[str, ...] | None = _fact(
+        "views between the recurrent module and the loss that mix axes, such as "
+        "`20x32x8 to 32x20x8`: they neither join neighbouring axes nor split one"
     )
     loss_broadcast: str | None = _fact(
         "the shape of the read-out, such as `32x1`, where it was expanded to be "
@@ -102,6 +113,33 @@ class ModuleFacts:
         "how many consecutive probes found the same input, at most 8"
     )
     input_finite: bool | None = _fact("False where its input held NaN or Inf")
+    input_scale: float | None = _fact(
+        "root mean square of its input, all-zero steps left out, as the nearest power "
+        "of 2"
+    )
+    input_offset: float | None = _fact(
+        "largest share of a channel's mean square that its mean makes up: 1 for a "
+        "channel that is constant"
+    )
+    input_spread: float | None = _fact(
+        "largest root mean square of a channel over the smallest that is not 0, as "
+        "the nearest power of 10"
+    )
+    blank: float | None = _fact(
+        "share of its input, but for the end of the sequences, that is all zeros"
+    )
+    repeats: float | None = _fact(
+        "share of its time steps whose input is that of the step before"
+    )
+    sequences_read: float | None = _fact(
+        "share of the sequences of a call whose outputs a gradient reaches"
+    )
+    evaluating: bool | None = _fact(
+        "True where a gradient reached a call in evaluation mode"
+    )
+    graph_kept: bool | None = _fact(
+        "True where its first state brings the graph of an earlier step along"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +253,7 @@ def _names(scope: type) -> set[str]:
 
 def _scope(kind: type[_Scope], raw: Mapping[str, Any]) -> _Scope:
     known = {name: raw[name] for name in _names(kind) & set(raw)}
-    for name in {"nonfinite", "unheld"} & known.keys():
+    for name in {"nonfinite", "unheld", "loss_views"} & known.keys():
         known[name] = tuple(known[name])
     return kind(**known)
 

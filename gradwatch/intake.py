@@ -227,7 +227,7 @@ class Intake:
         steps, columns = [first], first.layout.columns
         while self._waiting:
             step = self._waiting[0]
-            if not isinstance(step, Plain) or step.layout.columns is not columns:
+            if type(step) is not Plain or step.layout.columns is not columns:
                 break
             self._waiting.popleft()
             steps.append(step)

@@ -293,3 +293,200 @@ def test_a_net_of_cells_is_looked_at_too():
     [stream] = watch.streams
     events = [(r.step, e) for r in watch.records for e in r.events]
     assert (12, f"written:{stream.name}") in events
+
+
+# ---- the order of calls
+
+
+def clipped(model):
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def ordered(*order, steps=12, set_to_none=True):
+    """Train by calls in some order; return the facts of the run, joined."""
+    model = lstm()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    calls = {
+        "clear": lambda x: optimizer.zero_grad(set_to_none=set_to_none),
+        "backward": lambda x: model(x).square().mean().backward(),
+        "clip": lambda x: clipped(model),
+        "step": lambda x: optimizer.step(),
+    }
+    with gradwatch.watch(model, dir=None, wandb=None, budget=None) as watch:
+        for x in batches(steps):
+            for name in order:
+                calls[name](x)
+    assert watch.health["failed"] == {}
+    return run_facts(watch, "written_late")
+
+
+def test_a_clip_after_the_step_is_seen():
+    assert ordered("clear", "backward", "step", "clip") == [True]
+    assert ordered("backward", "step", "clip", "clear") == [True]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("clear", "backward", "clip", "step"),
+        ("backward", "clip", "step", "clear"),
+        ("clear", "backward", "step"),
+        ("clear", "backward", "clip", "step", "clear"),
+    ],
+)
+def test_a_clip_before_it_is_not(order, set_to_none):
+    assert ordered(*order, set_to_none=set_to_none) == []
+
+
+def module_facts(watch, name):
+    found = [getattr(f, name) for r in watch.records for f in r.facts.modules.values()]
+    return [value for value in found if value is not None]
+
+
+def test_a_backward_through_evaluation_mode_is_seen():
+    train = Trained()
+    train.model.eval()
+    train.run(10)
+    assert module_facts(train.watch, "evaluating")[-1] is True
+    assert module_facts(Trained().run(10).watch, "evaluating") == []
+
+
+def carried(detach, kept=True, pieces=12, **watch):
+    """Train piece by piece on a state that goes on, with its graph or without.
+
+    The head alone: autograd refuses to go through weights that were changed meanwhile.
+    """
+    model = lstm()
+    optimizer = torch.optim.SGD(model.head.parameters(), 1e-3)
+    options = {"dir": None, "wandb": None, "budget": None, **watch}
+    with gradwatch.watch(model, **options) as watch:
+        state = None
+        for x in batches(pieces):
+            out, state = model.rnn(x, state)
+            optimizer.zero_grad()
+            model.head(out[-1]).square().mean().backward(retain_graph=kept)
+            optimizer.step()
+            if detach:
+                state = tuple(s.detach() for s in state)
+    return module_facts(watch, "graph_kept")
+
+
+def test_a_state_that_brings_its_graph_along_is_seen():
+    assert carried(detach=True, kept=False) == []
+    assert True in carried(detach=False)
+
+
+def test_two_losses_on_one_graph_keep_none():
+    model = lstm()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with gradwatch.watch(model, dir=None, wandb=None, budget=None) as watch:
+        for x in batches(12):
+            optimizer.zero_grad()
+            out, state = model.rnn(x)
+            model.head(out[-1]).square().mean().backward(retain_graph=True)
+            out, _ = model.rnn(x, state)
+            model.head(out[-1]).square().mean().backward()
+            optimizer.step()
+    assert module_facts(watch, "graph_kept") == []
+
+
+# ---- inputs, and which sequences are read
+
+
+def inputs(change, build=lstm, read=lambda model, x: model(x), steps=10):
+    """Train on changed inputs; return the last facts of the module."""
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    how = {"every": 1, "flow_samples": None, "budget": None}
+    with gradwatch.watch(model, dir=None, wandb=None, **how) as watch:
+        for x in batches(steps, length=20, batch=8):
+            optimizer.zero_grad()
+            read(model, change(x)).square().mean().backward()
+            optimizer.step()
+    assert watch.health["failed"] == {}
+    found = [r.facts.modules["rnn"] for r in watch.records if r.facts.modules]
+    return found[-1]
+
+
+def gaps(x):
+    x = x.clone()
+    x[5:10] = 0
+    return x
+
+
+def held(x):
+    return x[::2].repeat_interleave(2, 0)
+
+
+def one_constant(x):
+    x = x.clone()
+    x[..., 2] = 7.0
+    return x
+
+
+def one_large(x):
+    return x * torch.tensor([1.0, 1.0, 1000.0, 1.0])
+
+
+def padded(x):
+    x = x.clone()
+    x[10:] = 0
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda x: x, {"input_scale": 1.0, "blank": 0.0, "repeats": 0.0}),
+        (lambda x: 1000 * x, {"input_scale": 1024.0, "input_spread": 1.0}),
+        (gaps, {"blank": 0.2, "padding": 0.0, "input_scale": 1.0}),  # 5 of 20
+        (held, {"repeats": 0.5}),  # 10 of 19
+        (one_constant, {"input_offset": 1.0}),
+        (lambda x: x + 3, {"input_offset": 0.9}),
+        (one_large, {"input_spread": 1000.0}),
+        (padded, {"padding": 0.5, "blank": 0.0, "input_scale": 1.0}),
+    ],
+)
+def test_what_is_fed_is_told(change, expected):
+    found = inputs(change)
+    told = {name: getattr(found, name) for name in expected}
+    assert told == pytest.approx(expected, abs=0.051)
+
+
+def along_axis_1(model, x):
+    """As if the first axis were the batch: one sequence is read, at all its steps."""
+    return model.head(model.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("read", "share"),
+    [
+        (lambda model, x: model(x), 1.0),
+        (lambda model, x: model.head(model.rnn(x)[0]), 1.0),
+        (lambda model, x: model.head(model.rnn(x)[1][0][-1]), 1.0),
+        (along_axis_1, 1 / 8),
+    ],
+)
+def test_the_share_of_sequences_that_a_gradient_reaches(read, share):
+    found = inputs(lambda x: x, read=read)
+    assert found.sequences_read == pytest.approx(share, abs=0.006)
+
+
+def test_weights_that_were_not_finite_before_backward_are_told_from_gradients():
+    for spoil_weights in (True, False):
+        model = lstm()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        with gradwatch.watch(model, dir=None, wandb=None, budget=None) as watch:
+            for i, x in enumerate(batches(15)):
+                if i == 10 and spoil_weights:
+                    with torch.no_grad():
+                        model.head.bias[0] = torch.nan
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss = loss * torch.nan if i == 10 and not spoil_weights else loss
+                loss.backward()
+                if i < 10:
+                    optimizer.step()
+        [facts] = [r.facts.step for r in watch.records if r.step == 10]
+        assert facts.weights_finite is (False if spoil_weights else None)

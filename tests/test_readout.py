@@ -290,6 +290,48 @@ ODD = {
 }
 
 
+def of_views(read, recurrent=None):
+    """Return the views that mix axes on the way from a recurrent module to a loss."""
+    rnn = recurrent or nn.LSTM(4, 6, 2)
+    head = nn.LazyLinear(3)
+    x = torch.randn(7, 5, 4)
+    return seen(lambda weight: read(rnn, head, x + weight)).views
+
+
+def scores_loss(scores):
+    return F.cross_entropy(scores, torch.randint(3, scores.shape[:1]))
+
+
+@pytest.mark.parametrize(
+    ("read", "views"),
+    [
+        (lambda r, h, x: scores_loss(h(r(x)[0][-1])), ()),
+        (lambda r, h, x: scores_loss(h(r(x)[0]).view(-1, 3)), ()),
+        (lambda r, h, x: scores_loss(h(r(x)[0].view(35, 6))), ()),
+        (lambda r, h, x: scores_loss(h(r(x)[0].transpose(0, 1).reshape(5, -1))), ()),
+        (lambda r, h, x: scores_loss(h(r(x)[1][0].transpose(0, 1).flatten(1))), ()),
+        (
+            lambda r, h, x: scores_loss(h(r(x)[1][0].view(5, -1))),
+            (((2, 5, 6), (5, 12)),),
+        ),
+        (
+            lambda r, h, x: scores_loss(h(r(x)[0].view(5, 7, 6)[:, -1])),
+            (((7, 5, 6), (5, 7, 6)),),
+        ),
+        (
+            lambda r, h, x: scores_loss(h(r(x)[0].reshape(5, -1))),
+            (((7, 5, 6), (5, 42)),),
+        ),
+        (
+            lambda r, h, x: scores_loss(h(r(x)[0]).view(5, 21)[:, :3]),
+            (((7, 5, 3), (5, 21)),),
+        ),
+    ],
+)
+def test_a_view_that_mixes_axes_is_seen(read, views):
+    assert of_views(read) == views
+
+
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("name", ODD)
 def test_what_is_odd_about_a_loss_is_seen(name):

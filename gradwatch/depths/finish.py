@@ -148,9 +148,10 @@ def _of_run(step: Measured, scale: float, known: RunFacts) -> RunFacts:
     if cleared and known.cleared is not False:
         cleared = None
     scaled = scale != 1.0 if known.scaled is not None or scale != 1.0 else None
-    if cleared is None and scaled is None:
+    late = step.parts.gradients.written_late or None
+    if cleared is None and scaled is None and (late is None or known.written_late):
         return RUN_SCOPE
-    return RunFacts(cleared=cleared, scaled=scaled)
+    return RunFacts(cleared=cleared, scaled=scaled, written_late=late)
 
 
 def _sampled(
@@ -201,24 +202,37 @@ def _sampled(
     return facts, Extras(metrics=metrics, profiles=profiles, events=step.events)
 
 
+_OF_INPUT: Final = (
+    "padding",
+    "blank",
+    "repeats",
+    "input_scale",
+    "input_offset",
+    "input_spread",
+    "sequences_read",
+)
+
+
 def _with_replays(
     modules: Mapping[str, ModuleFacts],
     replays: state.Replays,
     known: Mapping[str, ModuleFacts],
 ) -> dict[str, ModuleFacts]:
-    """Add what the replays have told; padding holds until it is measured again."""
+    """Add what the replays have told; of the input until it is measured again."""
     found = dict(modules)
     for path in {**modules, **replays.modules}:
         told = replays.modules.get(path, ModuleFacts())
-        padding = told.padding
-        if padding is None and path in known:
-            padding = known[path].padding
+        lasting = {name: getattr(told, name) for name in _OF_INPUT}
+        if path in known:
+            for name, value in lasting.items():
+                if value is None:
+                    lasting[name] = getattr(known[path], name)
         found[path] = dataclasses.replace(
             modules.get(path, ModuleFacts()),
             replay=told.replay,
-            padding=padding,
             same_batch=told.same_batch,
             input_finite=told.input_finite,
+            **lasting,
         )
     return found
 

@@ -100,6 +100,9 @@ class Gradients:
             every norm is finite.
         idle: Indices of those whose optimizers have not stepped, while others have.
         untouched: Whether what was used was, to all appearance, what backward left.
+        written_late: Whether the last step's gradients were written after its optimizer
+            and before they were cleared.
+        weights_finite: False where a gradient is not finite, and neither is a weight.
     """
 
     names: Sequence[str] = ()
@@ -112,6 +115,8 @@ class Gradients:
     order: list[int] = field(default_factory=list)
     idle: frozenset[int] = frozenset()
     untouched: bool = False
+    written_late: bool = False
+    weights_finite: bool | None = None
 
     def ended(
         self,
@@ -458,7 +463,10 @@ def _named(step: Gradients, before: Mapping[int, float], norm: float) -> StepFac
     if not math.isfinite(norm):
         order = [i for i in step.order if i in before] or list(before)
         broken = [i for i in order if not math.isfinite(before[i])]
-        return StepFacts(nonfinite=tuple(step.names[i] for i in broken[:_NAMED]))
+        return StepFacts(
+            nonfinite=tuple(step.names[i] for i in broken[:_NAMED]),
+            weights_finite=step.weights_finite,
+        )
     return _carriers(step.names, before, norm)
 
 

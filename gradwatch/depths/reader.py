@@ -46,11 +46,14 @@ class Reader:
         self._modules, self._clearing = modules, Clearing()
         self._changes, self._moving = Changes({}), dict[int, Moving]()
         self._scanned = -_RESCAN_STEPS
+        self._left: tuple[int, Tensor, int] | None = None
+        self._small: tuple[Held | None, int] = None, 0
         self._layout = (list[str](), Layout((), (), ()))
         self._begin_with_parameters()
 
     def _begin_with_parameters(self) -> None:
         """Start again with the parameters as they are now."""
+        self._small = None, 0
         weights = {}
         for recurrence in self._modules.alive():
             weight = plain_weight(recurrence)
@@ -114,8 +117,9 @@ class Reader:
     # ---- backward
 
     def opened(self, param: Tensor) -> None:
-        """Look at the first gradient of a step: had it been cleared?"""
+        """Look at the first gradient of a step: had it been cleared, and how?"""
         self.gradients.opened(self.cleared(param))
+        self.gradients.written_late = self._is_written_late()
 
     def suspects(self, param: Tensor) -> bool:
         """Tell whether it seems not to have been."""
@@ -137,6 +141,10 @@ class Reader:
         scale = _torch.loss_scale(self.scaler) if due else None
         order = [] if _known_finite(before) else parameters.arrivals()
         self.gradients.ended(parameters.names, live, before, scale, order)
+        if isinstance(before, list) and not all_finite(before):
+            weights = norms([p.detach() for p in parameters.params])
+            if isinstance(weights, list) and not all_finite(weights):
+                self.gradients.weights_finite = False
         return True
 
     # ---- optimizers
@@ -231,8 +239,41 @@ class Reader:
     def has_used(self, held: Held, stepped: tuple[int, ...]) -> None:
         """Look at the gradients as an optimizer leaves them."""
         self._parameters.note_used(held.number, held.params)
+        self._left = self._smallest(held)
         idle = self._optimizers.idle({*stepped, held.number})
         self._clearing.used(self._parameters.params, idle)
+
+    def _smallest(self, held: Held) -> tuple[int, Tensor, int] | None:
+        """Return the place of a small gradient, it, and its version; None for none.
+
+        It is held until the next step opens, so that it can be told what was done to it
+        before it was cleared.
+        """
+        params = self._parameters.params
+        known, place = self._small
+        if known is not held:
+            live, _ = self._parameters.of(held.params)
+            if not live:
+                return None
+            place = min(live, key=lambda i: params[i].numel())
+            self._small = held, place
+        grad = params[place].grad
+        if type(grad) is not Tensor or not grad.is_cpu or grad.is_sparse:
+            return None
+        return place, grad, grad._version
+
+    def _is_written_late(self) -> bool:
+        """Tell whether gradients were written after the step that has used them.
+
+        Where they are cleared in place, that cannot be told.
+        """
+        left, self._left = self._left, None
+        if left is None:
+            return False
+        place, grad, version = left
+        if grad._version == version or place >= len(self._parameters.params):
+            return False
+        return self._parameters.params[place].grad is not grad and bool(grad.any())
 
     @property
     def refused(self) -> bool:
@@ -281,6 +322,7 @@ class Reader:
 
     def close(self) -> None:
         """Let go of everything. Safe to call twice."""
+        self._left = None
         self._clearing.close()
         self._changes = Changes({})
         self._moving.clear()

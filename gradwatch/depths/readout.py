@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -72,7 +73,9 @@ def launch(taken: Taken) -> Readout:
             loss_terms=made.terms,
             loss_reads=", ".join(map(_plain, made.reads)),
             loss_axes=", ".join(map(str, made.softmax)) or None,
-            loss_broadcast="x".join(map(str, made.broadcast or ())) or None,
+            loss_broadcast=_shape(made.broadcast or ()) or None,
+            loss_views=tuple(f"{_shape(a)} to {_shape(b)}" for a, b in made.views)
+            or None,
         )
     )
     if not taken.looks:
@@ -113,6 +116,10 @@ def _targets(
             (made.kind, squared_targets(outputs, grads, taken.loss)) if whole else None
         )
     return None
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _plain(name: str) -> str:

@@ -25,6 +25,8 @@ def of_calls(chain: Sequence[Capture]) -> ModuleFacts | None:
         dtype=chain[0].dtype,
         autocast=chain[0].autocast or None,
         cut=_steps_cut_off(chain[0]) or None,
+        evaluating=any(call.evaluating for call in chain) or None,
+        graph_kept=chain[0].graph_kept or None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,9 +34,8 @@ class State:
             stream, "statistics")``; what drives its units is ``(name, "drive")``.
         modules: Path of each replayed module with the tolerance of its replay. Its
             mismatch is ``(path, "mismatch")``, absent where the numbers are
-            approximate; ``(path, "input")`` are the share of its steps, at the end,
-            that are all zeros, two sums by which the same input is known again, and
-            whether that of the whole batch is finite.
+            approximate; ``(path, "input")`` are the numbers of :data:`INPUT`, and
+            ``(path, "reached")`` is the share of sequences that a gradient reaches.
         gates: Gated streams whose W_hh has a gradient of its own; the norms of their
             gates' gradients, one stream after the other, are ``gates``.
         left_out: Path of a module -> why it could not be replayed.
@@ -60,6 +60,9 @@ class State:
         finite = [r.finite for r in replayed.calls if r.finite is not None]
         told = [*told, torch.stack(finite).all().to(x.device)]
         self.numbers[path, "input"] = torch.stack([one.float() for one in told])
+        reached = [share for call in replayed.calls for share in call.reached.values()]
+        if reached:
+            self.numbers[path, "reached"] = torch.stack(reached).amax()
 
     def add(
         self, path: str, members: Sequence[Recurrence], replayed: Trajectory | str
@@ -96,8 +99,25 @@ class State:
             self.numbers["gates"] = norms(parts)
 
 
+INPUT: Final = (
+    "padding",
+    "blank",
+    "repeats",
+    "scale",
+    "offset",
+    "spread",
+    "size",
+    "mixed",
+    "finite",
+)
+"""What is measured of an input: the share of all-zero steps at the end, and elsewhere,
+and of steps like the one before; its root mean square; the largest share of a channel's
+that is its mean; the largest channel over the smallest; two sums by which it is known
+again; and whether that of the whole batch is finite."""
+
+
 def _input_numbers(x: Tensor, lengths: Tensor | None) -> list[Tensor]:
-    """Return the share of all-zero steps at the end, and two sums of an input.
+    """Return the numbers of :data:`INPUT`, all but the last.
 
     Args:
         x: Shape ``(T, K, F)``.
@@ -109,9 +129,34 @@ def _input_numbers(x: Tensor, lengths: Tensor | None) -> list[Tensor]:
     last = (size > 0).flip(0).to(torch.int8).argmax(0)  # 0 for nothing but zeros too
     empty = last.where(size.amax(0) > 0, len(x))
     padded = empty if lengths is None else (empty - (len(x) - lengths)).clamp_min(0)
+    blank = (size == 0).sum(0) - empty  # what lies behind the end is empty too
+    same = (x[1:] == x[:-1]).all(-1) & (size[1:] > 0)
+    repeats = same.float().sum(0) / (steps - 1 if lengths is None else lengths - 1)
     mixed = x @ torch.arange(x.shape[-1], device=x.device).add(1).cos()
     wave = torch.arange(size.numel(), device=x.device).cos().view_as(size)
-    return [(padded / steps).mean(), size.sum(), (mixed * wave).sum()]
+    return [
+        (padded / steps).mean(),
+        (blank / steps).mean(),
+        repeats.mean(),
+        *_channels(x, (size > 0).sum().clamp_min(1)),
+        size.sum(),
+        (mixed * wave).sum(),
+    ]
+
+
+def _channels(x: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scale, offset and spread; see :data:`INPUT`.
+
+    Args:
+        x: Shape ``(T, K, F)``.
+        count: How many steps are not all zeros: the others are not counted.
+    """
+    square = x.square().sum((0, 1)) / count
+    mean = x.sum((0, 1)) / count
+    there = square > 0
+    offset = (mean.square() / square).where(there, 0).amax()
+    least = square.where(there, math.inf).amin()
+    return square.mean().sqrt(), offset, (square.amax() / least).sqrt()
 
 
 def _drive(replayed: Trajectory, layer: int, direction: int) -> Tensor:
@@ -236,6 +281,9 @@ def finish(run: State, host: Host, scale: float, memory: Memory) -> Replays:
     modules = {path: ModuleFacts(replay=why) for path, why in words.items()}
     for path, _ in run.modules:
         modules[path] = _input_facts(path, host[path, "input"], words, memory)
+        if (path, "reached") in host:
+            share = round(float(host[path, "reached"]), 2)
+            modules[path] = dataclasses.replace(modules[path], sequences_read=share)
     return Replays(metrics, left_out, modules, drives)
 
 
@@ -243,16 +291,39 @@ def _input_facts(
     path: str, read: Any, words: Mapping[str, str], memory: Memory
 ) -> ModuleFacts:
     """Return the facts of a module whose input was looked at."""
-    padding, *sums, finite = read.tolist()
+    told = dict(zip(INPUT, read.tolist(), strict=True))
+    sums = [told["size"], told["mixed"]]
     *known, times = memory.looks.get(path, (math.nan, math.nan, 0))
     looks = times + 1 if known == sums and sums[0] > 0 else 1
     memory.looks[path] = (*sums, looks)
-    return ModuleFacts(
+    facts = ModuleFacts(
         replay=words.get(path),
-        padding=round(padding, 1) if finite else None,
         same_batch=min(int(looks), _LOOKS),
-        input_finite=None if finite else False,
+        input_finite=None if told["finite"] else False,
     )
+    if not told["finite"]:
+        return facts
+    return dataclasses.replace(
+        facts,
+        padding=round(told["padding"], 1),
+        blank=_share(told["blank"]),
+        repeats=_share(told["repeats"]),
+        input_scale=_nearest(told["scale"], 2),
+        input_offset=_share(told["offset"]),
+        input_spread=_nearest(told["spread"], 10),
+    )
+
+
+def _share(value: float) -> float | None:
+    """Return a share to one digit, as a fact is not to change often."""
+    return round(value, 1) if math.isfinite(value) else None
+
+
+def _nearest(value: float, base: int) -> float | None:
+    """Return the nearest power of a base; None where there is none."""
+    if not 0 < value < math.inf:
+        return None
+    return float(base) ** round(math.log(value, base))
 
 
 def _driven_by(drive: float) -> str:

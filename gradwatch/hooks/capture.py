@@ -25,6 +25,9 @@ class Capture:
         era: How many backward passes and optimizer steps had ended before it.
         reached: Whether a gradient reached its output: evaluation has none.
         task: The number of the backward pass that brought the first one.
+        evaluating: Whether the module was in evaluation mode.
+        graph_kept: Whether the state it was given brings the graph of a step along that
+            is over.
         wants_grads: Whether the gradients that reach it are to be copied.
         sequences: What a few of its sequences were given and returned; or why that
             could not be had; None where it was not wanted.
@@ -41,6 +44,8 @@ class Capture:
     era: int = 0
     reached: bool = False
     task: int = -1
+    evaluating: bool = False
+    graph_kept: bool = False
     wants_grads: bool = False
     sequences: Sequences | str | None = None
     previous: Capture | None = None

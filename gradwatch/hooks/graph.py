@@ -57,7 +57,11 @@ _VIEWS: Final = frozenset(
         "Narrow",
     }
 )
+_RESHAPES: Final = ("View", "UnsafeView", "ReshapeAlias")
 _REDUCTIONS: Final = ("none", "mean", "sum")
+
+
+Shape = tuple[int, ...]
 
 
 class LossGraph(NamedTuple):
@@ -75,6 +79,8 @@ class LossGraph(NamedTuple):
         softmax: Of each softmax among them, and of cross entropy's own, the axis.
         broadcast: The shape of what was expanded to be compared with the targets; None
             where nothing was.
+        views: Shapes before and after each view on the way, from the loss through the
+            read-out and on, that mixes axes: one that neither joins nor splits some.
         weights: The parameters of the function that made the read-out; not kept.
         nodes: Numbers of the functions from all terms down to their read-outs.
     """
@@ -87,6 +93,7 @@ class LossGraph(NamedTuple):
     reads: tuple[str, ...]
     softmax: tuple[int, ...]
     broadcast: tuple[int, ...] | None
+    views: tuple[tuple[Shape, Shape], ...]
     weights: tuple[Tensor, ...]
     nodes: frozenset[int]
 
@@ -123,6 +130,7 @@ def look(root: Tensor) -> LossGraph | None:
             if n in ("Softmax", "LogSoftmax")
         ),
         broadcast=_expanded(path, names),
+        views=tuple(_mixing([*path, *(_onwards(path[-1]) if ends else ())])),
         weights=weights if ends else (),
         nodes=frozenset(one._sequence_nr() for _, n in found for one in _path(n)),
     )
@@ -188,6 +196,61 @@ def _path(node: Any) -> Iterator[Any]:
         if _name(node) == "AccumulateGrad":
             return
         yield node
+
+
+def _onwards(node: Any) -> Iterator[Any]:
+    """Yield the functions behind the read-out, as long as one leads to the next."""
+    for _ in range(_FAR):
+        own = {id(weight) for weight in _parameters(node)}
+        below = [one for one in _below(node) if not _leads_to(one, own)]
+        if len(below) != 1 or _name(below[0]) == "AccumulateGrad":
+            return
+        node = below[0]
+        yield node
+
+
+def _leads_to(node: Any, weights: set[int]) -> bool:
+    """Tell whether a function is one of some parameters, transposed or not."""
+    for one in [node, *_below(node)[:1]]:
+        if _name(one) == "AccumulateGrad":
+            return id(one.variable) in weights
+    return False
+
+
+def _mixing(path: list[Any]) -> Iterator[tuple[Shape, Shape]]:
+    """Yield the shapes of views that mix axes."""
+    for node in path:
+        made = getattr(node, "_input_metadata", ())
+        if _name(node) in _RESHAPES and len(made) == 1:
+            before = tuple(int(n) for n in _saved(node, "self_sym_sizes", ()))
+            after = tuple(int(n) for n in made[0].shape)
+            if mixes_axes(before, after):
+                yield before, after
+
+
+def mixes_axes(before: Shape, after: Shape) -> bool:
+    """Tell whether a view does more than join neighbouring axes and split axes.
+
+    Example:
+        >>> mixes_axes((20, 32, 8), (640, 8)), mixes_axes((640, 8), (20, 32, 8))
+        (False, False)
+        >>> mixes_axes((20, 32, 8), (32, 20, 8)), mixes_axes((2, 32, 8), (32, 16))
+        (True, True)
+    """
+    left = [n for n in before if n != 1]
+    right = [n for n in after if n != 1]
+    while left and right:
+        a, b, joined, split = left.pop(0), right.pop(0), 1, 1
+        while a != b:
+            if a < b and left:
+                a, joined = a * left.pop(0), joined + 1
+            elif b < a and right:
+                b, split = b * right.pop(0), split + 1
+            else:
+                return False  # not of the same size: no view at all
+        if joined > 1 and split > 1:
+            return True
+    return False
 
 
 def _through_views(node: Any) -> Any:

@@ -96,6 +96,7 @@ class Probe:
         self._computed: dict[str, Tensor] = {}
         self._rng: Tensor | None = None
         self._era = 0
+        self._begun = 0  # numbers of functions from here on are of the open step
         self._returned = Returned()
         self._tidy_at = 2 * _HELD
         self.on_grad = _torch.OutOfGraphs(self.reached)
@@ -165,6 +166,7 @@ class Probe:
         """Note that an optimizer has stepped: later calls are told apart."""
         self._era += 1
         self.called = False
+        self._begun = _torch.next_function()
 
     def forget(
         self, task: int = -1, *, states: tuple[bool, bool] = (False, False)
@@ -346,6 +348,8 @@ class Probe:
             dtype=_name(head.dtype),
             autocast=_autocast(head.device.type),
             era=self._era,
+            evaluating=not module.training,
+            graph_kept=any(_torch.made_before(s, self._begun) for s in states),
             sequences=sequences,
             wants_grads=wanted.grads and isinstance(sequences, Sequences),
             previous=past.call if past is not None and passes else None,

@@ -48,6 +48,8 @@ class Sequences:
             which returns views.
         pick: Takes the sequences out of what is laid out like the input; its
             ``of_states`` out of states.
+        reached: For each of these the share of the batch's sequences that a gradient
+            reaches; one element, on the device.
         grads: What backward brought to the output ``y`` and to the states ``h``, ``c``
             that the call returned, for these sequences; filled by the tensor hooks.
     """
@@ -66,16 +68,29 @@ class Sequences:
     carried: bool = False
     composite: bool = False
     pick: Pick
+    reached: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
 
     def take_grad(self, name: str, grad: Tensor) -> None:
         """Copy what backward brought to one of the tensors that the call returned."""
         of = self.pick if name == "y" else self.pick.of_states
         self.grads[name] = of(grad.detach())
+        axis = self.pick.batch_axis if name == "y" else -2
+        if axis is not None and self.pick.batch > 1:
+            by_sequence = (grad.detach() != 0).transpose(axis, 0).flatten(1)
+            self.reached[name] = by_sequence.any(1).float().mean()
 
 
 class Pick(Protocol):
-    """Takes the sequences looked at out of a batch."""
+    """Takes the sequences looked at out of a batch.
+
+    Attributes:
+        batch: How many sequences there are.
+        batch_axis: Of what is laid out like the input; None where it has none.
+    """
+
+    batch: int
+    batch_axis: int | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Copy them from a tensor laid out like the input: ``(T, K, F)``."""
@@ -233,6 +248,8 @@ class _Dense:
         else:
             self.batch = x.shape[0 if cell or self._batch_first else 1]
         self._leading = x.shape[:-1]
+        own = 0 if cell or self._batch_first else 1
+        self.batch_axis: int | None = own if self._batched else None
         self._rows = _spread(self.batch, count)
 
     def wrong(self, y: Tensor, module: nn.Module) -> bool:
@@ -268,6 +285,8 @@ class _Dense:
 
 class _Packed:
     """Picks sequences from a packed batch, shorter and longer ones alike."""
+
+    batch_axis: int | None = None
 
     def __init__(self, given: PackedSequence, count: int | None) -> None:
         sizes = given.batch_sizes
