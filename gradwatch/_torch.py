@@ -214,14 +214,36 @@ Without the private call: 0, and no function is older than that.
 """
 
 
+def function_number(function: Any) -> int:
+    """Return the number of a function of the graph.
+
+    Without the private call: a number that no function has.
+    """
+    number: int = function._sequence_nr() if hasattr(function, "_sequence_nr") else -1
+    return number
+
+
 def made_before(tensor: Tensor, number: int) -> bool:
     """Tell whether a tensor was made by a function with a smaller number."""
-    node: Any = tensor.grad_fn
-    return (
-        node is not None
-        and hasattr(node, "_sequence_nr")
-        and (node._sequence_nr() < number)
-    )
+    function = tensor.grad_fn
+    return function is not None and -1 < function_number(function) < number
+
+
+def saved(function: Any, name: str, default: Any) -> Any:
+    """Return a number that a function of the graph has kept, even once it has run.
+
+    Without the private attribute: the default.
+    """
+    return getattr(function, f"_saved_{name}", default)
+
+
+def made_shapes(function: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of what a function of the graph has made.
+
+    Without the private attribute: none.
+    """
+    made: Any = getattr(function, "_input_metadata", ())
+    return [tuple(int(n) for n in one.shape) for one in made]
 
 
 _HOOKED_STEP = (torch.optim.Optimizer.profile_hook_step.__code__.co_filename, "wrapper")

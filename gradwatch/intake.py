@@ -46,7 +46,7 @@ class Intake:
         """Whether the loop was found to write gradients without a trace."""
         self._pipeline, self._schedule = pipeline, settings.schedule
         self._patient, self._raising = settings.patient, settings.raising
-        parts = (*DEPTHS[1:], "readout")
+        parts = (*DEPTHS[1:], "readout", "update")
         self._guards = {part: health.guard(part) for part in parts}
         self._events: list[str] = []
         self._asks = False  # for the spectrum of weights that were written

@@ -23,7 +23,7 @@ def measured(name):
     torch.manual_seed(0)
     recurrent = NETS[name]()
     model = Tagger(recurrent, 8 * (1 + recurrent.bidirectional))
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     every = {"state": 1, "spectrum": 1, "flow": 1}
     with gradwatch.watch(
         model, dir=None, wandb=None, every=every, budget=None

@@ -18,6 +18,7 @@ from torch import Tensor
 from gradwatch import saved
 from gradwatch.block import Extras, Row
 from gradwatch.depths import flow, gradients, readout, spectrum, state
+from gradwatch.depths import parts as update
 from gradwatch.depths.drain import Host
 from gradwatch.depths.measured import Measured, Parts, Sampled
 from gradwatch.facts import (
@@ -191,6 +192,10 @@ def _sampled(
         modules = {p: _as_carried(own, p in carried) for p, own in modules.items()}
         for stream, _ in sampled.state.streams:
             metrics |= _over_time(stream, metrics, modules[stream.module].T)
+    if sampled.update is not None and sampled.state is not None:
+        with guards["update"]:
+            streams_seen = [stream for stream, _ in sampled.state.streams]
+            metrics |= update.finish(host["update"], streams_seen)
     now = dataclasses.replace(now, run=joined(now.run, sampled.run))
     if sampled.readout is not None:
         now = dataclasses.replace(now, run=joined(now.run, sampled.readout.facts))

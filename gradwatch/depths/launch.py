@@ -9,9 +9,10 @@ from typing import Final
 
 import torch
 
-from gradwatch.depths import readout
+from gradwatch.depths import parts, readout
 from gradwatch.depths.flow import Flow
 from gradwatch.depths.measured import Sampled
+from gradwatch.depths.parts import Updated
 from gradwatch.depths.sampled_facts import of_calls, of_stream, reach_of
 from gradwatch.depths.spectrum import Recurrent, Spectrum, too_large
 from gradwatch.depths.state import State
@@ -45,7 +46,8 @@ class Launcher:
         self._stream_facts: dict[str, StreamFacts] = {}
         self._modules, self._schedule = modules, schedule
         self._guards = {
-            part: health.guard(part) for part in (*SAMPLED, "readout", "probe")
+            part: health.guard(part)
+            for part in (*SAMPLED, "readout", "update", "probe")
         }
         self._spectra = 0
 
@@ -202,13 +204,24 @@ class Launcher:
 
     # ---- a step has closed
 
-    def complete(self, sampled: Sampled, training: Training | None) -> None:
+    def complete(
+        self,
+        sampled: Sampled,
+        training: Training | None,
+        updated: Sequence[Updated],
+    ) -> None:
         """Add the update of the weights, and what is known of modules and streams.
 
         Args:
             sampled: What was launched of the step.
             training: How the parameters are trained; None while no optimizer was seen.
+            updated: The recurrent weights that one has changed.
         """
+        if sampled.state is not None and updated:
+            began = time.perf_counter()
+            with self._guards["update"], torch.no_grad():
+                sampled.update = parts.launch(updated)
+            sampled.add("state", None, began)
         if sampled.spectrum is not None:
             began = time.perf_counter()
             with self._whole("spectrum", sampled):

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradwatch.depths.drain import Drain, Numbers
 from gradwatch.depths.flow import Flow
 from gradwatch.depths.gradients import Gradients, Layout
+from gradwatch.depths.parts import Update
 from gradwatch.depths.readout import Readout
 from gradwatch.depths.spectrum import Spectrum
 from gradwatch.depths.state import State
@@ -32,6 +33,7 @@ class Sampled:
         seconds: What that cost on the host's clock, by depth.
         modules: Facts of the modules, by path.
         streams: Facts of the streams, by name.
+        update: Where the updates of recurrent weights come from.
         run: Facts of the run.
         readout: What was seen of what the loss reads; of the first pass of the step.
         events: What has happened to the cadence of a depth.
@@ -42,6 +44,7 @@ class Sampled:
     seconds: dict[str, float] = field(default_factory=dict)
     modules: dict[str, ModuleFacts] = field(default_factory=dict)
     streams: dict[str, StreamFacts] = field(default_factory=dict)
+    update: Update | None = None
     run: RunFacts = RUN_SCOPE
     readout: Readout | None = None
     events: list[str] = field(default_factory=list)
@@ -141,6 +144,8 @@ class Measured:
             numbers |= {depth: run.numbers for depth, run in runs}
             if parts.sampled.readout is not None:
                 numbers["readout"] = parts.sampled.readout.numbers
+            if parts.sampled.update is not None:
+                numbers["update"] = parts.sampled.update.numbers
             events = [*events, *parts.sampled.events]
         if skipped_by:
             events = ["skipped_step", *events]

@@ -98,14 +98,16 @@ class OpenStep:
         """Return what was launched, with what is known at the end of the step."""
         sampled, self.sampled = self.sampled, None
         if sampled is not None:
-            self._launcher.complete(sampled, training)
+            updated = self._reader.updated() if training is not None else []
+            self._launcher.complete(sampled, training, updated)
         return sampled
 
     def set_aside(self, training: Training | None) -> None:
         """Set the step aside: it is one if updates turn out to be hand-written."""
+        sampled = self._complete(training)
         gradients, layout = self._reader.set_aside(), self._reader.layout
         loss = self.take_loss(used=False)
-        self._aside = Parts(gradients, layout, self._complete(training), *loss)
+        self._aside = Parts(gradients, layout, sampled, *loss)
 
     def drop(self) -> None:
         """Forget the step: it was none."""
@@ -125,8 +127,9 @@ class OpenStep:
             self._reader.complete(aside.gradients, ())
             return aside
         loss = self.take_loss(used=bool(closed.stepped))
+        sampled = self._complete(training)
         gradients = self._reader.take(closed.stepped)
-        return Parts(gradients, self._reader.layout, self._complete(training), *loss)
+        return Parts(gradients, self._reader.layout, sampled, *loss)
 
     def take_loss(self, *, used: bool) -> tuple[Loss, bool]:
         """Return the loss of the step that is over, and whether it was found.

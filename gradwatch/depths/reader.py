@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from gradwatch import _torch
 from gradwatch.depths.gradients import Gradients, Layout
+from gradwatch.depths.parts import Updated
 from gradwatch.depths.update import Changes, Moved, Moving
 from gradwatch.hooks.clearing import Clearing
 from gradwatch.hooks.modules import ModuleHooks
@@ -227,6 +228,19 @@ class Reader:
     def compare(self, held: Held, step: int) -> None:
         """Compare the weights with what they were before the step's optimizers."""
         self._changes.compare(self._moves(held), step)
+
+    def updated(self) -> list[Updated]:
+        """Return the recurrent weights that an optimizer has changed in this step."""
+        found: list[Updated] = []
+        for name, weight, before in self._changes.compared():
+            holders = self._optimizers.holding(weight)
+            if len(holders) == 1:
+                [(optimizer, group)] = holders
+                kind, state = type(optimizer), optimizer.state.get(weight, {})
+                if kind.__module__.startswith("torch.optim."):
+                    given = (kind.__name__, group, state)
+                    found.append(Updated(name, weight, before, *given))
+        return found
 
     def moved(self) -> Moved | None:
         """Return what was compared in a step that is over."""

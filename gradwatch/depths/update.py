@@ -139,13 +139,13 @@ class Changes:
 
     def _size_now(self, name: str, change: Norms) -> float:
         """Return the norm of a small weight after its change."""
-        view, before = self._views.get(name), self._sizes[name]
-        if view is None or not isinstance(before, list) or not isinstance(change, list):
+        if name not in self._views:
             return math.nan
-        if not change[0] < before[0]:  # what is left over may be anything
+        view, [gap], [size] = self._views[name], change, self._sizes[name]
+        if not gap < size:  # what is left over may be anything
             return math.nan
-        product = float(view.before.dot(view.gap))
-        return math.sqrt(max(before[0] ** 2 - 2 * product + change[0] ** 2, 0.0))
+        square: float = size * size - 2 * view.before.dot(view.gap) + gap * gap
+        return float(square**0.5) if square > 0 else 0.0
 
     def _change(self, name: str, weight: nn.Parameter) -> Norms:
         view = self._views.get(name)
@@ -155,6 +155,18 @@ class Changes:
         if view.address != weight.data_ptr():  # an optimizer that replaces the data
             values = weight.detach().numpy().reshape(-1)
         return [_norm(np.subtract(view.before, values, out=view.gap))]
+
+    def compared(self) -> list[tuple[str, nn.Parameter, Tensor]]:
+        """Return the weights compared in this step, each as it was before it."""
+        found: list[tuple[str, nn.Parameter, Tensor]] = []
+        for name, weight in self._tracked.values():
+            view = self._views.get(name)
+            if name in self._changes and view is not None:
+                copy = torch.from_numpy(view.before).view_as(weight)
+                found.append((name, weight, copy))
+            elif name in self._changes and name in self._copies:
+                found.append((name, weight, self._copies[name]))
+        return found
 
     def take(self) -> Moved | None:
         """Return what was compared in the step; None where nothing was."""

@@ -13,6 +13,8 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
+from gradwatch._torch import function_number, made_shapes, saved
+
 _MOST: Final = 512
 """Nodes that are looked at."""
 _FAR: Final = 24
@@ -119,20 +121,20 @@ def look(root: Tensor) -> LossGraph | None:
     ends = bool(path) and bool(weights := tuple(_parameters(path[-1])))
     return LossGraph(
         kind=kind,
-        reduction=_REDUCTIONS[_saved(node, "reduction", 0)],
+        reduction=_REDUCTIONS[saved(node, "reduction", 0)],
         terms=len(found),
         others=tuple(sorted({other for other, _ in found} - {found[0][0]})),
         alone=alone,
         reads=tuple(names[i] for i in applied if not (ends and i == len(path) - 1)),
         softmax=tuple(
-            _signed(_saved(one, "dim", 0))
+            _signed(saved(one, "dim", 0))
             for one, n in zip(path, names, strict=True)
             if n in ("Softmax", "LogSoftmax")
         ),
         broadcast=_expanded(path, names),
         views=tuple(_mixing([*path, *(_onwards(path[-1]) if ends else ())])),
         weights=weights if ends else (),
-        nodes=frozenset(one._sequence_nr() for _, n in found for one in _path(n)),
+        nodes=frozenset(function_number(one) for _, n in found for one in _path(n)),
     )
 
 
@@ -180,7 +182,7 @@ def _by_hand(node: Any) -> tuple[str, Any]:
     if name == "Abs":
         return "l1", gap
     squared = name == "Mul" and len(below) == 2 and gap is below[1]
-    squared = squared or (name == "Pow" and _saved(node, "exponent", 0) == 2)
+    squared = squared or (name == "Pow" and saved(node, "exponent", 0) == 2)
     return ("mse", gap) if squared else ("", node)
 
 
@@ -220,10 +222,10 @@ def _leads_to(node: Any, weights: set[int]) -> bool:
 def _mixing(path: list[Any]) -> Iterator[tuple[Shape, Shape]]:
     """Yield the shapes of views that mix axes."""
     for node in path:
-        made = getattr(node, "_input_metadata", ())
-        if _name(node) in _RESHAPES and len(made) == 1:
-            before = tuple(int(n) for n in _saved(node, "self_sym_sizes", ()))
-            after = tuple(int(n) for n in made[0].shape)
+        if _name(node) not in _RESHAPES:
+            continue
+        before = tuple(int(n) for n in saved(node, "self_sym_sizes", ()))
+        for after in made_shapes(node):
             if mixes_axes(before, after):
                 yield before, after
 
@@ -275,7 +277,7 @@ def _expanded(path: list[Any], names: list[str]) -> tuple[int, ...] | None:
     """Return the shape of what was expanded before anything else was applied."""
     for node, name in zip(path, names, strict=True):
         if name == "Expand":
-            shape = _saved(node, "self_sym_sizes", ())
+            shape = saved(node, "self_sym_sizes", ())
             return tuple(int(n) for n in shape)
         if name not in _VIEWS:
             return None
@@ -290,11 +292,6 @@ def _name(node: Any) -> str:
     """Return the name of a function: ``LogSoftmaxBackward0`` as ``LogSoftmax``."""
     name: str = node.name().rpartition("::")[2]
     return name.partition("Backward")[0]
-
-
-def _saved(node: Any, name: str, default: Any) -> Any:
-    """Return a number that a function has kept; such are there after it has run."""
-    return getattr(node, f"_saved_{name}", default)
 
 
 def _signed(dim: int) -> int:

@@ -244,6 +244,15 @@ class OptimizerHooks:
             if old > 0 and not old < _JUMP * new < _JUMP * _JUMP * old
         ]
 
+    def holding(self, param: Tensor) -> list[tuple[Optimizer, dict[str, Any]]]:
+        """Return the optimizers that hold a parameter, each with its group."""
+        return [
+            (optimizer, group)
+            for optimizer in self.alive()
+            for group in optimizer.param_groups
+            if any(one is param for one in group["params"])
+        ]
+
     def training(self) -> Training:
         """Return how the parameters are trained, as far as that is known."""
         rates: dict[int, float] = {}
@@ -265,8 +274,8 @@ class OptimizerHooks:
         return Training(rates, groups, tuple(unheld))
 
 
+_PLAIN: Final = frozenset({bool, int, float})
 _OPTIONS: Final = (
-    "lr",
     "weight_decay",
     "momentum",
     "nesterov",
@@ -276,18 +285,23 @@ _OPTIONS: Final = (
     "amsgrad",
     "maximize",
 )
-"""What is told of a group of parameters, where it has it."""
+"""What is told of a group of parameters beside its rate, where it has it."""
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
     """Return what is known of how a group of parameters is trained, as plain values."""
-    found: dict[str, Any] = {"lr": _rate(group)}
-    for name in _OPTIONS[1:]:
-        value = group.get(name)
-        plain = value if isinstance(value, tuple | list) else (value,)
-        if all(isinstance(one, bool | int | float) for one in plain):
-            found[name] = list(plain) if value is not plain[0] else value
-    return {n: v for n, v in found.items() if v not in (0, False)}
+    rate = _rate(group)
+    found: dict[str, Any] = {"lr": rate} if rate else {}
+    for name in _OPTIONS:
+        if name not in group:
+            continue
+        value = group[name]
+        if type(value) in _PLAIN:
+            if value:
+                found[name] = value
+        elif isinstance(value, tuple | list) and set(map(type, value)) <= _PLAIN:
+            found[name] = list(value)
+    return found
 
 
 def _rate(group: dict[str, Any]) -> float:

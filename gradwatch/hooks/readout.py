@@ -178,8 +178,8 @@ class _OnGrad:
 
     def __init__(self, readout: Readout, output: Tensor) -> None:
         self.readout, self.output = readout, output.detach()
-        made: Any = output.grad_fn
-        self.node, self.version = made._sequence_nr(), output._version
+        self.node = _torch.function_number(output.grad_fn)
+        self.version = output._version
 
     def __call__(self, grad: Tensor | None) -> None:
         if grad is not None:
