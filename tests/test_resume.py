@@ -45,7 +45,8 @@ watch.close()
     assert [r.step for r in two.records] == list(range(50, 120))
     assert two.records[0].events == ("resume",)
     steps, _ = two.records.series("gradwatch/rnn/l0/rho")
-    assert steps.tolist() == [50, 100]  # nothing warms up again
+    # Nothing warms up again; by then the weights had been written by hand.
+    assert steps.tolist() == [50, 61, 100]
     assert [a.step for a in one.alerts] == [45]
     assert two.alerts == []  # the incident was open, and is not sent again
     [incident] = two.incidents

@@ -268,7 +268,7 @@ def test_what_is_sent_of_a_deep_lstm(server):
     run.finish()
     got = server.runs[run.id]
     sent = {k for row in got.history for k in row if k.startswith("gradwatch/")}
-    assert len(headline) == 32
+    assert len(headline) == 33
     assert sent - {STEP_KEY} <= set(headline)
     assert not any("." in key for key in sent)
     for metric in ("grad_norm_hh", "update_ratio", "rho"):
