@@ -81,9 +81,13 @@ class RunFacts:
         "views between the recurrent module and the loss that mix axes, such as "
         "`20x32x8 to 32x20x8`: they neither join neighbouring axes nor split one"
     )
+    loss_classes: tuple[int, ...] | None = _fact(
+        "of a log-softmax before a negative log-likelihood: along how many entries it "
+        "adds up to 1, and how many classes the loss takes them for"
+    )
     loss_broadcast: str | None = _fact(
-        "the shape of the read-out, such as `32x1`, where it was expanded to be "
-        "compared with targets of another shape"
+        "how the read-out was expanded to be compared with targets of another shape, "
+        "such as `32x1 to 32x32`; empty where it was not"
     )
 
 
@@ -251,9 +255,12 @@ def _names(scope: type) -> set[str]:
     return {f.name for f in dataclasses.fields(scope)}
 
 
+_TUPLES: Final = frozenset({"nonfinite", "unheld", "loss_views", "loss_classes"})
+
+
 def _scope(kind: type[_Scope], raw: Mapping[str, Any]) -> _Scope:
     known = {name: raw[name] for name in _names(kind) & set(raw)}
-    for name in {"nonfinite", "unheld", "loss_views"} & known.keys():
+    for name in _TUPLES & known.keys():
         known[name] = tuple(known[name])
     return kind(**known)
 

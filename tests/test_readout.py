@@ -9,7 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradwatch
+from gradwatch.depths.readout import launch
+from gradwatch.facts import Facts
 from gradwatch.hooks import calls, graph
+from gradwatch.hooks.readout import Taken
+from gradwatch.kinds.loss_mismatch import LossMismatch
+from gradwatch.kinds.target_broadcast import TargetBroadcast
 from gradwatch.metrics import run_key
 from gradwatch.numerics.readout import (
     best_constant,
@@ -17,6 +22,7 @@ from gradwatch.numerics.readout import (
     cross_entropy_targets,
     squared_targets,
 )
+from gradwatch.record import StepRecord
 from testbed.models import Loop, Tagger, batches, lstm
 
 CONSTANT, WEIGHT, SHARE = map(run_key, ("loss_constant", "loss_weight", "target_share"))
@@ -249,7 +255,7 @@ ODD = {
     "NLL of raw scores": (lambda o: F.nll_loss(o, Y), {"kind": "nll", "reads": ()}),
     "softmax over the batch": (
         lambda o: F.nll_loss(o.log_softmax(0), Y),
-        {"kind": "cross_entropy", "softmax": (0,)},
+        {"kind": "cross_entropy", "softmax": (0,), "classes": (8, 3)},
     ),
     "sigmoid twice": (
         lambda o: F.binary_cross_entropy_with_logits(o.sigmoid(), torch.rand(8, 3)),
@@ -265,15 +271,15 @@ ODD = {
     ),
     "a column beside a row": (
         lambda o: F.mse_loss(o[:, :1], torch.randn(8)),
-        {"kind": "mse", "broadcast": (8, 1)},
+        {"kind": "mse", "broadcast": ((8, 1), (8, 8))},
     ),
     "a column minus a row": (
         lambda o: (o[:, :1] - torch.randn(8)).square().mean(),
-        {"kind": "mse", "broadcast": None},
+        {"kind": "mse", "broadcast": ((8, 1), (8, 8))},
     ),
     "a row beside a column, as L1": (
         lambda o: F.l1_loss(o[:, 0], torch.randn(8, 1)),
-        {"kind": "l1", "broadcast": (8,)},
+        {"kind": "l1", "broadcast": ((8,), (8, 8))},
     ),
     "two losses": (
         lambda o: F.cross_entropy(o, Y) + F.mse_loss(o, torch.zeros(8, 3)),
@@ -288,6 +294,63 @@ ODD = {
         {"kind": "mse", "alone": False},
     ),
 }
+
+
+class LogProbabilities(torch.autograd.Function):
+    """Whatever a function of one's own does, it may normalise."""
+
+    @staticmethod
+    def forward(ctx, scores, weight):
+        ctx.save_for_backward(weight)
+        return scores
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda o: F.nll_loss(LogProbabilities.apply(o, HEAD.weight), Y),
+        lambda o: F.nll_loss((o.softmax(-1) + 1e-8).log(), Y),
+        lambda o: F.nll_loss(o - o.logsumexp(-1, keepdim=True), Y),
+        lambda o: F.nll_loss(o.log_softmax(-1) * 0.5, Y),
+        lambda o: F.cross_entropy(o.log_softmax(-1), Y),
+        lambda o: F.cross_entropy(10 * o.sigmoid(), Y),
+        lambda o: F.mse_loss(o.relu(), torch.rand(8, 3)),
+        lambda o: F.mse_loss(o[:, None], torch.rand(8, 5, 3)),
+        lambda o: F.mse_loss(o.mean(), torch.rand(8)),
+        lambda o: F.binary_cross_entropy(o.softmax(-1), torch.rand(8, 3)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_what_is_unusual_and_sound_raises_no_alarm(build):
+    made = seen(lambda weight: build(HEAD(X + weight)))
+    facts = launch(Taken(torch.zeros(()), made, "head", True, ())).facts
+    for rule in (LossMismatch(), TargetBroadcast()):
+        given = [
+            alert
+            for step in range(20)
+            for alert in rule.update(
+                StepRecord(step=step, time=0.0, metrics={}, facts=Facts(run=facts))
+            )
+        ]
+        assert given == [] and not rule.active
+
+
+def test_what_compiled_code_returns_is_not_guessed():
+    model = lstm()
+    read = torch.compile(lambda h: model.head(h).log_softmax(-1), backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with gradwatch.watch(model, dir=None, wandb=None, budget=None) as watch:
+        for x in batches(20):
+            out = read(model.rnn(x)[0][-1])
+            optimizer.zero_grad()
+            F.nll_loss(out, classes(x)).backward()
+            optimizer.step()
+    assert [a for a in watch.alerts if a.kind == "loss_mismatch"] == []
+    assert facts(watch).loss_reads == "compiled_function"
 
 
 def of_views(read, recurrent=None):

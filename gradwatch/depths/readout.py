@@ -72,10 +72,10 @@ def launch(taken: Taken) -> Readout:
             loss_kind="+".join((made.kind, *made.others)),
             loss_terms=made.terms,
             loss_reads=", ".join(map(_plain, made.reads)),
-            loss_axes=", ".join(map(str, made.softmax)) or None,
-            loss_broadcast=_shape(made.broadcast or ()) or None,
-            loss_views=tuple(f"{_shape(a)} to {_shape(b)}" for a, b in made.views)
-            or None,
+            loss_axes=", ".join(map(str, made.softmax)),
+            loss_classes=made.classes,
+            loss_broadcast=" to ".join(map(_shape, made.broadcast or ())),
+            loss_views=tuple(f"{_shape(a)} to {_shape(b)}" for a, b in made.views),
         )
     )
     if not taken.looks:

@@ -6,6 +6,7 @@ weights that was made. What it has saved is gone by then, and nothing of it is k
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from types import MappingProxyType
@@ -59,6 +60,25 @@ _VIEWS: Final = frozenset(
         "Narrow",
     }
 )
+_LAYERS: Final = frozenset(
+    {
+        "Addmm",
+        "Addbmm",
+        "Baddbmm",
+        "Mm",
+        "Bmm",
+        "Linear",
+        "MkldnnLinear",
+        "Convolution",
+        "Embedding",
+        "Add",
+        "Mul",
+        "NativeLayerNorm",
+        "NativeBatchNorm",
+        "CudnnBatchNorm",
+    }
+)
+"""Functions that make a read-out of their weights and normalise nothing to a sum."""
 _RESHAPES: Final = ("View", "UnsafeView", "ReshapeAlias")
 _REDUCTIONS: Final = ("none", "mean", "sum")
 
@@ -79,8 +99,10 @@ class LossGraph(NamedTuple):
         reads: The functions that were applied to the read-out before the loss, the last
             one first; views are left out.
         softmax: Of each softmax among them, and of cross entropy's own, the axis.
-        broadcast: The shape of what was expanded to be compared with the targets; None
-            where nothing was.
+        classes: Of a softmax of one's own before an ``nll``: along how many entries it
+            adds up to 1, and how many classes the loss takes them for. None else.
+        broadcast: The shape of what was expanded to be compared with the targets, and
+            that which it got; None where nothing was.
         views: Shapes before and after each view on the way, from the loss through the
             read-out and on, that mixes axes: one that neither joins nor splits some.
         weights: The parameters of the function that made the read-out; not kept.
@@ -94,7 +116,8 @@ class LossGraph(NamedTuple):
     alone: bool
     reads: tuple[str, ...]
     softmax: tuple[int, ...]
-    broadcast: tuple[int, ...] | None
+    classes: tuple[int, int] | None
+    broadcast: tuple[Shape, Shape] | None
     views: tuple[tuple[Shape, Shape], ...]
     weights: tuple[Tensor, ...]
     nodes: frozenset[int]
@@ -118,20 +141,24 @@ def look(root: Tensor) -> LossGraph | None:
     else:
         own = None
     applied = [i for i, n in enumerate(names) if n not in _VIEWS and i != own]
+    last = len(path) - 1
+    # What a function of any other name does with its weights is not known.
     ends = bool(path) and bool(weights := tuple(_parameters(path[-1])))
+    ends = ends and names[-1] in _LAYERS
     return LossGraph(
         kind=kind,
         reduction=_REDUCTIONS[saved(node, "reduction", 0)],
         terms=len(found),
         others=tuple(sorted({other for other, _ in found} - {found[0][0]})),
         alone=alone,
-        reads=tuple(names[i] for i in applied if not (ends and i == len(path) - 1)),
+        reads=tuple(names[i] for i in applied if not (ends and i == last)),
         softmax=tuple(
             _signed(saved(one, "dim", 0))
             for one, n in zip(path, names, strict=True)
             if n in ("Softmax", "LogSoftmax")
         ),
-        broadcast=_expanded(path, names),
+        classes=_classes(path, own),
+        broadcast=_expanded(node, path, names),
         views=tuple(_mixing([*path, *(_onwards(path[-1]) if ends else ())])),
         weights=weights if ends else (),
         nodes=frozenset(function_number(one) for _, n in found for one in _path(n)),
@@ -213,10 +240,9 @@ def _onwards(node: Any) -> Iterator[Any]:
 
 def _leads_to(node: Any, weights: set[int]) -> bool:
     """Tell whether a function is one of some parameters, transposed or not."""
-    for one in [node, *_below(node)[:1]]:
-        if _name(one) == "AccumulateGrad":
-            return id(one.variable) in weights
-    return False
+    while _name(node) in ("T", "Transpose", "ToCopy") and _below(node):
+        node = _below(node)[0]
+    return _name(node) == "AccumulateGrad" and id(node.variable) in weights
 
 
 def _mixing(path: list[Any]) -> Iterator[tuple[Shape, Shape]]:
@@ -268,20 +294,45 @@ def _is_given_parameters(node: Any) -> bool:
 def _parameters(node: Any) -> Iterator[Tensor]:
     """Yield the parameters that a function is given, transposed or not."""
     for below in _below(node):
-        own = _below(below)[0] if _name(below) in ("T", "Transpose") else below
-        if _name(own) == "AccumulateGrad":
-            yield own.variable
+        while _name(below) in ("T", "Transpose", "ToCopy") and _below(below):
+            below = _below(below)[0]
+        if _name(below) == "AccumulateGrad":
+            yield below.variable
 
 
-def _expanded(path: list[Any], names: list[str]) -> tuple[int, ...] | None:
-    """Return the shape of what was expanded before anything else was applied."""
-    for node, name in zip(path, names, strict=True):
-        if name == "Expand":
-            shape = saved(node, "self_sym_sizes", ())
-            return tuple(int(n) for n in shape)
+def _expanded(
+    node: Any, path: list[Any], names: list[str]
+) -> tuple[Shape, Shape] | None:
+    """Return the shapes of what was expanded before anything else was applied."""
+    if _name(node) == "Sub" and path:  # it expands by itself
+        for a, b in zip(made_shapes(path[0]), made_shapes(node), strict=False):
+            if math.prod(a) != math.prod(b):
+                return a, b
+    for one, name in zip(path, names, strict=True):
+        before = tuple(int(n) for n in saved(one, "self_sym_sizes", ()))
+        made = made_shapes(one)
+        if name == "Expand" and made and math.prod(before) != math.prod(made[0]):
+            return before, made[0]
         if name not in _VIEWS:
             return None
     return None
+
+
+def _classes(path: list[Any], own: int | None) -> tuple[int, int] | None:
+    """Return the entries that a log-softmax adds up over, and the classes of the loss.
+
+    Args:
+        path: From an ``nll`` on.
+        own: The place of the log-softmax in it; None for none.
+    """
+    if own is None:
+        return None
+    normalised, given = made_shapes(path[own])[:1], made_shapes(path[0])[:1]
+    if not normalised or not given or not given[0]:
+        return None
+    axis = _signed(saved(path[own], "dim", 0))
+    own_axis = 1 if len(given[0]) > 1 else 0
+    return normalised[0][axis], given[0][own_axis]
 
 
 def _below(node: Any) -> list[Any]:

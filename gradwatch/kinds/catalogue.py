@@ -19,6 +19,7 @@ from gradwatch.kinds.growth import Growth
 from gradwatch.kinds.judge import Rule
 from gradwatch.kinds.kind import Kind
 from gradwatch.kinds.loss_divergence import LOSS_DIVERGENCE, LossDivergence
+from gradwatch.kinds.loss_mismatch import LOSS_MISMATCH, LossMismatch
 from gradwatch.kinds.lr_too_high import LR_TOO_HIGH, LrTooHigh
 from gradwatch.kinds.no_gradient import NO_GRADIENT, NoGradient
 from gradwatch.kinds.nonfinite import NONFINITE, Nonfinite
@@ -27,6 +28,7 @@ from gradwatch.kinds.not_updating import NOT_UPDATING, NotUpdating
 from gradwatch.kinds.over_clipping import OVER_CLIPPING, OverClipping
 from gradwatch.kinds.repeated_batch import REPEATED_BATCH, RepeatedBatch
 from gradwatch.kinds.spike import SPIKE, Spike
+from gradwatch.kinds.target_broadcast import TARGET_BROADCAST, TargetBroadcast
 from gradwatch.kinds.truncated import TRUNCATED, Truncated
 from gradwatch.kinds.underflow import UNDERFLOW, Underflow
 from gradwatch.kinds.vanishing import VANISHING, Vanishing
@@ -44,6 +46,8 @@ _RULES: Final[Sequence[tuple[Kind, Sequence[_Make]]]] = (
     (GATE_STUCK, (GateStuck,)),
     (CLEARED_EARLY, (ClearedEarly,)),
     (NOT_CLEARED, (NotCleared,)),
+    (LOSS_MISMATCH, (LossMismatch,)),
+    (TARGET_BROADCAST, (TargetBroadcast,)),
     (OVER_CLIPPING, (OverClipping,)),
     (NO_GRADIENT, (NoGradient,)),
     (NOT_UPDATING, (NotUpdating,)),

@@ -2,7 +2,13 @@
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    mse_loss,
+    nll_loss,
+    one_hot,
+)
 
 from testbed.nets import classes
 from testbed.weights import orthogonal
@@ -241,7 +247,72 @@ def repeated(sick):
     return plain(model, 80, pairs=pairs)
 
 
+def of_loss(wrong, right=classes, outputs=4):
+    """A loss that does not fit what the last layer returns."""
+
+    def build(sick):
+        loss = wrong if sick else right
+        return plain(net(nn.LSTM, outputs=outputs), 40, loss=loss)
+
+    return build
+
+
+def over_batch(model, batch):
+    return nll_loss(model(batch[0]).log_softmax(0), batch[1])
+
+
+def normalised(model, batch):
+    return nll_loss(model(batch[0]).log_softmax(-1), batch[1])
+
+
+def each_class(change):
+    def loss(model, batch):
+        y = one_hot(batch[1], 4).float()
+        return binary_cross_entropy_with_logits(change(model(batch[0])), y)
+
+    return loss
+
+
+def column(model, batch):
+    return mse_loss(model(batch[0]), batch[1].float())
+
+
+def row(model, batch):
+    return mse_loss(model(batch[0])[:, 0], batch[1].float())
+
+
 CASES = {
+    "a softmax before cross entropy": Case(
+        "loss_mismatch",
+        "softmax_twice",
+        of_loss(lambda m, b: cross_entropy(m(b[0]).softmax(-1), b[1])),
+    ),
+    "a sigmoid before a loss that has one": Case(
+        "loss_mismatch",
+        "sigmoid_twice",
+        of_loss(each_class(torch.sigmoid), each_class(lambda o: o)),
+    ),
+    "a negative log-likelihood of probabilities": Case(
+        "loss_mismatch",
+        "probabilities",
+        of_loss(lambda m, b: nll_loss(m(b[0]).softmax(-1), b[1]), normalised),
+    ),
+    "a negative log-likelihood of scores": Case(
+        "loss_mismatch",
+        "scores",
+        of_loss(lambda m, b: nll_loss(m(b[0]), b[1]), normalised),
+    ),
+    "a softmax over the batch": Case(
+        "loss_mismatch", "axis", of_loss(over_batch, normalised)
+    ),
+    "a ReLU before cross entropy": Case(
+        "loss_mismatch",
+        "relu",
+        of_loss(lambda m, b: cross_entropy(m(b[0]).relu(), b[1])),
+    ),
+    "a column of outputs and a row of targets": Case(
+        "target_broadcast", "shape", of_loss(column, row, outputs=1)
+    ),
     "an input that is NaN": Case("nonfinite", "nan_data", nan_data(20), onset=20),
     "an input that is NaN as states are looked at, the loss not known": Case(
         "nonfinite", "nan_data", nan_data(50, known=False), onset=50
