@@ -165,12 +165,14 @@ _ABOVE: Final = 64
 _frame: Callable[[], Any] = getattr(sys, "_getframe", lambda: None)
 
 
-def backward_call() -> tuple[Any, Any, bool] | None:
+def backward_call(*, elsewhere: bool) -> tuple[Any, Any, bool] | None:
     """Return the outermost call of backward that this runs in, if it can be told.
 
-    A gradient hook runs in the thread that has called backward; on an accelerator in
-    one of the autograd engine, and the call is in another thread: that is asked if it
-    is the only one. Without frames, or the names in torch's own: None.
+    Without frames, or the names in torch's own: None.
+
+    Args:
+        elsewhere: Whether it may be in another thread: the one that calls backward, if
+            it is the only one that does.
 
     Returns:
         What it was called on; the gradients that were given for these, None for none;
@@ -181,10 +183,10 @@ def backward_call() -> tuple[Any, Any, bool] | None:
         if frame.f_code is _BACKWARD:
             found, nested, left = frame, found is not None, _ABOVE
         frame, left = frame.f_back, left - 1
-    if found is None:
+    if found is None and elsewhere:
         found = _only_backward()
-        if found is None:
-            return None
+    if found is None:
+        return None
     known = found.f_locals  # of torch's own frame: it dies with the call
     try:
         return known["tensors"], known["grad_tensors"], nested

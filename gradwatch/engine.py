@@ -191,7 +191,7 @@ class Engine:
             if begins.opened:
                 self._reader.opened(param)
             self._after_backward()
-            if self._roots.find() or begins.opened:
+            if self._roots.find(elsewhere=not param.is_cpu) or begins.opened:
                 if kept is None and self._step.has_found:  # a closure may clear them
                     kept = self._parameters.kept(param)
                 self._step.found(self._roots.loss, kept=kept is not False)

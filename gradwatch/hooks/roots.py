@@ -27,25 +27,33 @@ class Roots:
         self._last: Callable[[], Tensor | None] = _none
         self._nested = False
 
-    def find(self) -> bool:
+    def find(self, *, elsewhere: bool = False) -> bool:
         """Read the loss; tell whether it is of a call that was not found before.
 
         A backward inside a backward, as reentrant checkpointing has it, is another pass
         of the same call.
+
+        Args:
+            elsewhere: Whether another thread may have called backward: on an
+                accelerator the hooks run in one of the autograd engine.
         """
-        call = _torch.backward_call()
+        call = _torch.backward_call(elsewhere=elsewhere)
         if call is None:
             self.loss, self._last = None, _none
             return True
         roots, weights, nested = call
-        first = roots if type(roots) is Tensor else roots[0]
+        several = type(roots) is not Tensor
+        first = (roots[0] if roots else None) if several else roots
         either, self._nested = nested or self._nested, nested
         if either and self._last() is first:
             return False
+        if type(first) is not Tensor:
+            self.loss, self._last = None, _none
+            return True
         self._last = weakref.ref(first)
-        if self.readout is not None and self.readout.sees and type(first) is Tensor:
+        if self.readout is not None and self.readout.sees:
             self.readout.on_loss(first)
-        if weights is None and (roots is first or len(roots) == 1):
+        if weights is None and not (several and roots[1:]):
             self.loss = _number(first)
         else:
             self.loss = _total(roots, weights)
