@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import mse_loss
 from torch.nn.utils import parametrizations, rnn
 
 import gradwatch
@@ -147,13 +148,12 @@ def trained(name, device, watched=True, clears=True, on_alert=None, broken=None)
         for NOTED.step, x in enumerate(inputs):
             if clears:
                 optimizer.zero_grad()
-            loss = model(x).square().mean()
+            out = model(x)
+            loss = mse_loss(out, torch.ones_like(out))
             if NOTED.step == broken:
                 loss = loss * float("nan")
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            if watch is not None:
-                watch.log(loss=loss)
             losses.append(loss.detach().clone())
             optimizer.step()
     except gradwatch.TrainingAlert:
@@ -185,15 +185,24 @@ def test_watched_training_is_bitwise_that_of_the_cpu(there, name):
 def test_every_depth_measures_what_it_does_on_the_cpu(there, name):
     cpu, device = there(trained, name, "cpu").rows, there(trained, name, NAME).rows
     assert len(device) == len(cpu) == STEPS
+    assert run_key("loss_constant") in device[-1]
     for here, elsewhere in zip(device, cpu, strict=True):
         measured = {part for key in here for part in key.split("/")}
         assert {"grad_norm", "update_ratio", "rho", "act_deriv", "horizon"} <= measured
+        assert {"loss", "update_gradient"} <= measured
         for row in (here, elsewhere):
             row.pop(run_key("overhead"))
         assert here.keys() == elsewhere.keys()
         for key, value in here.items():
             small = 1e-6 if key.endswith("replay_mismatch") else 0
             assert value == pytest.approx(elsewhere[key], rel=1e-6, abs=small), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_is_found_from_the_thread_that_called_backward(there, name):
+    run = there(trained, name, NAME)
+    found = [row[run_key("loss")] for row in run.rows]
+    assert found == pytest.approx(run.losses, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "dropout"])

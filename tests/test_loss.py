@@ -299,6 +299,32 @@ def in_double(model):
         yield loss.item()
 
 
+def compiled_model(model):
+    called = torch.compile(model, backend="aot_eager")
+    optimizer = sgd(model)
+    for x in batches(STEPS):
+        optimizer.zero_grad()
+        loss = called(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+def compiled_step(model):
+    optimizer = sgd(model)
+
+    @functools.partial(torch.compile, backend="aot_eager")
+    def step(x):
+        optimizer.zero_grad()
+        loss = loss_of(model, x)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    for x in batches(STEPS):
+        yield step(x).item()
+
+
 def changed_afterwards(model):
     # What is done to the loss after backward is not what was trained on.
     optimizer = sgd(model)
@@ -336,6 +362,8 @@ LOOPS = {
         evaluated_between,
         truncated,
         in_double,
+        compiled_model,
+        compiled_step,
         changed_afterwards,
     )
 } | {
