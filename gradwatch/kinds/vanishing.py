@@ -193,6 +193,7 @@ VANISHING = Kind(
             "goes",
             "what the read-out alone can learn is learnt soon, and then no more",
         ),
+        "few": Number(4, "sequences of a call below which its loss tells nothing"),
         "lasts": Number(0.5, "`rho` above which a long sequence is the cause"),
         "long_sequence": Number(
             70, "steps of a sequence that is long for a vanilla net, more than"
@@ -379,11 +380,7 @@ class Vanishing(Remembering[_State]):
             return []
         moved = self._moved(stream, known, middle)
         known["middles"] = [*known["middles"], middle][-VANISHING.count("trend") :]
-        waits = (
-            _HOLD
-            if self._state.losses.share is not None
-            else VANISHING.count("hold_alone")
-        )
+        waits = _HOLD if self._tells(stream) else VANISHING.count("hold_alone")
         lasting = lasted >= _HOLD and moved
         lasting = lasting or (lasted >= waits and self._stays(stream))
         fell = bool(self._state.reached.get(stream.name))
@@ -407,9 +404,14 @@ class Vanishing(Remembering[_State]):
             told = told or record.step - losses.improved < stalled
         return told or signal < VANISHING.at("learnt")
 
+    def _tells(self, stream: Stream) -> bool:
+        """Tell whether the loss is known, of enough sequences to tell of progress."""
+        many = (self._seen.module(stream).B or 0) >= VANISHING.count("few")
+        return many and self._state.losses.share is not None
+
     def _moved(self, stream: Stream, known: Mapping[str, Any], middle: float) -> bool:
         """Tell whether the cumulative update is larger than nets that open need."""
-        level = "travel" if self._state.losses.share is not None else "travel_alone"
+        level = "travel" if self._tells(stream) else "travel_alone"
         if level == "travel" and self._cause(stream) == "padding":
             level = "travel_padded"
         opens = middle > known["first"] + VANISHING.at("opening")
