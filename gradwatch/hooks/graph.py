@@ -80,7 +80,6 @@ _LAYERS: Final = frozenset(
 )
 """Functions that make a read-out of their weights and normalise nothing to a sum."""
 _RESHAPES: Final = ("View", "UnsafeView", "ReshapeAlias")
-_REDUCTIONS: Final = ("none", "mean", "sum")
 
 
 Shape = tuple[int, ...]
@@ -92,7 +91,6 @@ class LossGraph(NamedTuple):
     Attributes:
         kind: ``cross_entropy``, ``nll`` (of anything but a log-softmax), ``bce``,
             ``bce_with_logits``, ``mse``, ``l1``, ``smooth_l1``, ``huber`` or ``ctc``.
-        reduction: ``none``, ``mean`` or ``sum``.
         terms: How many such functions there are, such as one a time step; of 512 nodes.
         others: Kinds of other losses that are added to it.
         alone: Whether nothing else is added to it.
@@ -110,7 +108,6 @@ class LossGraph(NamedTuple):
     """
 
     kind: str
-    reduction: str
     terms: int
     others: tuple[str, ...]
     alone: bool
@@ -147,7 +144,6 @@ def look(root: Tensor) -> LossGraph | None:
     ends = ends and names[-1] in _LAYERS
     return LossGraph(
         kind=kind,
-        reduction=_REDUCTIONS[saved(node, "reduction", 0)],
         terms=len(found),
         others=tuple(sorted({other for other, _ in found} - {found[0][0]})),
         alone=alone,
