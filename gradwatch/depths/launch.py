@@ -233,9 +233,7 @@ class Launcher:
             if known is not None:
                 self._stream_facts[name] = known
         if training is not None:
-            sampled.run = RunFacts(
-                optimizers=training.groups, unheld=training.unheld or None
-            )
+            sampled.run = RunFacts(optimizers=training.groups, unheld=training.unheld)
         sampled.modules.update(self.module_facts)
         sampled.streams.update(self._stream_facts)
 
