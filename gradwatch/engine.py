@@ -85,10 +85,9 @@ class Engine:
         self._guard = health.guard("gradients", self._recover)
         self._clock = ClockState(number=settings.start_step)
         self._overdue = self._costly = False
-        self._thread = get_ident()
+        self._thread, self._roots = get_ident(), Roots()
         # Autograd keeps the last callback of a pass.
         self._after_backward = _torch.AfterBackward(end_of_pass(self))
-        self._roots = Roots()
         self._quiet = Quiet(intake, health, self._after_backward, self._roots)
         each = settings.schedule.cadence("gradients") == 1
         self._may_be_quiet = each and settings.patient and not settings.raising
@@ -139,11 +138,12 @@ class Engine:
     def _pause_quiet(self) -> None:
         """Do what is due between two steps of the quiet path."""
         with self._guard:
-            self._leave_quiet()
-            self._reader.rescan_after(self._clock.number)
-            if self._intake.overdue:
-                self._intake.release(self._clock.number)
-            self._refresh()
+            if self._quiet.pauses:  # no other thread has done it, meanwhile
+                self._leave_quiet()
+                self._reader.rescan_after(self._clock.number)
+                if self._intake.overdue:
+                    self._intake.release(self._clock.number)
+                self._refresh()
 
     def _recover(self, off: bool) -> None:
         """Go on with the next step after a failure, or look no more."""
@@ -233,7 +233,7 @@ class Engine:
         if self._quiet.uses(optimizer, closure) or self._off:
             return
         with self._guard:
-            if self.closed:  # by another thread, meanwhile
+            if self.closed or self._quiet.is_beside(optimizer):  # of another thread
                 return
             self._leave_quiet()
             held = self._reader.held(optimizer, look_up=not self._clock.open)
@@ -295,7 +295,7 @@ class Engine:
         if self._off:
             return
         with self._guard:
-            if self.closed:  # by another thread, meanwhile
+            if self.closed or self._quiet.is_beside(optimizer):  # of another thread
                 return
             self._leave_quiet()
             held = self._reader.held(optimizer)

@@ -197,7 +197,7 @@ class Quiet:
         Returns:
             The state now.
         """
-        phase, self.phase = self.phase, OFF
+        phase, self.phase, self.pauses = self.phase, OFF, False
         if phase == OFF:
             return state
         usual = self._usual
@@ -248,6 +248,16 @@ class Quiet:
             state, _ = clock.advance(state, OptimizerBegins(usual.held.number))
         return state
 
+    def is_beside(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer of another thread steps while ours does.
+
+        The path is not left for it then: what it has not read would be lost.
+        """
+        usual = self._usual
+        if self.phase != USED or usual is None or usual.held.optimizer() is optimizer:
+            return False
+        return self._optimizers.is_foreign(optimizer, at_sight=True)
+
     @property
     def thread(self) -> int:
         """In which the last optimizer of the path has begun."""
@@ -267,6 +277,8 @@ class Quiet:
         try:
             with self._health.lock:
                 began = perf_counter()
+                if self.phase != BETWEEN:  # left by another thread, meanwhile
+                    return False
                 if self._suspicious and self._reader.suspects(param):
                     return False
                 self._roots.find()
@@ -293,9 +305,9 @@ class Quiet:
             return False
         try:
             with self._health.lock:
-                began = perf_counter()
-                usual = self._usual
-                assert usual is not None
+                began, usual = perf_counter(), self._usual
+                if usual is None or self.phase != BEGUN:  # left, meanwhile
+                    return False
                 grads = list(map(_GRAD, usual.params))
                 if self._full:
                     if not self._read_before(grads):
@@ -342,7 +354,8 @@ class Quiet:
         try:
             with self._health.lock:
                 usual = self._usual
-                assert usual is not None
+                if usual is None or self.phase == OFF:  # left, meanwhile
+                    return False
                 if usual.held.optimizer() is not optimizer:
                     return self._optimizers.is_foreign(optimizer)
                 if closure or self.phase != ENDED or self._odd:
@@ -408,9 +421,9 @@ class Quiet:
             return False
         try:
             with self._health.lock:
-                began = perf_counter()
-                usual = self._usual
-                assert usual is not None
+                began, usual = perf_counter(), self._usual
+                if usual is None or self.phase == OFF:  # left, meanwhile
+                    return False
                 if usual.held.optimizer() is not optimizer:
                     return self._optimizers.is_foreign(optimizer)
                 grad = usual.first.grad

@@ -419,14 +419,17 @@ def test_an_infinite_product_with_a_scale_tells_nothing():
     assert not any(LOSS in record.metrics for record in watch.records)
 
 
-def test_losses_of_two_models_that_train_in_two_threads_are_told_apart():
+def test_losses_of_models_that_train_in_threads_are_told_apart():
     def train(seed, out):
         torch.manual_seed(seed)
         model = lstm()
         optimizer = sgd(model)
         with gradwatch.watch(model, dir=None, wandb=None) as watch:
             used = []
-            for x in batches(60, seed=seed):
+            for x in batches(120, seed=seed):
+                if seed % 2:  # an optimizer that no watch has seen before
+                    other = sgd(nn.Linear(1, 1))
+                    other.step()
                 optimizer.zero_grad()
                 loss = (seed + 1) * loss_of(model, x)
                 loss.backward()
@@ -435,17 +438,17 @@ def test_losses_of_two_models_that_train_in_two_threads_are_told_apart():
         out[seed] = used, watch.records.series(LOSS)[1].tolist()
 
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-6)
     try:
         out = {}
-        threads = [threading.Thread(target=train, args=(i, out)) for i in range(3)]
+        threads = [threading.Thread(target=train, args=(i, out)) for i in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     finally:
         sys.setswitchinterval(before)
-    assert sorted(out) == [0, 1, 2]
+    assert sorted(out) == [0, 1, 2, 3]
     for used, found in out.values():
         assert used == found
 

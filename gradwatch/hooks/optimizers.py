@@ -219,9 +219,17 @@ class OptimizerHooks:
         known = [held.optimizer() for held in self._known.values() if held.params]
         return [optimizer for optimizer in known if optimizer is not None]
 
-    def is_foreign(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimizer is known to hold nothing that is watched."""
+    def is_foreign(self, optimizer: Optimizer, *, at_sight: bool = False) -> bool:
+        """Tell whether an optimizer is known to hold nothing that is watched.
+
+        Args:
+            optimizer: The optimizer.
+            at_sight: Whether one that is not known is judged by what it holds now.
+        """
         held = self.known(optimizer)
+        if held is None and at_sight:
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            return not self._parameters.among(list(params))
         return held is not None and not held.params
 
     def only_one(self, number: int) -> Held | None:
