@@ -8,7 +8,8 @@ A step opens with the first backward after the previous step has closed. It clos
 every optimizer that stepped in the last 16 steps has stepped; the first step, with the
 first optimizer. If one of them steps several times, late, or not at all, it closes at
 the next backward. Gradients that are thrown away before any optimizer has used them
-make no step, unless they were not finite.
+make no step, unless they were not finite. Where 200 backward passes have added to
+gradients that nobody ever uses, the step closes too: no optimizer may ever come.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Final, NamedTuple
 
 MEMORY: Final = 16
 """Steps for which an optimizer is waited for, and a late one is remembered."""
+
+PATIENCE: Final = 200
+"""Backward passes that the first optimizer is waited for: who accumulates, uses few."""
 
 
 class BackwardBegins(NamedTuple):
@@ -302,6 +306,8 @@ def _backward_begins(
         state, done = _close(state)
     elif state.doubts and event.kept is False:
         state, done = _thrown_away(state, event.finite)
+    elif state.backwards >= PATIENCE and not state.optimizers:
+        state, done = _close(state, "unused")
     if not state.open:
         done = _OPENED if done is NOTHING else done._replace(opened=True)
     return state._replace(open=True, task=event.task), done

@@ -50,6 +50,14 @@ class RunFacts:
         "True where gradients were written, as a clip does, after the optimizer's step "
         "and before they were cleared"
     )
+    unchanged: int | None = _fact(
+        "backward passes in which no weight has changed by a bit, while no optimizer "
+        "has used a gradient; recorded from 20 on"
+    )
+    steps_elsewhere: bool | None = _fact(
+        "beside it: whether an optimizer steps that holds tensors of the same shapes, "
+        "and none of the model's"
+    )
     optimizers: Mapping[str, Mapping[str, Any]] | None = _fact(
         "the options of each group of parameters that an optimizer trains: `lr`, "
         "`weight_decay`, `momentum`, `betas`, `eps`, `maximize`, ...; those that are 0 "

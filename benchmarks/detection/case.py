@@ -67,6 +67,11 @@ class Case:
         accumulate: Batches whose gradients make one step; its loss is their mean.
         before: Called with the step's number before each step: where faults begin.
         after: Called behind backward, before the clip and the step.
+        once: Makes one whole step of the loop in the family's own way, from a batch,
+            and returns its loss; in place of ``loss``, backward, clip and step.
+        goal: What is measured at the end in place of the training loss, lower is
+            better: the error on fresh data, where the training loss flatters.
+        thread: Where someone had this, for families that come from public threads.
         control: Makes the same run without the fault, or with the cure that the label
             knows of; None for healthy families.
         truth: Measures, on the trained case and its losses, whether the label holds;
@@ -86,6 +91,9 @@ class Case:
     accumulate: int = 1
     before: Callable[[int], object] | None = None
     after: Callable[[int], object] | None = None
+    once: Callable[[Batch], Tensor] | None = None
+    goal: Callable[[], float] | None = None
+    thread: str = ""
     control: Callable[[], Case] | None = None
     truth: Callable[[Case, History], Measured] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +156,7 @@ class Step(NamedTuple):
         number: From 0.
         loss: Before the step.
         norm: Of all gradients, before the clip, as ``clip_grad_norm_`` returns it, and
-            unscaled.
+            unscaled; where the family makes the whole step, as the step leaves them.
     """
 
     number: int
@@ -165,6 +173,12 @@ def loop(case: Case, history: History | None = None) -> Iterator[Step]:
     for number in range(case.steps):
         if case.before is not None:
             case.before(number)
+        if case.once is not None:
+            loss = case.once(next(case.batches)).detach()
+            if history is not None:
+                _note(case, history, number, loss, 1.0)
+            yield Step(number, loss, _total_norm(case.model))
+            continue
         if case.clears:
             case.optimizer.zero_grad()
         loss = _backward(case)
@@ -173,9 +187,7 @@ def loop(case: Case, history: History | None = None) -> Iterator[Step]:
         scale = _unscaled(case)
         if history is not None:
             _note(case, history, number, loss, scale)
-        norm = nn.utils.get_total_norm(
-            [p.grad for p in case.model.parameters() if p.grad is not None]
-        )
+        norm = _total_norm(case.model)
         if case.clip is not None:
             nn.utils.clip_grads_with_norm_(case.model.parameters(), case.clip, norm)
         if case.scaler is None:
@@ -184,6 +196,11 @@ def loop(case: Case, history: History | None = None) -> Iterator[Step]:
             case.scaler.step(case.optimizer)
             case.scaler.update()
         yield Step(number, loss, norm / scale)
+
+
+def _total_norm(model: nn.Module) -> Tensor:
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return nn.utils.get_total_norm(grads)
 
 
 def _backward(case: Case) -> Tensor:

@@ -179,7 +179,9 @@ def verify(family: str, seed: int) -> Verified:
     case = make(family, seed)
     history = trained(case)
     problems: list[str] = []
-    values: dict[str, float] = {"final loss": history.final}
+    goal = case.goal
+    reached = history.final if goal is None else goal()
+    values: dict[str, float] = {"final loss": history.final, "reached": reached}
     if case.truth is None:
         problems.append("nothing measures this label")
     else:
@@ -188,9 +190,11 @@ def verify(family: str, seed: int) -> Verified:
         if not holds:
             problems.append("what was measured is not what the label says")
     if case.control is not None:
-        final = trained(case.control()).final
-        values["loss of the control"] = final
-        if not (math.isfinite(final) and not final > HELPED * history.final):
+        control = case.control()
+        final = trained(control).final
+        final = final if control.goal is None else control.goal()
+        values["of the control"] = final
+        if not (math.isfinite(final) and not final > HELPED * reached):
             problems.append("the control without the fault is no better")
     if case.label.kind is None and history.nonfinite is not None:
         problems.append(f"not finite at step {history.nonfinite}")

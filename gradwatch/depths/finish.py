@@ -20,6 +20,7 @@ from gradwatch.block import Extras, Row
 from gradwatch.depths import flow, gradients, readout, spectrum, state
 from gradwatch.depths import parts as update
 from gradwatch.depths.drain import Host
+from gradwatch.depths.gradients import Idleness
 from gradwatch.depths.measured import Measured, Parts, Sampled
 from gradwatch.facts import (
     NO_FACTS,
@@ -150,9 +151,19 @@ def _of_run(step: Measured, scale: float, known: RunFacts) -> RunFacts:
         cleared = None
     scaled = scale != 1.0 if known.scaled is not None or scale != 1.0 else None
     late = step.parts.gradients.written_late or None
-    if cleared is None and scaled is None and (late is None or known.written_late):
+    idle = step.parts.gradients.idleness
+    if idle is None and known.unchanged:  # an optimizer has stepped at last
+        idle = Idleness(0, False) if step.parts.gradients.used else None
+    nothing = cleared is None and scaled is None and idle is None
+    if nothing and (late is None or known.written_late):
         return RUN_SCOPE
-    return RunFacts(cleared=cleared, scaled=scaled, written_late=late)
+    return RunFacts(
+        cleared=cleared,
+        scaled=scaled,
+        written_late=late,
+        unchanged=None if idle is None else idle.passes,
+        steps_elsewhere=None if idle is None else idle.elsewhere,
+    )
 
 
 def _sampled(

@@ -83,6 +83,19 @@ class Layout(NamedTuple):
         )
 
 
+class Idleness(NamedTuple):
+    """What has become of the weights in steps that no optimizer has used.
+
+    Attributes:
+        passes: Backward passes since they last changed by a bit.
+        elsewhere: Whether an optimizer steps that holds tensors of the same shapes, and
+            none of them.
+    """
+
+    passes: int
+    elsewhere: bool
+
+
 @dataclass(slots=True, kw_only=True)
 class Gradients:
     """What was read of one step's gradients; the norms may still be on the device.
@@ -103,6 +116,7 @@ class Gradients:
         written_late: Whether the last step's gradients were written after its optimizer
             and before they were cleared.
         weights_finite: False where a gradient is not finite, and neither is a weight.
+        idleness: Of a step that no optimizer has used; None where nobody looked.
     """
 
     names: Sequence[str] = ()
@@ -117,6 +131,7 @@ class Gradients:
     untouched: bool = False
     written_late: bool = False
     weights_finite: bool | None = None
+    idleness: Idleness | None = None
 
     def ended(
         self,

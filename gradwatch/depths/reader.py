@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch import _torch
-from gradwatch.depths.gradients import Gradients, Layout
+from gradwatch.depths.gradients import Gradients, Idleness, Layout
 from gradwatch.depths.parts import Updated
 from gradwatch.depths.update import Changes, Moved, Moving
 from gradwatch.hooks.clearing import Clearing
@@ -21,6 +21,22 @@ from gradwatch.recurrent import clean_path, parameter_names, plain_weight
 
 _RESCAN_STEPS: Final = 50
 """Steps between two looks for parameters that were replaced."""
+_LOOK_AFTER: Final = 20
+"""Backward passes between two looks at weights that no optimizer steps on."""
+
+
+class _Weights(NamedTuple):
+    """All weights as they were once.
+
+    Attributes:
+        marks: Of each: which it is, its version, and its norm.
+        since: Backward passes before they last changed.
+        looked: The same before this look.
+    """
+
+    marks: list[tuple[int, int, float]]
+    since: int
+    looked: int
 
 
 class Reader:
@@ -47,6 +63,8 @@ class Reader:
         self._modules, self._clearing = modules, Clearing()
         self._changes, self._moving = Changes({}), dict[int, Moving]()
         self._scanned = -_RESCAN_STEPS
+        self._weights: _Weights | None = None
+        self._passes = 0
         self._left: tuple[int, Tensor, int] | None = None
         self._small: tuple[Held | None, int] = None, 0
         self._layout = (list[str](), Layout((), (), ()))
@@ -127,13 +145,21 @@ class Reader:
         return self._clearing.suspects(self._parameters.index(param), param.grad)
 
     def cleared(self, param: Tensor) -> bool | None:
-        """Tell whether the first gradient of a step had been cleared, once a step."""
+        """Tell whether the first gradient of a step had been cleared, once a step.
+
+        None where no optimizer holds it: none clears it then.
+        """
+        if self._optimizers.holds_not(param):
+            return None
         return self._clearing.begins(self._parameters.index(param), param.grad)
 
     def ended(self, *, due: bool) -> bool:
         """Read what a backward pass leaves; tell whether there is any gradient."""
         parameters = self._parameters
         parameters.ended()
+        self._passes += 1
+        if self._passes == 1:
+            self._idleness()
         live, grads = parameters.gradients()
         if not grads:
             return False
@@ -312,7 +338,29 @@ class Reader:
         """Return what was read in a step that is over."""
         if not stepped:
             self._clearing.unused()
+            self.gradients.idleness = self._idleness()
         return self.complete(self.set_aside(), stepped)
+
+    def _idleness(self) -> Idleness | None:
+        """Look at the weights of a step that no optimizer has used.
+
+        On an accelerator nobody looks: their norms would have to be waited for.
+        """
+        seen, params = self._weights, self._parameters.params
+        if seen is not None and self._passes - seen.looked < _LOOK_AFTER:
+            return None
+        if not all(p.is_cpu for p in params):
+            return None
+        read = norms([p.detach() for p in params])
+        if not isinstance(read, list):
+            return None
+        marks = [
+            (id(p), p._version, size) for p, size in zip(params, read, strict=True)
+        ]
+        since = self._passes if seen is None or seen.marks != marks else seen.since
+        self._weights = _Weights(marks, since, self._passes)
+        elsewhere = self._optimizers.hold_others_alike()
+        return Idleness(self._passes - since, elsewhere) if seen is not None else None
 
     def complete(self, gradients: Gradients, stepped: tuple[int, ...]) -> Gradients:
         """Add what is known once a step is over."""

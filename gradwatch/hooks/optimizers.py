@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -76,6 +77,7 @@ class OptimizerHooks:
         self._rates: weakref.WeakKeyDictionary[Optimizer, list[float]]
         self._rates = weakref.WeakKeyDictionary()
         self._next = 0
+        self._alone: dict[int, int] = {}
         self.replaced: list[int] = []
         """Numbers of those that were freed, or whose place another one has taken."""
         self._quick: Callable[[], Quick | None] = nobody
@@ -232,6 +234,23 @@ class OptimizerHooks:
             return not self._parameters.among(list(params))
         return held is not None and not held.params
 
+    def holds_not(self, param: Tensor) -> bool:
+        """Tell whether a parameter had a gradient and no optimizer when last seen."""
+        return id(param) in self._alone
+
+    def hold_others_alike(self) -> bool:
+        """Tell whether one holds no watched parameter, and as many of their shapes."""
+        shapes = Counter(p.shape for p in self._parameters.params if p.requires_grad)
+        for held in self._known.values():
+            optimizer = held.optimizer()
+            if optimizer is None or held.params:
+                continue
+            groups = optimizer.param_groups
+            others = Counter(p.shape for group in groups for p in group["params"])
+            if shapes <= others:
+                return True
+        return False
+
     def only_one(self, number: int) -> Held | None:
         """Return what an optimizer holds, if none other does and all can learn."""
         found = [held for held in self._known.values() if held.params]
@@ -274,10 +293,16 @@ class OptimizerHooks:
                     name += "'"
                 groups[name] = _options(group)
         names, params = self._parameters.names, self._parameters.params
-        unheld = [
-            name
+        alone = [
+            (name, p)
             for name, p in zip(names, params, strict=True)
             if p.grad is not None and id(p) not in rates
+        ]
+        before, self._alone = self._alone, {id(p): p._version for _, p in alone}
+        unheld = [
+            name  # and who is written otherwise, such as by hand, is none of them
+            for name, p in alone
+            if before.get(id(p), p._version) == p._version
         ]
         return Training(rates, groups, tuple(unheld))
 

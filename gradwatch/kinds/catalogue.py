@@ -31,6 +31,7 @@ from gradwatch.kinds.spike import SPIKE, Spike
 from gradwatch.kinds.target_broadcast import TARGET_BROADCAST, TargetBroadcast
 from gradwatch.kinds.truncated import TRUNCATED, Truncated
 from gradwatch.kinds.underflow import UNDERFLOW, Underflow
+from gradwatch.kinds.unstepped import NoStep, Unheld
 from gradwatch.kinds.vanishing import VANISHING, Vanishing
 from gradwatch.record import Stream
 
@@ -50,7 +51,7 @@ _RULES: Final[Sequence[tuple[Kind, Sequence[_Make]]]] = (
     (TARGET_BROADCAST, (TargetBroadcast,)),
     (OVER_CLIPPING, (OverClipping,)),
     (NO_GRADIENT, (NoGradient,)),
-    (NOT_UPDATING, (NotUpdating,)),
+    (NOT_UPDATING, (NotUpdating, NoStep, Unheld)),
     (UNDERFLOW, (Underflow,)),
     (DRIFT, (Drift,)),
     (VANISHING, (Vanishing,)),

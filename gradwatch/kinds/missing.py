@@ -45,6 +45,7 @@ class _State:
         since: Stream -> the first of them.
         raised: Stream that was reported -> consecutive steps with it again.
         ever: Streams that it was ever there of.
+        unheld: Parameters with a gradient that no optimizer holds.
         seen: What was last seen of every stream.
     """
 
@@ -52,6 +53,7 @@ class _State:
     since: dict[str, int] = field(default_factory=dict)
     raised: dict[str, int] = field(default_factory=dict)
     ever: dict[str, bool] = field(default_factory=dict)
+    unheld: list[str] = field(default_factory=list)
     seen: SeenState = field(default_factory=SeenState)
 
 
@@ -124,6 +126,8 @@ class Missing(Remembering[_State], ABC):
 
     def _note(self, record: StepRecord) -> None:
         self._seen.take(record)
+        if (unheld := record.facts.run.unheld) is not None:
+            self._state.unheld = list(unheld)
         for name in reinitialised(record.events):
             for state in (
                 self._state.missing,

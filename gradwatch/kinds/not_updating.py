@@ -1,6 +1,9 @@
-"""Recurrent weights that have a gradient and do not change."""
+"""Weights that have a gradient and do not change: the recurrent ones, by stream."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
 
 from gradwatch.block import Block
 from gradwatch.kinds import text
@@ -10,9 +13,9 @@ from gradwatch.record import Alert, StepRecord, Stream
 
 NOT_UPDATING = Kind(
     name="not_updating",
-    title="gradwatch: recurrent weights do not change",
+    title="gradwatch: weights do not change",
     severity="warning",
-    meaning="The recurrent weights of a stream have a gradient and do not change.",
+    meaning="Weights have a gradient and do not change.",
     evidence={
         "still": Evidence(
             "steps whose `update_ratio` is exactly 0, of a weight in an optimizer",
@@ -38,9 +41,21 @@ NOT_UPDATING = Kind(
     confirmed="by the number of steps",
     over="after 3 steps with a change",
     causes={
+        "no_step": Cause(
+            "`unchanged`, and no optimizer has stepped on any weight",
+            "backward is called and no optimizer steps: its step() is not reached, or "
+            "what it holds is no part of this model",
+            "optimizer.step()  # after each backward",
+        ),
+        "stale_parameters": Cause(
+            "the same, and an optimizer steps that holds tensors of the same shapes",
+            "the optimizer steps on the parameters of another model: the model was "
+            "built, or copied, once more after the optimizer was made",
+            "optimizer = type(optimizer)(model.parameters(), **optimizer.defaults)",
+        ),
         "not_in_optimizer": Cause(
             "no optimizer that has stepped holds the weight",
-            "this weight is in no optimizer that has stepped",
+            "no optimizer that has stepped holds it",
             "optimizer.add_param_group({{'params': [{weight}]}})",
         ),
         "frozen": Cause(
@@ -57,6 +72,11 @@ NOT_UPDATING = Kind(
         ),
     },
     numbers={
+        "passes": Number(
+            100,
+            "backward passes that leave every weight as it was, with no optimizer",
+            "who accumulates gradients uses fewer",
+        ),
         "back": Number(
             3, "steps with a change after which it is over", "one or two may be chance"
         ),
@@ -64,6 +84,25 @@ NOT_UPDATING = Kind(
     explained_by=("nonfinite", "exploding", "cleared_early", "over_clipping"),
     undecided_by=("dead_units", "gate_stuck", "underflow"),
 )
+
+
+_NAMES: Final = 6
+"""Parameters that are named one by one."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in a row, the first of many alone."""
+    if len(names) <= _NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:_NAMES])} and {len(names) - _NAMES} more"
+
+
+def line_of(names: Sequence[str]) -> str:
+    """Return the line that gives parameters to an optimizer."""
+    if len(names) <= _NAMES:
+        each = ", ".join(f"model.get_parameter({name!r})" for name in names)
+        return f"optimizer.add_param_group({{'params': [{each}]}})"
+    return "optimizer = type(optimizer)(model.parameters(), **optimizer.defaults)"
 
 
 class NotUpdating(Missing):
@@ -92,6 +131,7 @@ class NotUpdating(Missing):
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:
         cause = self._cause(record, stream, keys)
         norm, steps = record.metrics[keys.hh], self._state.missing[stream.name]
+        unheld = self._state.unheld if cause == "not_in_optimizer" else []
         return [
             text.alert(
                 NOT_UPDATING,
@@ -101,7 +141,9 @@ class NotUpdating(Missing):
                 shown=(
                     f"no change in {steps} consecutive steps, with a gradient of norm "
                     f"{norm:.3g}"
-                ),
+                )
+                + (f"; no optimizer holds {listed(unheld)}" if unheld else ""),
+                do=line_of(unheld) if unheld else None,
                 cause=cause,
                 evidence={} if cause == "not_in_optimizer" else {keys.ratio: (0.0, 0)},
                 stream=stream,
