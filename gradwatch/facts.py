@@ -143,8 +143,16 @@ class ModuleFacts:
     repeats: float | None = _fact(
         "share of its time steps whose input is that of the step before"
     )
+    input_order: str | None = _fact(
+        "the one axis of an input of data along which neighbours are alike: `time`, or "
+        "`batch`; of 64 time steps and sequences, von Neumann ratio at most .3, along "
+        "the other at least .8"
+    )
     sequences_read: float | None = _fact(
         "share of the sequences of a call whose outputs a gradient reaches"
+    )
+    steps_read: float | None = _fact(
+        "share of its time steps whose outputs a gradient reaches, in any sequence"
     )
     evaluating: bool | None = _fact(
         "True where a gradient reached a call in evaluation mode"

@@ -226,6 +226,8 @@ _OF_INPUT: Final = (
     "input_offset",
     "input_spread",
     "sequences_read",
+    "steps_read",
+    "input_order",
 )
 
 

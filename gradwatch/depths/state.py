@@ -35,7 +35,9 @@ class State:
         modules: Path of each replayed module with the tolerance of its replay. Its
             mismatch is ``(path, "mismatch")``, absent where the numbers are
             approximate; ``(path, "input")`` are the numbers of :data:`INPUT`, and
-            ``(path, "reached")`` is the share of sequences that a gradient reaches.
+            ``(path, "reached")`` is the share of sequences that a gradient reaches,
+            and of time steps, and ``(path, "rough")`` what its input is like along
+            time and the batch.
         gates: Gated streams whose W_hh has a gradient of its own; the norms of their
             gates' gradients, one stream after the other, are ``gates``.
         left_out: Path of a module -> why it could not be replayed.
@@ -61,8 +63,11 @@ class State:
         told = [*told, torch.stack(finite).all().to(x.device)]
         self.numbers[path, "input"] = torch.stack([one.float() for one in told])
         reached = [share for call in replayed.calls for share in call.reached.values()]
+        rough = [r.roughness for r in replayed.calls if r.roughness is not None]
+        if rough:
+            self.numbers[path, "rough"] = rough[0]
         if reached:
-            self.numbers[path, "reached"] = torch.stack(reached).amax()
+            self.numbers[path, "reached"] = torch.stack(reached).amax(0)
 
     def add(
         self, path: str, members: Sequence[Recurrence], replayed: Trajectory | str
@@ -203,6 +208,10 @@ _TANH_GATE: Final = ("act_deriv", "act_deriv_rms", "saturated")
 _LARGEST: Final = ("shut", "open")
 _MORE: Final = 2.0
 """Times by which one has to be larger than the other to be what drives a unit."""
+_ALIKE: Final = 0.3
+"""Roughness up to which neighbours follow on each other."""
+_UNLIKE: Final = 0.8
+"""Roughness from which on they have nothing to do with each other."""
 _LOOKS: Final = 8
 """Looks at the same input that are counted; more of them tell nothing more."""
 
@@ -282,8 +291,13 @@ def finish(run: State, host: Host, scale: float, memory: Memory) -> Replays:
     for path, _ in run.modules:
         modules[path] = _input_facts(path, host[path, "input"], words, memory)
         if (path, "reached") in host:
-            share = round(float(host[path, "reached"]), 2)
-            modules[path] = dataclasses.replace(modules[path], sequences_read=share)
+            read = [round(share, 2) for share in host[path, "reached"].tolist()]
+            modules[path] = dataclasses.replace(
+                modules[path], sequences_read=read[0], steps_read=read[1]
+            )
+        if (path, "rough") in host:
+            order = _order(*host[path, "rough"].tolist())
+            modules[path] = dataclasses.replace(modules[path], input_order=order)
     return Replays(metrics, left_out, modules, drives)
 
 
@@ -312,6 +326,13 @@ def _input_facts(
         input_offset=_share(told["offset"]),
         input_spread=_nearest(told["spread"], 10),
     )
+
+
+def _order(time: float, batch: float) -> str | None:
+    """Return along which axis neighbours are alike, if along one only."""
+    if time <= _ALIKE and batch >= _UNLIKE:
+        return "time"
+    return "batch" if batch <= _ALIKE and time >= _UNLIKE else None
 
 
 def _share(value: float) -> float | None:

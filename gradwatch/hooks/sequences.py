@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch import _torch
+from gradwatch.numerics import axes
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 
@@ -33,6 +34,8 @@ class Sequences:
         c0: The given first cell states of an LSTM; or None.
         y: The output, shape ``(T, K, directions * P)``.
         finite: Whether the input of the whole batch is; one element, on the device.
+        roughness: How unlike neighbours are along time and along the batch, for an
+            input that no weight has made: :func:`gradwatch.numerics.axes.roughness`.
         largest: Of a ReLU module: the largest output of each unit over the whole
             batch, shape ``(directions * H,)``; else None.
         dropout: Probability of dropout between layers; 0 for none.
@@ -49,7 +52,7 @@ class Sequences:
         pick: Takes the sequences out of what is laid out like the input; its
             ``of_states`` out of states.
         reached: For each of these the share of the batch's sequences that a gradient
-            reaches; one element, on the device.
+            reaches, and of its time steps, 0 for states; shape (2,), on the device.
         grads: What backward brought to the output ``y`` and to the states ``h``, ``c``
             that the call returned, for these sequences; filled by the tensor hooks.
     """
@@ -60,6 +63,7 @@ class Sequences:
     c0: Tensor | None
     y: Tensor
     finite: Tensor | None = None
+    roughness: Tensor | None = None
     largest: Tensor | None = None
     dropout: float = 0.0
     masks: Callable[[], Iterator[Tensor]] | None = None
@@ -77,9 +81,11 @@ class Sequences:
         self.grads[name] = of(grad.detach())
         axis = self.pick.batch_axis if name == "y" else -2
         if axis is not None and self.pick.batch > 1:
-            others = [i for i in range(grad.dim()) if i != axis % grad.dim()]
-            largest = grad.detach().abs().amax(others)
-            self.reached[name] = (largest != 0).float().mean()
+            there = (grad.detach() != 0).any(-1)
+            sequences = there.movedim(axis if name == "y" else -1, 0).flatten(1).any(1)
+            steps = there.any(axis) if name == "y" else torch.zeros_like(sequences)
+            shares = sequences.float().mean(), steps.float().mean()
+            self.reached[name] = torch.stack(shares)
 
 
 class Pick(Protocol):
@@ -98,6 +104,9 @@ class Pick(Protocol):
 
     def of_states(self, state: Tensor) -> Tensor:
         """Copy them from states as the module takes them."""
+
+    def roughness(self, x: Tensor) -> Tensor | None:
+        """Return that of an input; None where an axis is missing, or short."""
 
 
 def tensors(output: object) -> Iterator[Tensor]:
@@ -173,6 +182,7 @@ def take_sequences(
             c0=c0 if isinstance(module, (nn.LSTM, nn.LSTMCell)) else None,
             y=pick(y),
             finite=torch.isfinite(data).all(),
+            roughness=None if data.requires_grad else pick.roughness(data),
             largest=y.flatten(0, -2).amax(0) if relu and y.dim() > 1 else None,
             dropout=dropout,
             masks=_masks(module, pick, y, rng) if dropout and known else None,
@@ -274,6 +284,12 @@ class _Dense:
             state = state[None]
         return state[:, self._rows].clone() if self._batched else state[:, None].clone()
 
+    def roughness(self, x: Tensor) -> Tensor | None:
+        """Return how unlike neighbours are along time and along the batch."""
+        if self._steps or not self._batched or min(x.shape[:2]) < axes.LEAST:
+            return None
+        return axes.roughness(x if self._time_first else x.transpose(0, 1))
+
     def drawn(self, y: Tensor) -> tuple[int, ...]:
         """Return the shape in which the module draws a mask of dropout."""
         steps = y.shape[1] if not self._time_first else y.shape[0]
@@ -320,6 +336,9 @@ class _Packed:
         if self._order is None:
             return state[:, self._rows].clone()
         return state.index_select(1, self._order)
+
+    def roughness(self, x: Tensor) -> None:
+        """Return nothing: no two of the packed rows are neighbours for sure."""
 
     def drawn(self, y: Tensor) -> tuple[int, ...]:
         """Return the shape in which the module draws a mask of dropout."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
+from gradwatch.kinds.axes_mixed import AXES_MIXED, AxesMixed
 from gradwatch.kinds.cleared_early import CLEARED_EARLY, ClearedEarly
 from gradwatch.kinds.dead_units import DEAD_UNITS, DeadUnits
 from gradwatch.kinds.drift import DRIFT, Drift
@@ -25,6 +26,14 @@ from gradwatch.kinds.no_gradient import NO_GRADIENT, NoGradient
 from gradwatch.kinds.nonfinite import NONFINITE, Nonfinite
 from gradwatch.kinds.not_cleared import NOT_CLEARED, NotCleared
 from gradwatch.kinds.not_updating import NOT_UPDATING, NotUpdating
+from gradwatch.kinds.of_calls import (
+    EVAL_MODE,
+    GRAPH_KEPT,
+    STATE_CARRIED,
+    EvalMode,
+    GraphKept,
+    StateCarried,
+)
 from gradwatch.kinds.over_clipping import OVER_CLIPPING, OverClipping
 from gradwatch.kinds.repeated_batch import REPEATED_BATCH, RepeatedBatch
 from gradwatch.kinds.spike import SPIKE, Spike
@@ -49,6 +58,7 @@ _RULES: Final[Sequence[tuple[Kind, Sequence[_Make]]]] = (
     (NOT_CLEARED, (NotCleared,)),
     (LOSS_MISMATCH, (LossMismatch,)),
     (TARGET_BROADCAST, (TargetBroadcast,)),
+    (AXES_MIXED, (AxesMixed,)),
     (OVER_CLIPPING, (OverClipping,)),
     (NO_GRADIENT, (NoGradient,)),
     (NOT_UPDATING, (NotUpdating, NoStep, Unheld)),
@@ -56,6 +66,9 @@ _RULES: Final[Sequence[tuple[Kind, Sequence[_Make]]]] = (
     (DRIFT, (Drift,)),
     (VANISHING, (Vanishing,)),
     (TRUNCATED, (Truncated,)),
+    (STATE_CARRIED, (StateCarried,)),
+    (GRAPH_KEPT, (GraphKept,)),
+    (EVAL_MODE, (EvalMode,)),
     (REPEATED_BATCH, (RepeatedBatch,)),
 )
 """Each kind with its rules; what explains comes before what it explains."""
