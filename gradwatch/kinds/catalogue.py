@@ -25,6 +25,7 @@ from gradwatch.kinds.lr_too_high import LR_TOO_HIGH, LrTooHigh
 from gradwatch.kinds.no_gradient import NO_GRADIENT, NoGradient
 from gradwatch.kinds.nonfinite import NONFINITE, Nonfinite
 from gradwatch.kinds.not_cleared import NOT_CLEARED, NotCleared
+from gradwatch.kinds.not_learning import NOT_LEARNING, NotLearning
 from gradwatch.kinds.not_updating import NOT_UPDATING, NotUpdating
 from gradwatch.kinds.of_calls import (
     EVAL_MODE,
@@ -36,6 +37,7 @@ from gradwatch.kinds.of_calls import (
 )
 from gradwatch.kinds.over_clipping import OVER_CLIPPING, OverClipping
 from gradwatch.kinds.repeated_batch import REPEATED_BATCH, RepeatedBatch
+from gradwatch.kinds.saturated import SATURATED, Saturated
 from gradwatch.kinds.spike import SPIKE, Spike
 from gradwatch.kinds.target_broadcast import TARGET_BROADCAST, TargetBroadcast
 from gradwatch.kinds.truncated import TRUNCATED, Truncated
@@ -65,6 +67,8 @@ _RULES: Final[Sequence[tuple[Kind, Sequence[_Make]]]] = (
     (UNDERFLOW, (Underflow,)),
     (DRIFT, (Drift,)),
     (VANISHING, (Vanishing,)),
+    (SATURATED, (Saturated,)),
+    (NOT_LEARNING, (NotLearning,)),
     (TRUNCATED, (Truncated,)),
     (STATE_CARRIED, (StateCarried,)),
     (GRAPH_KEPT, (GraphKept,)),

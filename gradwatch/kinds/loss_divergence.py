@@ -13,8 +13,8 @@ from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.lr_too_high import LR_TOO_HIGH
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.seen import HALF, SPAN, Losses, Seen, SeenState
-from gradwatch.kinds.text import BEFORE, LOWER_RATE
+from gradwatch.kinds.seen import HALF, SPAN, Losses, Outside, Seen, SeenState
+from gradwatch.kinds.text import BEFORE, CLIP_FIRST, CLIPPED_LATE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import (
     largest_median,
@@ -58,6 +58,27 @@ LOSS_DIVERGENCE = Kind(
     over="after 3 steps at 1.5 times the best or below",
     excused="losses that are not positive throughout",
     causes={
+        "loaded": Cause(
+            "an event `written:` in the 50 steps before the loss rose, or since",
+            "the recurrent weights were loaded, or written by hand",
+            "# find what writes the weights between two steps: load_state_dict, "
+            ".data, or a copy",
+        ),
+        "schedule": Cause(
+            "an event `lr: a -> b` with b five times a or more, likewise",
+            "the learning rate was raised",
+            "print(optimizer.param_groups)  # at step {since}: look for what raised it",
+        ),
+        "weight_decay": Cause(
+            "`update_decay` is twice `update_gradient` or more",
+            "the weight decay takes more from the weights than the gradient gives them",
+            "for group in optimizer.param_groups: group['weight_decay'] *= 0.01",
+        ),
+        "clip_order": Cause(
+            "`written_late`: gradients are written after the step that has used them",
+            CLIPPED_LATE,
+            CLIP_FIRST,
+        ),
         "bad_batch": Cause(
             "it began with a spike of the gradient norm",
             "one batch, at step {since}, had a gradient norm far above all others, and "
@@ -111,6 +132,9 @@ LOSS_DIVERGENCE = Kind(
         "burst": Number(
             100.0, "times the usual gradient norm from which on one batch is the cause"
         ),
+        "decay": Number(
+            2.0, "times the gradient's part of an update from which on decay rules it"
+        ),
         "few": Number(
             5, "such batches at most", "where there are more, the data have changed"
         ),
@@ -160,6 +184,7 @@ class _State:
         now: Running means of the first two.
         rates: Rates along the losses that the median is of.
         bursts: The last steps of norms far above the usual one.
+        outside: What was done beside the steps.
     """
 
     active: bool = False
@@ -175,6 +200,7 @@ class _State:
     now: list[float] = field(default_factory=lambda: [0.0, 0.0])
     rates: list[float] = field(default_factory=list)
     bursts: list[int] = field(default_factory=list)
+    outside: Outside = field(default_factory=Outside)
 
 
 class LossDivergence(Remembering[_State]):
@@ -189,7 +215,7 @@ class LossDivergence(Remembering[_State]):
         self.wants: str | None = None
         self._streams = tuple(streams)
         self._ratios = [stream_key(s, "update_ratio") for s in streams]
-        self._seen = Seen(streams, ())
+        self._seen = Seen(streams, ("update_decay", "update_gradient"))
         super().__init__(_State(seen=self._seen.state))
 
     @property
@@ -265,6 +291,7 @@ class LossDivergence(Remembering[_State]):
         """Judge one record."""
         self.wants = None
         self._seen.take(record)
+        self._state.outside.take(record)
         if reinitialised(record.events):
             saved.reset(self._state, keep=("seen",))
         losses = self._state.losses
@@ -375,6 +402,7 @@ class LossDivergence(Remembering[_State]):
                 f"the loss was lowest {self._state.usual[-1]:.2g}"
             ),
             cause=cause,
+            why=self._told(cause),
             do=self._back_to_usual() if self._rate_raised() else None,
             evidence={_LOSS: (loss, LOSS_DIVERGENCE.at("best") * best)},
         )
@@ -394,7 +422,37 @@ class LossDivergence(Remembering[_State]):
     def _rate_raised(self) -> bool:
         return self._rate() >= _RAISED * self._state.usual[-1] > 0
 
+    def _told(self, cause: str) -> str | None:
+        """Return the line on a cause with what was seen of it, if more was."""
+        outside = self._state.outside
+        if cause == "schedule":
+            return outside.rise
+        if cause == "loaded":
+            return (
+                f"somebody has written the weights of {outside.written} between two "
+                f"steps, at step {outside.written_at}"
+            )
+        return None
+
+    def _decays(self) -> bool:
+        """Tell whether weight decay rules the updates of a recurrent weight."""
+        seen = [self._seen.of(stream) for stream in self._streams]
+        times = LOSS_DIVERGENCE.number("decay")
+        return any(
+            own.get("update_decay", 0.0) > times * own.get("update_gradient", math.inf)
+            for own in seen
+        )
+
     def _cause(self) -> str:
+        outside, since = self._state.outside, self._state.since
+        if outside.was_written(since):
+            return "loaded"
+        if outside.was_raised(since):
+            return "schedule"
+        if self._decays():
+            return "weight_decay"
+        if outside.late and self._state.now[0] >= LR_TOO_HIGH.clear("ratio"):
+            return "clip_order"
         if self._rate_raised() or self._state.now[0] >= LR_TOO_HIGH.clear("ratio"):
             return "lr"
         return "bad_batch" if 0 < len(self._near()) <= _FEW else "data"

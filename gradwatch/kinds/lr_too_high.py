@@ -12,8 +12,8 @@ from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Running
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.seen import Losses
-from gradwatch.kinds.text import BEFORE, LOWER_RATE
+from gradwatch.kinds.seen import Losses, Outside
+from gradwatch.kinds.text import BEFORE, CLIP_FIRST, CLIPPED_LATE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import upper_median
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -61,11 +61,22 @@ LR_TOO_HIGH = Kind(
     over="after 25 medians at .15 or below, after 100 where there was a jump",
     excused="a loss that has fallen by a fifth",
     causes={
+        "schedule": Cause(
+            "an event `lr: a -> b` with b five times a or more, within the 50 steps "
+            "before it began, or since",
+            "the learning rate was raised",
+            "print(optimizer.param_groups)  # at step {since}: look for what raised it",
+        ),
+        "clip_order": Cause(
+            "`written_late`: gradients are written after the step that has used them",
+            CLIPPED_LATE,
+            CLIP_FIRST,
+        ),
         "lr": Cause(
-            "by measurement",
+            "neither",
             "each step moves the recurrent weights by a quarter of their norm or more",
             LOWER_RATE + BEFORE,
-        )
+        ),
     },
     numbers={
         "least_back": Number(
@@ -117,6 +128,7 @@ class _State:
         losses: The losses so far.
         taken: Steps so far.
         burst: The largest norm lately, fading.
+        outside: What was done beside the steps.
     """
 
     ratios: dict[str, list[float]] = field(default_factory=dict)
@@ -125,6 +137,7 @@ class _State:
     losses: Losses = field(default_factory=Losses)
     taken: int = 0
     burst: float = 0.0
+    outside: Outside = field(default_factory=Outside)
 
 
 class LrTooHigh(Remembering[_State]):
@@ -173,6 +186,7 @@ class LrTooHigh(Remembering[_State]):
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         self._state.losses.take(record)
+        self._state.outside.take(record)
         for name in reinitialised(record.events):
             self._state.ratios.pop(name, None)
         self._state.taken += 1
@@ -242,13 +256,18 @@ class LrTooHigh(Remembering[_State]):
         )
         if share is not None:
             shown += f"; the loss is {share:.2f} times what it was at first"
+        since, outside = self._state.running[stream.name].since, self._state.outside
+        cause, why = "clip_order" if outside.late else "lr", None
+        if outside.was_raised(since):
+            cause, why = "schedule", outside.rise
         return text.alert(
             LR_TOO_HIGH,
             record,
-            since=self._state.running[stream.name].since,
+            since=since,
             what=f"steps are too large for {stream.name}",
             shown=shown,
-            cause="lr",
+            cause=cause,
+            why=why,
             evidence={key: (size, LR_TOO_HIGH.at("ratio"))},
             stream=stream,
         )

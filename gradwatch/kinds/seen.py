@@ -21,6 +21,8 @@ _RECENT: Final = 5
 """Losses that the median of now is taken over; chosen, not measured."""
 _IMPROVED: Final = 0.95
 """Share of the lowest median below which it has improved; chosen, not measured."""
+_SHORTLY: Final = 50
+"""Steps before a fault in which its cause is looked for; chosen, not measured."""
 _LOSS: Final = run_key("loss")
 _NO_MODULE: Final = ModuleFacts()
 _NO_STREAM: Final = StreamFacts()
@@ -169,6 +171,51 @@ class Seen:
     def stream(self, stream: Stream) -> StreamFacts:
         """Return the facts of a stream."""
         return self.state.streams.get(stream.name, _NO_STREAM)
+
+
+@dataclass(slots=True)
+class Outside:
+    """What was done to a training beside its steps.
+
+    Attributes:
+        raised: The last rise of a learning rate, as its event; empty for none.
+        raised_at: When that was.
+        written: The stream whose weights somebody has written last; empty for none.
+        written_at: When that was.
+        late: Whether gradients are clipped after the step that has used them.
+    """
+
+    raised: str = ""
+    raised_at: int = -1
+    written: str = ""
+    written_at: int = -1
+    late: bool = False
+
+    def take(self, record: StepRecord) -> None:
+        """Take in a record."""
+        self.late = self.late or bool(record.facts.run.written_late)
+        for event in record.events:
+            kind, _, rest = event.partition(":")
+            if kind == "written":
+                self.written, self.written_at = rest, record.step
+            elif kind == "lr":
+                before, after = rest.split()[::2][:2]
+                if float(after) > float(before):
+                    self.raised, self.raised_at = rest.strip(), record.step
+
+    def was_raised(self, since: int) -> bool:
+        """Tell whether a rate was raised shortly before a step, or after it."""
+        return bool(self.raised) and self.raised_at >= since - _SHORTLY
+
+    def was_written(self, since: int) -> bool:
+        """Tell whether weights were written shortly before a step, or after it."""
+        return bool(self.written) and self.written_at >= since - _SHORTLY
+
+    @property
+    def rise(self) -> str:
+        """Say which rise it was."""
+        rates = self.raised.replace("->", "to")
+        return f"the learning rate went from {rates} at step {self.raised_at}"
 
 
 def add_travel(

@@ -11,6 +11,13 @@ from gradwatch.kinds.kind import Kind
 from gradwatch.record import Alert, Remedy, Severity, StepRecord, Stream
 
 HIDDEN: Final = "clipping would hide that, not cure it"
+CLIPPED_LATE: Final = (
+    "the gradients are clipped after optimizer.step(), which has used them as they "
+    "were: nothing is clipped"
+)
+CLIP_FIRST: Final = (
+    "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # before the step"
+)
 LOWER_RATE: Final = "for group in optimizer.param_groups: group['lr'] /= 10"
 BEFORE: Final = "  # from a checkpoint before step {since}"
 """What several kinds say: behind a cause, and what to do."""
