@@ -194,7 +194,7 @@ class Engine:
             if self._roots.find(elsewhere=not param.is_cpu) or begins.opened:
                 if kept is None and self._step.has_found:  # a closure may clear them
                     kept = self._parameters.kept(param)
-                self._step.found(self._roots.loss, kept=kept is not False)
+                self._step.found_by(self._roots, kept=kept is not False)
 
     def failed(self, error: Exception) -> None:
         """A hook has failed before it could report."""

@@ -31,6 +31,11 @@ class StepFacts:
     weights_finite: bool | None = _fact(
         "False where a gradient was not finite, and a weight was not before it"
     )
+    broken: str | None = _fact(
+        "where the loss is not finite: the first that is not, of what its graph still "
+        "holds as backward comes to the first weight, on the CPU: `data`, `weights`, "
+        "or `forward: <function> <nan or inf>`; `loss` where all of that is finite"
+    )
     carriers: Mapping[str, float] | None = _fact(
         "the parameters that carry an unusual total norm, each with its share of the "
         "square"

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from benchmarks.detection.case import FAMILIES, held_out
+from benchmarks.detection.case import FAMILIES, HELD_OUT_SET, held_out
 from benchmarks.detection.parallel import (
     LONG,
     LONG_STEPS,
@@ -68,7 +68,7 @@ def compare(
     done = [item for one in found if isinstance(one, dict) for item in one.items()]
     _left_out([one for one in found if isinstance(one, Verified)], len(jobs))
     for name in PARTS:
-        part = [(t, j) for t, j in done if held_out(j.family) is (name == HELD_OUT)]
+        part = [(t, j) for t, j in done if part_of(j.family) == name]
         if not part:
             continue
         key = name.replace("-", "_") + "_tools" * (len(tools) > 1)
@@ -93,11 +93,20 @@ def long(results: Results, seeds: Sequence[int]) -> None:
     results.table("long", ["run", "alarms", "notices"], title)
     for family, report in found:
         said = ", ".join(f"{a.kind} at {a.step}" for a in report.alarms) or "none"
-        results.row(family, said, report.notices)
+        results.row(family, said, len(report.notices))
 
 
-HELD_OUT = "held-out"
-PARTS = ("tuning", HELD_OUT)
+HELD_OUT, WHOLE_SET = "held-out", "held-out-set"
+PARTS = ("tuning", HELD_OUT, WHOLE_SET)
+
+
+def part_of(family: str) -> str:
+    """Return which part of the benchmark a family belongs to."""
+    if family.startswith(HELD_OUT_SET):
+        return WHOLE_SET
+    return HELD_OUT if held_out(family) else "tuning"
+
+
 SLOW = "vanishing"
 """The kind that has a clock of its own."""
 LEAD = 10
@@ -164,14 +173,12 @@ def main() -> int:
     asked = parser.parse_args()
     families = asked.families or sorted(FAMILIES)
     if asked.part is not None:
-        chosen = asked.part == HELD_OUT
-        families = [name for name in families if held_out(name) is chosen]
+        families = [name for name in families if part_of(name) == asked.part]
     if unknown := set(families) - set(FAMILIES):
         parser.error(f"no family {', '.join(sorted(unknown))}; see list")
     if asked.command == "list":
         for name in families:
-            kept = "held out" if held_out(name) else "tuning"
-            print(f"{name} ({kept}): {FAMILIES[name].__doc__}")
+            print(f"{name} ({part_of(name)}): {FAMILIES[name].__doc__}")
         return 0
     if asked.command == "verify":
         return int(check(families, asked.seeds) > 0)

@@ -12,8 +12,28 @@ from benchmarks.detection import (
     sick_rates,
     sick_steps,
 )
+from benchmarks.detection.sets import (
+    a_healthy,
+    a_sick,
+    b_healthy,
+    b_sick,
+    c_healthy,
+    c_sick,
+    c_sick_loop,
+    d_healthy,
+    d_sick,
+)
 
 __all__ = [
+    "a_healthy",
+    "a_sick",
+    "b_healthy",
+    "b_sick",
+    "c_healthy",
+    "c_sick",
+    "c_sick_loop",
+    "d_healthy",
+    "d_sick",
     "healthy",
     "healthy_awkward",
     "healthy_loops",

@@ -14,6 +14,8 @@ HELPED = 0.8
 """Share of the untreated loss that a remedy has to get below."""
 NOTICE = 20
 """Steps between onset and NaN from which on there is time for a warning."""
+NOTICES = frozenset({"not_learning", "state_carried", "graph_kept", "eval_mode"})
+"""Kinds that a tool may name in a notice: nobody is paged for what may be meant."""
 TREATED = 600
 """Steps behind the alarm that both runs have at least: to remember is slow to learn."""
 
@@ -49,9 +51,11 @@ class Judged:
 
     @property
     def right(self) -> list[Alarm]:
-        """The alarms of the right kind, from the onset on."""
+        """What was said of the right kind, from the onset on."""
         named = self.label.same | {self.label.kind}
-        said = self.report.alarms
+        said = [*self.report.alarms]
+        if self.label.kind in NOTICES:
+            said += self.report.notices
         return [a for a in said if a.kind in named and a.step >= self.label.onset]
 
     @property
@@ -104,6 +108,8 @@ class Judged:
         """Whether what is open at the end is what is true, and nothing else."""
         if not self.sick:
             return not self.report.open - self.label.others
+        if self.label.kind in NOTICES and self.right:
+            return True
         return bool(self.report.open & (self.label.same | {self.label.kind}))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from benchmarks.detection.case import Batch, Case, Step
+from benchmarks.detection.case import Case, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,13 @@ class Report:
         alarms: In their order; the first of each kind at least.
         open: Kinds that still hold at the end; those it ever raised, for a tool that
             takes nothing back.
-        notices: How many it noted without alarm.
+        notices: What it noted without alarm.
         treated: The step at which it applied a remedy, or None.
     """
 
     alarms: list[Alarm] = field(default_factory=list)
     open: set[str] = field(default_factory=set)
-    notices: int = 0
+    notices: list[Alarm] = field(default_factory=list)
     treated: int | None = None
 
 
@@ -58,15 +58,8 @@ Tool = Callable[[Case, Iterator[Step], bool], Report]
 
 def gradwatch_as_it_is(case: Case, steps: Iterator[Step], treat: bool) -> Report:
     """Watch with the defaults, at fixed cadences so that a run can be repeated."""
-    report, plain = Report(), case.loss
+    report = Report()
     with gradwatch.watch(case.model, dir=None, wandb=None, budget=None) as watch:
-
-        def told(model: nn.Module, batch: Batch) -> Tensor:
-            loss = plain(model, batch)
-            watch.log(loss=loss)
-            return loss
-
-        case.loss = told
         for step in steps:
             if treat and report.treated is None:
                 named = [a.remedy for a in watch.alerts if a.severity != "info"]
@@ -77,17 +70,14 @@ def gradwatch_as_it_is(case: Case, steps: Iterator[Step], treat: bool) -> Report
         watch.flush()
         alerts, incidents = watch.alerts, watch.incidents
     for alert in alerts:
-        if alert.severity == "info":
-            report.notices += 1
-        else:
-            report.alarms.append(
-                Alarm(
-                    kind=alert.kind,
-                    step=alert.step,
-                    cause=alert.cause,
-                    streams=frozenset(alert.streams),
-                )
-            )
+        said = Alarm(
+            kind=alert.kind,
+            step=alert.step,
+            cause=alert.cause,
+            streams=frozenset(alert.streams),
+        )
+        notice = alert.severity == "info"
+        (report.notices if notice else report.alarms).append(said)
     report.open = {
         i.kind for i in incidents if i.until is None and i.severity != "info"
     }

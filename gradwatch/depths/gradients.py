@@ -116,6 +116,7 @@ class Gradients:
         written_late: Whether the last step's gradients were written after its optimizer
             and before they were cleared.
         weights_finite: False where a gradient is not finite, and neither is a weight.
+        broken: What was not finite in the graph of a loss that is not; may be empty.
         idleness: Of a step that no optimizer has used; None where nobody looked.
     """
 
@@ -131,6 +132,7 @@ class Gradients:
     untouched: bool = False
     written_late: bool = False
     weights_finite: bool | None = None
+    broken: str = ""
     idleness: Idleness | None = None
 
     def ended(
@@ -481,6 +483,7 @@ def _named(step: Gradients, before: Mapping[int, float], norm: float) -> StepFac
         return StepFacts(
             nonfinite=tuple(step.names[i] for i in broken[:_NAMED]),
             weights_finite=step.weights_finite,
+            broken=step.broken or None,
         )
     return _carriers(step.names, before, norm)
 

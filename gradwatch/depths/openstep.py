@@ -11,7 +11,7 @@ from gradwatch.depths.launch import Launcher
 from gradwatch.depths.measured import Parts, Sampled
 from gradwatch.depths.reader import Reader
 from gradwatch.hooks.optimizers import Training
-from gradwatch.hooks.roots import Loss
+from gradwatch.hooks.roots import Loss, Roots
 
 
 class OpenStep:
@@ -51,6 +51,12 @@ class OpenStep:
         else:
             self._loss = loss
         return isinstance(loss, Tensor)
+
+    def found_by(self, roots: Roots, *, kept: bool) -> None:
+        """Take what was found of a backward pass; see :meth:`found`."""
+        if roots.broken and not self._reader.gradients.broken:
+            self._reader.gradients.broken = roots.broken
+        self.found(roots.loss, kept=kept)
 
     def found(self, loss: Loss, *, kept: bool = True) -> None:
         """Take the loss that a backward pass was called on.

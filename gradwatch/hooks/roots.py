@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gradwatch import _torch
+from gradwatch.hooks import breaks
 from gradwatch.hooks.readout import Readout
 
 Loss = float | Tensor | None
@@ -24,8 +26,11 @@ class Roots:
         each times the gradient given for it; None where they are no single numbers."""
         self.readout: Readout | None = None
         """Who looks at what the loss is made of, where that is wanted."""
+        self.broken = ""
+        """What of a call was not finite, where its loss is the first that is not; empty
+        where nobody can tell."""
         self._last: Callable[[], Tensor | None] = _none
-        self._nested = False
+        self._nested, self._finite = False, True
 
     def find(self, *, elsewhere: bool = False) -> bool:
         """Read the loss; tell whether it is of a call that was not found before.
@@ -50,14 +55,22 @@ class Roots:
         if type(first) is not Tensor:
             self.loss, self._last = None, _none
             return True
-        self._last = weakref.ref(first)
+        again, self._last = self._last() is first, weakref.ref(first)
         if self.readout is not None and self.readout.sees:
             self.readout.on_loss(first)
         if weights is None and not (several and roots[1:]):
             self.loss = _number(first)
         else:
             self.loss = _total(roots, weights)
+        if not again:
+            self._look_for_a_break(first)
         return True
+
+    def _look_for_a_break(self, root: Tensor) -> None:
+        """See where a loss that is not finite comes from, if the last one was."""
+        before, loss = self._finite, self.loss
+        self._finite = type(loss) is not float or math.isfinite(loss)
+        self.broken = breaks.first(root) if before and not self._finite else ""
 
 
 def _total(roots: Sequence[Any], weights: Any) -> Loss:

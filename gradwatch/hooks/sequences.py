@@ -82,7 +82,8 @@ class Sequences:
         axis = self.pick.batch_axis if name == "y" else -2
         if axis is not None and self.pick.batch > 1:
             there = (grad.detach() != 0).any(-1)
-            sequences = there.movedim(axis if name == "y" else -1, 0).flatten(1).any(1)
+            first = there.movedim(axis if name == "y" else -1, 0)
+            sequences = first.reshape(len(first), -1).any(1)
             steps = there.any(axis) if name == "y" else torch.zeros_like(sequences)
             shares = sequences.float().mean(), steps.float().mean()
             self.reached[name] = torch.stack(shares)

@@ -11,7 +11,7 @@ from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.text import BEFORE
+from gradwatch.kinds.text import BEFORE, LOWER_RATE
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
 
@@ -39,10 +39,34 @@ NONFINITE = Kind(
     excused="what a GradScaler or a refusing clipper skips, up to 10 consecutive steps",
     causes={
         "nan_data": Cause(
-            "the loss, or the input, is not finite",
-            "the loss of that step was not finite either: look at the input, the "
-            "target and the forward pass",
+            "an input is not finite: of a recurrent module, or in the loss's graph",
+            "the data of that step held NaN or Inf",
             "assert torch.isfinite(batch).all(), 'NaN or Inf in the input'",
+        ),
+        "weights": Cause(
+            "weights were not finite before the step",
+            "the weights held NaN or Inf already: an earlier step, or what was loaded, "
+            "has put it there",
+            "assert all(p.isfinite().all() for p in model.parameters())" + BEFORE,
+        ),
+        "overflow": Cause(
+            "data and weights are finite, and a value of the forward pass is Inf",
+            "a value of the forward pass has grown beyond what its type holds, from "
+            "finite data and weights",
+            LOWER_RATE + BEFORE,
+        ),
+        "forward": Cause(
+            "data and weights are finite, and a value of the forward pass is NaN",
+            "the forward pass has made NaN of finite data and weights: often log or "
+            "sqrt of what is not positive, 0 / 0, or Inf - Inf",
+            "torch.autograd.set_detect_anomaly(True)  # and look at {since} once more",
+        ),
+        "loss": Cause(
+            "data, weights and the values of the forward pass are finite, the loss is "
+            "not",
+            "all that the net was given and has made is finite: it is the target, or "
+            "the loss itself, such as a log of 0 or a division by 0",
+            "assert torch.isfinite(target).all()  # and look at what the loss does",
         ),
         "nan_backward": Cause(
             "the loss is finite",
@@ -65,9 +89,9 @@ NONFINITE = Kind(
             "scaler = torch.amp.GradScaler(enabled=False)  # and autocast to bfloat16",
         ),
         None: Cause(
-            "the loss is not known",
-            "undecided: the loss is not known; with watch.log(loss=loss) bad data can "
-            "be told from a fault in backward",
+            "the loss is not known; or it is not finite, and on an accelerator, or "
+            "checkpointed",
+            "undecided: the loss is not known, or nothing was held of the step",
             _ANOMALY,
         ),
     },
@@ -179,7 +203,7 @@ class Nonfinite(Remembering[_State]):
 
     def _alert(self, record: StepRecord, count: float, loss: float | None) -> Alert:
         cause = self._cause(record, count, loss)
-        names = record.facts.step.nonfinite or ()
+        names, broken = record.facts.step.nonfinite or (), record.facts.step.broken
         if count:
             what = f"{count:.0f} gradient tensors hold NaN or Inf"
             shown = f"first in backward order: {', '.join(names) or 'unknown'}"
@@ -194,6 +218,8 @@ class Nonfinite(Remembering[_State]):
                 shown += f" and loss {last:.3g}"
         else:
             shown += "; no gradient was finite before"
+        if broken and broken.startswith("forward"):
+            shown += f"; first in the forward pass: {broken.partition(': ')[2]}"
         if self._state.skips > _SKIPS_ALLOWED:
             what = (
                 f"{self._state.skips} consecutive steps skipped because of NaN or Inf"
@@ -225,7 +251,16 @@ class Nonfinite(Remembering[_State]):
         ):
             return "fp16_overflow"
         if not finite:
-            return "nan_data" if self._state.finite is not None else None
+            return _of_forward(record.facts.step.broken or "")
+        if record.facts.step.weights_finite is False:
+            return "weights"
         if loss is not None:
             return "fp16_overflow" if self._state.half else "nan_backward"
         return None
+
+
+def _of_forward(broken: str) -> str | None:
+    """Return the cause by what was the first not to be finite; None for nothing."""
+    if broken.startswith("forward"):
+        return "overflow" if broken.endswith("inf") else "forward"
+    return {"data": "nan_data", "weights": "weights", "loss": "loss"}.get(broken)
