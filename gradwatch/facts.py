@@ -98,6 +98,10 @@ class RunFacts:
         "of a log-softmax before a negative log-likelihood: along how many entries it "
         "adds up to 1, and how many classes the loss takes them for"
     )
+    loss_negative: float | None = _fact(
+        "of squared errors behind a ReLU: share of the targets below 0, of those that "
+        "can be seen, where an output is above 0"
+    )
     loss_broadcast: str | None = _fact(
         "how the read-out was expanded to be compared with targets of another shape, "
         "such as `32x1 to 32x32`; empty where it was not"
@@ -114,6 +118,10 @@ class ModuleFacts:
     autocast: str | None = _fact("type that autocast computes in, where it is on")
     reach: str | None = _fact(
         "whether a gradient reached it: `reached`, `detached`, `unused`, or `gone`"
+    )
+    call_steps: int | None = _fact(
+        "time steps of each of several calls that one sequence is made of, where all "
+        "have as many, and more than one"
     )
     cut: int | None = _fact(
         "time steps of earlier calls whose state was detached, and that receive no "

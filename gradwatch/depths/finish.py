@@ -209,8 +209,9 @@ def _sampled(
             metrics |= update.finish(host["update"], streams_seen)
     now = dataclasses.replace(now, run=joined(now.run, sampled.run))
     if sampled.readout is not None:
-        now = dataclasses.replace(now, run=joined(now.run, sampled.readout.facts))
         with guards["readout"]:
+            told = readout.facts(sampled.readout, host["readout"])
+            now = dataclasses.replace(now, run=joined(now.run, told))
             metrics |= readout.finish(
                 sampled.readout, host["readout"], scale, memory.readout
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from gradwatch.numerics.readout import (
     best_constant,
     binary_targets,
     cross_entropy_targets,
+    negative_targets,
     squared_targets,
 )
 
@@ -28,7 +30,7 @@ _FITS: Final = 1e-2
 _FEATURES: Final = 1024
 """Features, such as classes, whose targets are remembered from look to look."""
 _SUMMED: Final = ("cross_entropy", "bce_with_logits", "mse")
-_NAMES: Final = ("weight", "share", "misfit", "rms")
+_NAMES: Final = ("weight", "share", "misfit", "rms", "negative")
 
 
 @dataclass(slots=True)
@@ -84,15 +86,18 @@ def launch(taken: Taken) -> Readout:
     grads = torch.cat([look.grad.flatten(0, -2) for look in taken.looks])
     rms = outputs.square().mean().sqrt()
     found = _targets(taken, outputs, grads)
+    negative = nothing = torch.full_like(rms, math.nan)
     if found is None:
         share = (grads != 0).any(-1).float().mean()
-        nothing = torch.full_like(rms, math.nan)
-        run.numbers["values"] = torch.stack([nothing, share, nothing, rms])
+        if made.kind == "mse" and made.reads == ("Relu",) and made.mean_of:
+            negative = negative_targets(outputs, grads, made.mean_of)
+        values = [nothing, share, nothing, rms, negative]
+        run.numbers["values"] = torch.stack(values)
         return run
     kind, targets = found
     seen = taken.looks[0].share
     run.kind, run.positions = kind, len(outputs)
-    values = [targets.weight / seen, targets.share, targets.misfit, rms]
+    values = [targets.weight / seen, targets.share, targets.misfit, rms, nothing]
     run.numbers["values"] = torch.stack([value.float() for value in values])
     run.numbers["sums"] = targets.sums
     return run
@@ -129,6 +134,16 @@ def _plain(name: str) -> str:
 
 
 # ---- on the host
+
+
+def facts(run: Readout, host: Host) -> RunFacts:
+    """Return what a look says that is no number."""
+    if "values" not in host:
+        return run.facts
+    read = dict(zip(_NAMES, host["values"].tolist(), strict=True))
+    if not math.isfinite(read["negative"]):
+        return run.facts
+    return dataclasses.replace(run.facts, loss_negative=round(read["negative"], 1))
 
 
 def finish(run: Readout, host: Host, scale: float, memory: Memory) -> dict[str, float]:

@@ -24,10 +24,17 @@ def of_calls(chain: Sequence[Capture]) -> ModuleFacts | None:
         B=shapes[0][1],
         dtype=chain[0].dtype,
         autocast=chain[0].autocast or None,
+        call_steps=_each([length for length, _ in shapes]),
         cut=_steps_cut_off(chain[0]) or None,
         evaluating=any(call.evaluating for call in chain) or None,
         graph_kept=chain[0].graph_kept or None,
     )
+
+
+def _each(lengths: Sequence[int]) -> int | None:
+    """Return the steps of each of several calls, where all have as many, not one."""
+    alike = len(lengths) > 1 and len(set(lengths)) == 1 and lengths[0] > 1
+    return lengths[0] if alike else None
 
 
 def reach_of(

@@ -18,6 +18,10 @@ from gradwatch._torch import function_number, made_shapes, saved
 
 _MOST: Final = 512
 """Nodes that are looked at."""
+_WIDE: Final = 2000
+"""The same, where views of states are looked for."""
+_STACKED: Final = frozenset({"Stack", "Cat", "MkldnnRnnLayer", "CudnnRnn", "MiopenRnn"})
+"""Functions that make states, or put them together."""
 _FAR: Final = 24
 """Nodes between a loss and what it reads that are followed."""
 _KINDS: Final = MappingProxyType(
@@ -105,6 +109,8 @@ class LossGraph(NamedTuple):
             read-out and on, that mixes axes: one that neither joins nor splits some.
         weights: The parameters of the function that made the read-out; not kept.
         nodes: Numbers of the functions from all terms down to their read-outs.
+        mean_of: Of how many errors it is the mean, or that over a number, where it is
+            nothing else; 0 where that is not known.
     """
 
     kind: str
@@ -118,6 +124,7 @@ class LossGraph(NamedTuple):
     views: tuple[tuple[Shape, Shape], ...]
     weights: tuple[Tensor, ...]
     nodes: frozenset[int]
+    mean_of: int = 0
 
 
 def look(root: Tensor) -> LossGraph | None:
@@ -158,7 +165,37 @@ def look(root: Tensor) -> LossGraph | None:
         views=tuple(_mixing([*path, *(_onwards(path[-1]) if ends else ())])),
         weights=weights if ends else (),
         nodes=frozenset(function_number(one) for _, n in found for one in _path(n)),
+        mean_of=_mean_of(root.grad_fn, path),
     )
+
+
+def views_of_states(root: Tensor) -> Iterator[tuple[Shape, Shape]]:
+    """Yield the shapes of views that mix the axes of states, wherever they are.
+
+    What is stacked, as the states of a recurrent module and the outputs of its steps
+    are, and then viewed in another order.
+    """
+    waiting, seen = deque([root.grad_fn]), {root.grad_fn}
+    while waiting and len(seen) <= _WIDE:
+        node = waiting.popleft()
+        if _name(node) in _RESHAPES and _name(_through_views(node)) in _STACKED:
+            yield from _mixing([node])
+        for one in _below(node):
+            if one not in seen:
+                seen.add(one)
+                waiting.append(one)
+
+
+def _mean_of(node: Any, path: list[Any]) -> int:
+    """Return of how many squared errors a loss is the mean; 0 for another one.
+
+    One that is divided, as a step of several batches divides it, counts too.
+    """
+    while _name(node) == "Div" and len(_below(node)) == 1:
+        node = _below(node)[0]
+    if _name(node) != "MseLoss" or saved(node, "reduction", 0) != 1 or not path:
+        return 0
+    return math.prod(made_shapes(path[0])[0])
 
 
 def _losses(root: Any) -> tuple[list[tuple[str, Any]], bool]:
@@ -253,26 +290,35 @@ def _mixing(path: list[Any]) -> Iterator[tuple[Shape, Shape]]:
 
 
 def mixes_axes(before: Shape, after: Shape) -> bool:
-    """Tell whether a view does more than join neighbouring axes and split axes.
+    """Tell whether a view tears an axis apart and joins the pieces to other axes.
+
+    Axes may be joined and split, the last one, that of features, split and joined to
+    the one before, as several heads are, and pieces of time joined to the batch, or to
+    the features behind them.
 
     Example:
         >>> mixes_axes((20, 32, 8), (640, 8)), mixes_axes((640, 8), (20, 32, 8))
+        (False, False)
+        >>> mixes_axes((20, 32, 8), (20, 128, 2)), mixes_axes((32, 20, 8), (32, 10, 16))
         (False, False)
         >>> mixes_axes((20, 32, 8), (32, 20, 8)), mixes_axes((2, 32, 8), (32, 16))
         (True, True)
     """
     left = [n for n in before if n != 1]
     right = [n for n in after if n != 1]
-    while left and right:
-        a, b, joined, split = left.pop(0), right.pop(0), 1, 1
-        while a != b:
-            if a < b and left:
-                a, joined = a * left.pop(0), joined + 1
-            elif b < a and right:
-                b, split = b * right.pop(0), split + 1
-            else:
-                return False  # not of the same size: no view at all
-        if joined > 1 and split > 1:
+    if math.prod(left) != math.prod(right):
+        return False  # no view at all
+    if sorted(left) == sorted(right):
+        return left != right  # a transpose, to all appearance
+    cuts = {math.prod(right[i:]) for i in range(len(right) + 1)}
+    for i in range(len(left) - 1):
+        inner, outer = math.prod(left[i + 1 :]), math.prod(left[i:])
+        inside = [cut for cut in cuts if inner < cut < outer]
+        if not inside:
+            continue
+        nested = all(outer % cut == 0 and cut % inner == 0 for cut in inside)
+        joins_before, joins_behind = outer not in cuts, inner not in cuts
+        if not nested or (joins_behind and (joins_before or i < len(left) - 2)):
             return True
     return False
 

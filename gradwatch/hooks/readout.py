@@ -16,6 +16,8 @@ from gradwatch.recurrent import clean_path
 
 _CALLS: Final = 256
 """Calls of the module in one step that are looked at, such as one a time step."""
+_TIMES: Final = 3
+"""Losses whose whole graph is gone through, for the views in it."""
 _ENTRIES: Final = 1 << 18
 """Entries of one call's output that are looked at; of more, some rows along axis 0."""
 
@@ -69,7 +71,8 @@ class Readout:
         self._model, self._guard = weakref.ref(model), guard
         self._module: weakref.ref[nn.Module] | None = None
         self._path = ""
-        self._calls = 0
+        self._calls = self._times = 0
+        self._views: tuple[tuple[graph.Shape, graph.Shape], ...] = ()
         self._looks: list[tuple[int, int, Look]] = []
         self._seen: tuple[Tensor, LossGraph] | None = None
         self.on_grad = _torch.OutOfGraphs(self._reached)
@@ -115,8 +118,12 @@ class Readout:
         with self._guard:
             made = graph.look(root)
             self._seen = None
+            if made is not None and self._times < _TIMES:
+                self._times += 1
+                self._views = tuple(graph.views_of_states(root))
             if made is not None:
-                self._seen = root.detach(), made._replace(weights=())
+                views = tuple(dict.fromkeys((*made.views, *self._views)))
+                self._seen = root.detach(), made._replace(weights=(), views=views)
                 self._follow(*self._owner(made.weights))
 
     def _owner(self, weights: tuple[Tensor, ...]) -> tuple[str, nn.Module | None]:

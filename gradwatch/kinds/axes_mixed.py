@@ -44,7 +44,8 @@ AXES_MIXED = Kind(
     causes={
         "batch_axis": Cause(
             "one sequence of a call is read, at every time step; or `input_order` is "
-            "`batch`",
+            "`batch`; or a loop over time steps whose calls have several steps each, "
+            "of one sequence",
             "the net recurs along the batch: each sample's state is handed to the next "
             "sample",
             "nn.LSTM(..., batch_first=True) where the batch is the first axis of the "
@@ -81,6 +82,7 @@ class _State:
         seen: What was last seen of every stream.
         views: The views between the recurrent module and the loss.
         cause: What is wrong; empty for nothing.
+        path: Of the module that shows it; None where it is none.
         shown: What was seen of it.
         since: Since when.
         last: The last step at which it was seen.
@@ -90,6 +92,7 @@ class _State:
     seen: SeenState = field(default_factory=SeenState)
     views: list[str] = field(default_factory=list)
     cause: str = ""
+    path: str | None = None
     shown: str = ""
     since: int = 0
     last: int = 0
@@ -123,11 +126,12 @@ class AxesMixed(Remembering[_State]):
         self._seen.take(record)
         if views is not None:
             state.views = list(views)
-        cause, shown = self._fault() if record.facts else (state.cause, state.shown)
+        now = state.cause, state.path, state.shown
+        cause, path, shown = self._fault() if record.facts else now
         if cause and cause != state.cause:
             state.cause, state.since, state.raised = cause, record.step, False
         if cause:
-            state.shown, state.last = shown, record.step
+            state.path, state.shown, state.last = path, shown, record.step
         elif not state.raised or record.step - state.last >= AXES_MIXED.number("away"):
             state.cause, state.raised = "", False
         if not state.cause or state.raised:
@@ -145,27 +149,33 @@ class AxesMixed(Remembering[_State]):
                 shown=state.shown,
                 cause=state.cause,
                 evidence={},
+                stream=None if state.path is None else self._modules[state.path][0],
             )
         ]
 
-    def _fault(self) -> tuple[str, str]:
+    def _fault(self) -> tuple[str, str | None, str]:
         """Return the cause and what shows it; nothing where there is none."""
         for path, streams in self._modules.items():
             facts = self._seen.module(streams[0])
             if shown := _recurs_along_the_batch(path, facts):
-                return "batch_axis", shown
+                return "batch_axis", path, shown
         if self._state.views:
             views = ", ".join(self._state.views)
-            return "view", f"a view from {views} between the net and the loss"
-        return "", ""
+            return "view", None, f"a view from {views} between the net and the loss"
+        return "", None, ""
 
 
 def _recurs_along_the_batch(path: str, facts: ModuleFacts) -> str:
     """Return what shows that a module takes the batch for time; empty for nothing."""
     batch, steps, least = facts.B or 0, facts.T or 0, AXES_MIXED.count("least")
+    name, read, each = path or "the model", facts.sequences_read, facts.call_steps or 0
+    if batch == 1 and each >= least and steps >= least * each:
+        return (
+            f"{name} is called {steps // each} times a step, each with {each} time "
+            "steps of one sequence, and its state goes from one call to the next"
+        )
     if min(batch, steps) < least:
         return ""
-    name, read = path or "the model", facts.sequences_read
     one = read is not None and 0 < read * batch <= AXES_MIXED.at("read")
     if one and (facts.steps_read or 0.0) >= AXES_MIXED.number("all"):
         return (

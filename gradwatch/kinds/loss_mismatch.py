@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradwatch.facts import RunFacts
-from gradwatch.kinds.kind import Cause, Evidence, Kind
+from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.of_loss import OfLoss
 
 LOSS_MISMATCH = Kind(
@@ -24,7 +24,7 @@ LOSS_MISMATCH = Kind(
     over="with the first look at which it fits",
     excused=(
         "a log-softmax before cross entropy, which changes nothing; a logarithm of a "
-        "softmax; a ReLU before squared errors"
+        "softmax; a ReLU before squared errors of targets that are not negative"
     ),
     causes={
         "softmax_twice": Cause(
@@ -60,10 +60,17 @@ LOSS_MISMATCH = Kind(
         ),
         "relu": Cause(
             "`loss_kind` cross_entropy or bce_with_logits, and `loss_reads` begins "
-            "with relu",
-            "the loss takes scores of both signs, and a ReLU cuts off one: classes "
-            "whose score is below 0 get no gradient",
+            "with relu; or mse, and a tenth of the targets are below 0",
+            "the loss asks for values of both signs, and a ReLU cuts off one: what is "
+            "below 0 gets no gradient",
             "return scores  # and no relu behind the last layer",
+        ),
+    },
+    numbers={
+        "negative": Number(
+            0.1,
+            "share of targets below 0 from which on a ReLU is a fault",
+            "a few of many may be outliers",
         ),
     },
 )
@@ -86,7 +93,9 @@ class LossMismatch(OfLoss):
         if run.loss_kind == "nll":
             softmax = "probabilities" if first == "softmax" else None
             return "scores" if first in _RAW else softmax
-        if first == "relu" and run.loss_kind in ("cross_entropy", "bce_with_logits"):
+        negative = (run.loss_negative or 0.0) >= LOSS_MISMATCH.number("negative")
+        signed = ("cross_entropy", "bce_with_logits", *(["mse"] * negative))
+        if first == "relu" and run.loss_kind in signed:
             return "relu"
         twice = {("cross_entropy", "softmax"), ("bce_with_logits", "sigmoid")}
         return f"{first}_twice" if (run.loss_kind, first) in twice else None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from gradwatch.block import Block
 from gradwatch.kinds.kind import Kind
 from gradwatch.kinds.remembering import Remembering
+from gradwatch.kinds.saturated import SATURATED
 from gradwatch.kinds.seen import Seen, SeenState
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -68,7 +69,7 @@ class Missing(Remembering[_State], ABC):
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self.wants: str | None = None
         self._watched = [(stream, Keys.of(stream)) for stream in streams]
-        self._seen = Seen(streams, ("dead",))
+        self._seen = Seen(streams, ("dead", "saturated"))
         super().__init__(_State(seen=self._seen.state))
         self._back = self._row.count("back")
 
@@ -151,6 +152,10 @@ class Missing(Remembering[_State], ABC):
             for other, _ in self._watched
             if other.module == stream.module and other.layer >= stream.layer
         )
+
+    def _is_saturated(self, stream: Stream) -> bool:
+        """Tell whether hardly any gradient passes because units are at their ends."""
+        return self._seen.of(stream).get("saturated", 0.0) >= SATURATED.at("share")
 
     def _there(self, name: str) -> None:
         """Note a step in which it was there, or in which nobody could tell."""

@@ -35,7 +35,8 @@ NO_GRADIENT = Kind(
     over="after 3 steps with a gradient",
     excused=(
         "weights that no optimizer holds, or one that has not stepped; sequences of "
-        "one step; dead units and stuck gates, which have alarms of their own. Never a "
+        "one step; dead units, stuck gates and saturated ones, which have alarms of "
+        "their own. Never a "
         "small gradient: 7e-10 was healthy"
     ),
     causes={
@@ -125,7 +126,7 @@ class NoGradient(Missing):
             cause = reach
         elif record.metrics.get(keys.ih, 0.0) > 0:
             cause = "readout_index"
-        elif self._all_dead(stream):
+        elif self._all_dead(stream) or self._is_saturated(stream):
             return []
         shown = "none at all" if norm is None else "0 in every entry"
         steps = self._state.missing[stream.name]

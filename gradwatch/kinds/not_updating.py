@@ -59,9 +59,10 @@ NOT_UPDATING = Kind(
             "optimizer.add_param_group({{'params': [{weight}]}})",
         ),
         "frozen": Cause(
-            "its learning rate is 0",
-            "the weight's learning rate is 0, yet its gradient is computed; if that is "
-            "meant, requires_grad_(False) is cheaper",
+            "its learning rate is 0, or so small that nothing is left of an update",
+            "the weight's learning rate is 0, or next to it, yet its gradient is "
+            "computed: was scheduler.step() called for each batch in place of each "
+            "epoch? If that is meant, requires_grad_(False) is cheaper",
             "print([group['lr'] for group in optimizer.param_groups])",
         ),
         None: Cause(
@@ -76,6 +77,9 @@ NOT_UPDATING = Kind(
             100,
             "backward passes that leave every weight as it was, with no optimizer",
             "who accumulates gradients uses fewer",
+        ),
+        "tiny": Number(
+            2.0**-40, "learning rate that is as good as 0", "float32 has 24 bits"
         ),
         "back": Number(
             3, "steps with a change after which it is over", "one or two may be chance"
@@ -113,7 +117,9 @@ class NotUpdating(Missing):
     def _cause(self, record: StepRecord, stream: Stream, keys: Keys) -> str | None:
         if record.metrics.get(keys.ratio) is None:
             return "not_in_optimizer"
-        return "frozen" if self._seen.stream(stream).lr == 0 else None
+        rate = self._seen.stream(stream).lr
+        tiny = rate is not None and rate <= NOT_UPDATING.number("tiny")
+        return "frozen" if tiny else None
 
     def _always(self, block: Block, stream: Stream, keys: Keys) -> bool:
         read = block.read(keys.ratio)

@@ -21,6 +21,7 @@ _OF_LOSS: Final = (
     "loss_reads",
     "loss_classes",
     "loss_broadcast",
+    "loss_negative",
 )
 """The facts that are judged here."""
 

@@ -34,7 +34,7 @@ SATURATED = Kind(
         ),
         "steps": Evidence(
             "steps for which all looks have said so",
-            100,
+            50,
             None,
             "what a large first step has done may come back",
         ),
@@ -83,7 +83,6 @@ SATURATED = Kind(
         "lr_too_high",
         "loss_divergence",
         "gate_stuck",
-        "vanishing",
     ),
 )
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-5
+"""Share of the largest target by which one of 0 may be missed."""
 _SURE = 0.999
 """Probability above which a score's gradient tells no weight."""
 
@@ -109,6 +111,24 @@ def squared_targets(outputs: Tensor, grad: Tensor, loss: Tensor) -> Targets:
         sums=means,
         misfit=torch.zeros_like(weight),
     )
+
+
+def negative_targets(outputs: Tensor, grad: Tensor, count: int) -> Tensor:
+    """Return the share of targets below 0, of those that a ReLU lets be seen.
+
+    Args:
+        outputs: Shape ``(N, F)``, before the ReLU.
+        grad: Of the mean of squared errors behind the ReLU, by these; of that over a
+            number above 1, fewer are found.
+        count: How many errors the mean is of.
+
+    Returns:
+        One element; NaN where no output is above 0.
+    """
+    seen = (outputs > 0) & (grad != 0)
+    targets = outputs - grad * count / 2
+    size = targets.abs().amax()
+    return ((targets < -_ROUNDING * size) & seen).sum() / seen.sum()
 
 
 def _misfit(grad: Tensor, explained: Tensor) -> Tensor:
