@@ -9,12 +9,12 @@ import torch
 from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.recurrent import recurrences
 from gradwatch.rules import replay
-from tests.causes import exploding, loop, units, vanishing
+from tests.causes import exploding, loop, outside, units, vanishing
 from tests.causes.run import trained
 
-ROOMS = (exploding, vanishing, loop, units)
+ROOMS = (exploding, vanishing, loop, outside, units)
 CASES = {name: case for room in ROOMS for name, case in room.CASES.items()}
-NOTICES = {("no_gradient", "frozen")} | {
+NOTICES = {("no_gradient", "frozen"), ("not_learning", None)} | {
     (name, cause)
     for name, kind in CATALOGUE.items()
     for cause in kind.causes

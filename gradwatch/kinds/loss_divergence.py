@@ -14,7 +14,7 @@ from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.lr_too_high import LR_TOO_HIGH
 from gradwatch.kinds.remembering import Remembering
 from gradwatch.kinds.seen import HALF, SPAN, Losses, Outside, Seen, SeenState
-from gradwatch.kinds.text import BEFORE, CLIP_FIRST, CLIPPED_LATE, LOWER_RATE
+from gradwatch.kinds.text import BEFORE, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import (
     largest_median,
@@ -73,11 +73,6 @@ LOSS_DIVERGENCE = Kind(
             "`update_decay` is twice `update_gradient` or more",
             "the weight decay takes more from the weights than the gradient gives them",
             "for group in optimizer.param_groups: group['weight_decay'] *= 0.01",
-        ),
-        "clip_order": Cause(
-            "`written_late`: gradients are written after the step that has used them",
-            CLIPPED_LATE,
-            CLIP_FIRST,
         ),
         "bad_batch": Cause(
             "it began with a spike of the gradient norm",
@@ -451,8 +446,6 @@ class LossDivergence(Remembering[_State]):
             return "schedule"
         if self._decays():
             return "weight_decay"
-        if outside.late and self._state.now[0] >= LR_TOO_HIGH.clear("ratio"):
-            return "clip_order"
         if self._rate_raised() or self._state.now[0] >= LR_TOO_HIGH.clear("ratio"):
             return "lr"
         return "bad_batch" if 0 < len(self._near()) <= _FEW else "data"

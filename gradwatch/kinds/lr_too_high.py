@@ -42,6 +42,13 @@ LR_TOO_HIGH = Kind(
             None,
             "nothing of the weights that were there is left",
         ),
+        "late": Evidence(
+            "`update_ratio`, the median of 5 steps, where gradients are clipped after "
+            "the step",
+            0.1,
+            0.1,
+            "the cause is known: the clip was to hold such steps back",
+        ),
         "faster": Evidence(
             "beside either: times by which the update has grown more than the gradient",
             10.0,
@@ -56,7 +63,7 @@ LR_TOO_HIGH = Kind(
             "who learns at such a rate is left alone",
         ),
     },
-    warm_up="10 steps",
+    warm_up="10 steps, none where gradients are clipped after the step",
     confirmed="by 4 consecutive such medians, by 2 jumps, or by one leap",
     over="after 25 medians at .15 or below, after 100 where there was a jump",
     excused="a loss that has fallen by a fifth",
@@ -168,7 +175,8 @@ class LrTooHigh(Remembering[_State]):
             ratios, running = block.read(key), state.running.get(stream.name)
             if ratios is None or running is None or not running.at_rest:
                 return False
-            if ratios and not (min(ratios) > 0 and max(ratios) < _CALM):
+            calm = LR_TOO_HIGH.at("late") if state.outside.late else _CALM
+            if ratios and not (min(ratios) > 0 and max(ratios) < calm):
                 return False
         for stream, key in self._watched:
             ratios = block.read(key) or ()
@@ -208,10 +216,11 @@ class LrTooHigh(Remembering[_State]):
             known = self._state.ratios.get(stream.name, [])
             last = self._state.ratios[stream.name] = [*known[1 - self._last :], ratio]
             level = "clear" if running.raised else "at"
-            if ratio < _CALM and not running.steps:
+            if ratio < _CALM and not running.steps and not self._state.outside.late:
                 continue  # nearly always
             size = upper_median(last)
-            there = size >= getattr(LR_TOO_HIGH, level)("ratio")
+            name = "late" if self._state.outside.late else "ratio"
+            there = size >= getattr(LR_TOO_HIGH, level)(name)
             there = there and (running.raised or self._can_be_judged(len(last)))
             jumps = self._jumps(stream, last)
             running.back = max(_BACK_FROM_JUMP if jumps else _BACK, running.back)
@@ -224,10 +233,13 @@ class LrTooHigh(Remembering[_State]):
     def _jumps(self, stream: Stream, last: Sequence[float]) -> bool:
         """Tell whether an update leaves nothing of the weights, and not by its norm."""
         jump, leap = LR_TOO_HIGH.at("jump"), LR_TOO_HIGH.at("leap")
-        if self._state.taken <= self._warm_up or last[-1] < jump:
+        late = self._state.outside.late  # it is known why
+        if (self._state.taken <= self._warm_up and not late) or last[-1] < jump:
             return False
         if last[-1] < leap and sum(ratio >= jump for ratio in last) < _JUMPS:
             return False
+        if late:
+            return True
         usual, before = self._state.usual.get(stream.name, (0.0, 0.0))
         return last[-1] * before >= LR_TOO_HIGH.at("faster") * usual * self._state.burst
 
@@ -249,9 +261,10 @@ class LrTooHigh(Remembering[_State]):
         self, record: StepRecord, stream: Stream, key: str, size: float
     ) -> Alert:
         share = self._state.losses.recent
+        least = LR_TOO_HIGH.at("late" if self._state.outside.late else "ratio")
         shown = (
             f"update_ratio {size:.2g} (alarm: median of {self._last} steps "
-            f"{LR_TOO_HIGH.at('ratio')} or more, two steps of "
+            f"{least} or more, two steps of "
             f"{LR_TOO_HIGH.at('jump'):g}, or one of {LR_TOO_HIGH.at('leap'):g})"
         )
         if share is not None:
@@ -268,6 +281,6 @@ class LrTooHigh(Remembering[_State]):
             shown=shown,
             cause=cause,
             why=why,
-            evidence={key: (size, LR_TOO_HIGH.at("ratio"))},
+            evidence={key: (size, least)},
             stream=stream,
         )

@@ -62,10 +62,11 @@ NONFINITE = Kind(
             "torch.autograd.set_detect_anomaly(True)  # and look at {since} once more",
         ),
         "loss": Cause(
-            "data, weights and the values of the forward pass are finite, the loss is "
-            "not",
-            "all that the net was given and has made is finite: it is the target, or "
-            "the loss itself, such as a log of 0 or a division by 0",
+            "data, weights and the values up to the last layer are finite, the loss "
+            "is not",
+            "what the net was given is finite, and what it has made of it up to its "
+            "last layer: it is the target, or what comes behind, such as a log of 0 or "
+            "a division by 0",
             "assert torch.isfinite(target).all()  # and look at what the loss does",
         ),
         "nan_backward": Cause(
@@ -219,7 +220,7 @@ class Nonfinite(Remembering[_State]):
         else:
             shown += "; no gradient was finite before"
         if broken and broken.startswith("forward"):
-            shown += f"; first in the forward pass: {broken.partition(': ')[2]}"
+            shown += f"; first in the forward pass: {broken.removeprefix('forward: ')}"
         if self._state.skips > _SKIPS_ALLOWED:
             what = (
                 f"{self._state.skips} consecutive steps skipped because of NaN or Inf"

@@ -51,9 +51,7 @@ NOT_LEARNING = Kind(
         )
     },
     explained_by=(
-        "nonfinite",
-        "exploding",
-        "lr_too_high",
+        *text.BREAKS,
         "loss_mismatch",
         "target_broadcast",
         "axes_mixed",

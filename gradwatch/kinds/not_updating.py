@@ -78,6 +78,7 @@ NOT_UPDATING = Kind(
             "backward passes that leave every weight as it was, with no optimizer",
             "who accumulates gradients uses fewer",
         ),
+        "named": Number(6, "parameters that are named one by one", "a line holds them"),
         "tiny": Number(
             2.0**-40, "learning rate that is as good as 0", "float32 has 24 bits"
         ),
@@ -90,8 +91,7 @@ NOT_UPDATING = Kind(
 )
 
 
-_NAMES: Final = 6
-"""Parameters that are named one by one."""
+_NAMES: Final = NOT_UPDATING.count("named")
 
 
 def listed(names: Sequence[str]) -> str:

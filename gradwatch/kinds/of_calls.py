@@ -14,14 +14,14 @@ from gradwatch.kinds.remembering import Remembering
 from gradwatch.kinds.seen import Seen, SeenState
 from gradwatch.record import Alert, StepRecord, Stream
 
-_STEPS = Evidence("steps for which all looks have said so", 10, None, "exact")
-
 GRAPH_KEPT = Kind(
     name="graph_kept",
     title="gradwatch: backward goes through earlier steps",
     severity="info",
     meaning="The state brings the graph of earlier steps along.",
-    evidence={"steps": _STEPS},
+    evidence={
+        "steps": Evidence("steps for which all looks have said so", 10, None, "exact")
+    },
     warm_up="none",
     confirmed="by the number of steps",
     over="at once; it is reported once a module",
@@ -40,7 +40,9 @@ EVAL_MODE = Kind(
     title="gradwatch: trained in evaluation mode",
     severity="info",
     meaning="The module is trained in evaluation mode.",
-    evidence={"steps": _STEPS},
+    evidence={
+        "steps": Evidence("steps for which all looks have said so", 10, None, "exact")
+    },
     warm_up="none",
     confirmed="by the number of steps",
     over="at once; it is reported once a module",
@@ -59,7 +61,9 @@ STATE_CARRIED = Kind(
     title="gradwatch: a state is carried into the next batch",
     severity="info",
     meaning="Each call goes on from the last one's state, and its end alone is read.",
-    evidence={"steps": _STEPS},
+    evidence={
+        "steps": Evidence("steps for which all looks have said so", 10, None, "exact")
+    },
     warm_up="none",
     confirmed="by the number of steps",
     over="at once; it is reported once a module",
@@ -74,6 +78,7 @@ STATE_CARRIED = Kind(
     },
     numbers={
         "least": Number(4, "time steps at least", "of fewer each may be a piece"),
+        "read": Number(1.5, "time steps that are read, less than", "the last one"),
     },
 )
 
@@ -177,7 +182,8 @@ class StateCarried(OfCalls):
 
     def _shown(self, facts: ModuleFacts, demand: float) -> str:
         steps, least = facts.T or 0, STATE_CARRIED.count("least")
-        if not facts.state_detached or steps < least or not 0 < demand * steps < 1.5:
+        read = 0 < demand * steps < STATE_CARRIED.number("read")
+        if not facts.state_detached or steps < least or not read:
             return ""
         return (
             f"the first state is that of an earlier call, and the loss reads the last "

@@ -75,6 +75,9 @@ class OfLoss(Remembering[LossState], ABC):
         told = {name: getattr(record.facts.run, name) for name in _OF_LOSS}
         known = {name: value for name, value in told.items() if value is not None}
         if known:
+            negative = state.run.loss_negative or 0.0
+            if known.get("loss_negative", negative) < negative:
+                del known["loss_negative"]  # targets of one sign are no proof
             state.run = dataclasses.replace(state.run, **known)
         cause = self._fault(state.run)
         if cause != state.cause:

@@ -11,8 +11,8 @@ from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
 from gradwatch.kinds.seen import Losses, Outside, Seen, SeenState
-from gradwatch.kinds.text import BEFORE, LOWER_RATE
-from gradwatch.metrics import stream_key
+from gradwatch.kinds.text import BEFORE, CLIP_FIRST, CLIPPED_LATE, LOWER_RATE
+from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
 _NORMALISE: Final = (
@@ -26,11 +26,22 @@ SATURATED = Kind(
     meaning="Nearly all activations are saturated, and nothing is learnt.",
     evidence={
         "share": Evidence(
-            "`saturated`, of the tanh; in gated nets also `open` and `shut` of the "
-            "gates together, their mean",
+            "`saturated`, of the tanh",
             0.9,
             0.8,
             "nets that learn stay below .5, or have learnt by then",
+        ),
+        "gates": Evidence(
+            "beside it in gated nets: `open` and `shut` together, mean of the gates",
+            0.75,
+            None,
+            "gates that still move learn to",
+        ),
+        "without": Evidence(
+            "the same, where `grad_norm_hh` is exactly 0",
+            0.7,
+            None,
+            "the first steps of a sequence begin at 0, and are not saturated yet",
         ),
         "steps": Evidence(
             "steps for which all looks have said so",
@@ -48,10 +59,18 @@ SATURATED = Kind(
     warm_up="none",
     confirmed="by the number of steps, at 3 looks or more",
     over="with the first look at .8 or below",
-    excused="ReLU nets; a loss that has fallen by a tenth",
+    excused=(
+        "ReLU nets; a loss that has fallen by a tenth, and is below `loss_constant` "
+        "where that is known"
+    ),
     causes={
+        "clip_order": Cause(
+            "it was below .5 at a look before, and `written_late`",
+            CLIPPED_LATE,
+            CLIP_FIRST,
+        ),
         "rate": Cause(
-            "it was below .5 at a look before",
+            "it was below .5 at a look before, and no clip comes late",
             "the units were not saturated at first: steps too large have driven them "
             "there",
             LOWER_RATE + BEFORE,
@@ -77,15 +96,11 @@ SATURATED = Kind(
         "looks": Number(3, "looks at least", "one or two may be a batch"),
         "free": Number(0.5, "share at a look before which it was not so"),
     },
-    explained_by=(
-        "nonfinite",
-        "exploding",
-        "lr_too_high",
-        "loss_divergence",
-        "gate_stuck",
-    ),
+    explained_by=(*text.BREAKS, "loss_divergence", "gate_stuck"),
 )
 
+_ENDS: Final = ("shut", "open")
+_CONSTANT: Final = run_key("loss_constant")
 _GATES: Final[Mapping[str, Sequence[str]]] = {"LSTM": "ifo", "GRU": "rz"}
 
 
@@ -113,12 +128,14 @@ class _State:
     Attributes:
         seen: What was last seen of every stream.
         losses: The losses so far.
+        constant: What a constant output would have for a loss; 0 if unknown.
         outside: What was done beside the steps.
         streams: What is remembered of each.
     """
 
     seen: SeenState = field(default_factory=SeenState)
     losses: Losses = field(default_factory=Losses)
+    constant: float = 0.0
     outside: Outside = field(default_factory=Outside)
     streams: dict[str, _Look] = field(default_factory=dict)
 
@@ -148,6 +165,7 @@ class Saturated(Remembering[_State]):
         state = self._state
         self._seen.take(record)
         state.losses.take(record)
+        state.constant = record.metrics.get(_CONSTANT, state.constant)
         state.outside.take(record)
         for name in reinitialised(record.events):
             state.streams.pop(name, None)
@@ -156,11 +174,13 @@ class Saturated(Remembering[_State]):
             share = _share(record.metrics, keys)
             if share is None:
                 continue
+            none = record.metrics.get(stream_key(stream, "grad_norm_hh")) == 0
+            level = SATURATED.at("without" if none else "share")
             look = state.streams.setdefault(stream.name, _Look())
-            if share <= SATURATED.clear("share"):
+            if share <= SATURATED.clear("share") and share < level:
                 look.since, look.looks, look.raised = -1, 0, False
                 look.free = look.free or share <= SATURATED.number("free")
-            elif share >= SATURATED.at("share"):
+            elif share >= level:
                 look.since = record.step if look.since < 0 else look.since
                 look.looks += 1
                 if not look.raised and self._lasts(record.step, look):
@@ -171,7 +191,9 @@ class Saturated(Remembering[_State]):
     def _lasts(self, step: int, look: _Look) -> bool:
         """Tell whether it has lasted, and nothing was learnt."""
         losses, learnt = self._state.losses, SATURATED.at("loss")
-        lowest = losses.lowest
+        lowest, constant = losses.lowest, self._state.constant
+        if constant and losses.usual >= constant:
+            lowest = None  # whatever it has fallen from, that is nothing
         if lowest is not None and lowest < learnt:
             # What was learnt before it came about is no progress since.
             gone = look.free and losses.share is not None and losses.share >= learnt
@@ -209,7 +231,7 @@ class Saturated(Remembering[_State]):
 
     def _cause(self, stream: Stream, look: _Look) -> str | None:
         if look.free:
-            return "rate"
+            return "clip_order" if self._state.outside.late else "rate"
         drive = self._seen.stream(stream).drive or ""
         return {"input": "inputs", "state": "weights"}.get(drive)
 
@@ -217,17 +239,17 @@ class Saturated(Remembering[_State]):
 def _keys(stream: Stream) -> list[str]:
     """Return the keys of a stream: of the tanh, then of each gate's two ends."""
     gates = _GATES.get(stream.kind, ())
-    each = [f"{end}/{gate}" for gate in gates for end in ("shut", "open")]
+    each = [f"{end}/{gate}" for end in _ENDS for gate in gates]
     return [stream_key(stream, name) for name in ("saturated", *each)]
 
 
 def _share(metrics: Mapping[str, float], keys: Sequence[str]) -> float | None:
     """Return the share that is saturated; None where nobody looked.
 
-    Of a gated net the smaller of two: that of the tanh, and the mean of its gates.
+    Of a gated net 0 where the gates are not at their ends as well.
     """
     if keys[0] not in metrics:
         return None
     gates = [metrics.get(key, 0.0) for key in keys[1:]]
-    mean = 2 * sum(gates) / len(gates) if gates else 1.0
-    return min(metrics[keys[0]], mean)
+    mean = len(_ENDS) * sum(gates) / len(gates) if gates else 1.0
+    return metrics[keys[0]] if mean >= SATURATED.at("gates") else 0.0

@@ -199,7 +199,7 @@ class Outside:
             if kind == "written":
                 self.written, self.written_at = rest, record.step
             elif kind == "lr":
-                before, after = rest.split()[::2][:2]
+                before, _, after, *_ = rest.split()
                 if float(after) > float(before):
                     self.raised, self.raised_at = rest.strip(), record.step
 

@@ -11,6 +11,8 @@ from gradwatch.kinds.kind import Kind
 from gradwatch.record import Alert, Remedy, Severity, StepRecord, Stream
 
 HIDDEN: Final = "clipping would hide that, not cure it"
+BREAKS: Final = ("nonfinite", "exploding", "lr_too_high")
+"""Kinds after which little else that is seen is a fault of its own."""
 CLIPPED_LATE: Final = (
     "the gradients are clipped after optimizer.step(), which has used them as they "
     "were: nothing is clipped"

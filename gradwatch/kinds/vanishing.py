@@ -10,7 +10,6 @@ from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.saturated import SATURATED
 from gradwatch.kinds.seen import Losses, Seen, SeenState, add_travel
 from gradwatch.metrics import stream_key
 from gradwatch.numerics.streaming import upper_median
@@ -200,7 +199,7 @@ VANISHING = Kind(
             70, "steps of a sequence that is long for a vanilla net, more than"
         ),
     },
-    explained_by=(*SATURATED.explained_by, "dead_units", "saturated"),
+    explained_by=(*text.BREAKS, "dead_units", "gate_stuck", "saturated"),
 )
 
 _LOW: Final = VANISHING.at("reach")

@@ -347,7 +347,7 @@ CASES = {
     ),
     "a rate that is raised 40 times": Case(
         "loss_divergence",
-        "lr",
+        "schedule",
         rate_raised,
         onset=120,
         beside=frozenset({"lr_too_high"}),

@@ -201,14 +201,14 @@ CASES = {
     "recurrent weights that hold the tanh at its end": Case(
         "vanishing",
         "large_weights",
-        saturated(1.0, 4.0, 2.0),
+        saturated(1.0, 1.6, 0.6),
         stream="rnn.l0",
         remedy=ORTHOGONAL,
     ),
     "recurrent weights that hold the second layer at its end": Case(
         "vanishing",
         "large_weights",
-        saturated(1.0, 5.0, 3.0, "l1", num_layers=2),
+        saturated(1.0, 1.6, 0.6, "l1", num_layers=2),
         stream="rnn.l1",
         remedy=ORTHOGONAL,
     ),
