@@ -44,6 +44,15 @@ def adam(model: nn.Module, rate: float = RATE) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=rate)
 
 
+FINER = {
+    "lr": ("schedule",),
+    "input_scale": ("inputs",),
+    "large_weights": ("weights",),
+    "saturation": ("inputs", "weights"),
+}
+"""Causes that a kind or a cause of today names more precisely."""
+
+
 def labelled(
     kind: str,
     measure: Truth,
@@ -60,9 +69,12 @@ def labelled(
     **more: Any,
 ) -> Case:
     """Return a sick case; what trains it is Adam, if nothing else is given."""
+    finer = {name for cause in causes for name in FINER.get(cause, ())}
+    if kind == "vanishing" and finer:
+        same = (*same, "saturated")
     label = Label(
         kind=kind,
-        causes=frozenset(causes),
+        causes=frozenset(causes) | finer,
         streams=frozenset(shown),
         onset=onset,
         others=frozenset(others),

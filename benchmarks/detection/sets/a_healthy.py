@@ -183,6 +183,8 @@ def a_rare_faults(draw: Draw) -> Case:
         bound=0.4,
         clip=1.0,
         steps=600,
+        # Amended: its reverse direction, read at the last step, gets exactly 0.
+        label=Label(others=frozenset({"no_gradient"})),
     )
 
 
