@@ -65,7 +65,7 @@ LOSS_DIVERGENCE = Kind(
             ".data, or a copy",
         ),
         "schedule": Cause(
-            "an event `lr: a -> b` with b five times a or more, likewise",
+            "an event `lr: a -> b` with b three times a or more, likewise",
             "the learning rate was raised",
             "print(optimizer.param_groups)  # at step {since}: look for what raised it",
         ),

@@ -69,7 +69,7 @@ LR_TOO_HIGH = Kind(
     excused="a loss that has fallen by a fifth",
     causes={
         "schedule": Cause(
-            "an event `lr: a -> b` with b five times a or more, within the 50 steps "
+            "an event `lr: a -> b` with b three times a or more, within the 50 steps "
             "before it began, or since",
             "the learning rate was raised",
             "print(optimizer.param_groups)  # at step {since}: look for what raised it",
