@@ -62,15 +62,12 @@ class Roots:
             self.loss = _number(first)
         else:
             self.loss = _total(roots, weights)
-        if not again:
-            self._look_for_a_break(first)
+        loss = self.loss
+        finite = type(loss) is not float or -math.inf < loss < math.inf
+        if not again and not (finite and self._finite):
+            self.broken = breaks.first(first) if self._finite else ""
+            self._finite = finite
         return True
-
-    def _look_for_a_break(self, root: Tensor) -> None:
-        """See where a loss that is not finite comes from, if the last one was."""
-        before, loss = self._finite, self.loss
-        self._finite = type(loss) is not float or math.isfinite(loss)
-        self.broken = breaks.first(root) if before and not self._finite else ""
 
 
 def _total(roots: Sequence[Any], weights: Any) -> Loss:

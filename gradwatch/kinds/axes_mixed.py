@@ -123,6 +123,8 @@ class AxesMixed(Remembering[_State]):
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         state, views = self._state, record.facts.run.loss_views
+        if not record.facts and not state.cause:
+            return []
         self._seen.take(record)
         if views is not None:
             state.views = list(views)

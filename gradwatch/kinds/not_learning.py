@@ -126,7 +126,7 @@ class NotLearning(Remembering[_State]):
     def _due(self, step: int) -> bool:
         """Tell whether something is to be said at a step."""
         waits = ("notice", "steps")
-        if self._state.said == len(waits):
+        if self._state.said == len(waits) or not self._state.constant:
             return False
         return step - self._state.begun >= NOT_LEARNING.at(waits[self._state.said])
 

@@ -123,6 +123,8 @@ class OfCalls(Remembering[_State], ABC):
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         state = self._state
+        if len(state.said) == len(self._modules):
+            return []
         self._seen.take(record)
         if not record.facts.modules and not state.since:
             return []

@@ -113,12 +113,13 @@ class Unheld(Remembering[_Unheld]):
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
         state, seen = self._state, record.facts.run.unheld
-        if seen is not None and list(seen) != state.names:
-            state.names, state.since, state.raised = list(seen), record.step, False
+        names = list(seen or ())
+        if any(_is_within(name, self._recurrent) for name in names):
+            names = []  # the rule of streams names all of them
+        if seen is not None and names != state.names:
+            state.names, state.since, state.raised = names, record.step, False
         if not state.names or state.raised or record.step - state.since < _HOLD:
             return []
-        if any(_is_within(name, self._recurrent) for name in state.names):
-            return []  # the rule of streams names all of them
         state.raised = True
         return [
             text.alert(
