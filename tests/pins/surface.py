@@ -108,7 +108,7 @@ def calls() -> dict[str, dict[str, float]]:
     found = {name: _calls(build, budget=None) for name, build in builds.items()}
     rnn = builds["RNN 16->32"]
     with Clock() as clock, TemporaryDirectory() as folder:
-        default = _calls(rnn, clock, after=130, dir=folder)
+        default = _calls(rnn, clock, after=130, steps=4 * STEPS, dir=folder)
     return found | {"RNN 16->32, at the defaults": default}
 
 
@@ -140,6 +140,7 @@ def _calls(
     clock: Clock | None = None,
     *,
     after: int = 10,
+    steps: int = STEPS,
     **options: Any,
 ) -> dict[str, float]:
     counts = []
@@ -148,14 +149,16 @@ def _calls(
         model = build()
         if watched:
             watch = gradwatch.watch(model, **{"dir": None, "wandb": None, **options})
-        counts.append(_counted(model, clock, after))
+        counts.append(_counted(model, clock, after, steps))
         if watched:
             watch.close()
     bare, ours = counts
-    return {kind: (ours[kind] - bare[kind]) / STEPS for kind in ("call", "c_call")}
+    return {kind: (ours[kind] - bare[kind]) / steps for kind in ("call", "c_call")}
 
 
-def _counted(model: nn.Module, clock: Clock | None, after: int) -> Counter[str]:
+def _counted(
+    model: nn.Module, clock: Clock | None, after: int, steps: int
+) -> Counter[str]:
     """Count the calls of all threads, once what is looked up once has been."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     found: Counter[str] = Counter()
@@ -168,7 +171,7 @@ def _counted(model: nn.Module, clock: Clock | None, after: int) -> Counter[str]:
 
     threading.setprofile(count)
     sys.setprofile(count)
-    for step, x in enumerate(batches(STEPS + after, 30, 16, 16)):
+    for step, x in enumerate(batches(steps + after, 30, 16, 16)):
         if step == after:
             found.clear()
         optimizer.zero_grad()
