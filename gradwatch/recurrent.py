@@ -284,15 +284,35 @@ def _of_type(value: object) -> str:
     return f"a {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
 
 
+def _kept_aside(model: nn.Module) -> str:
+    """Return where recurrent modules are kept in a plain list or dict, if any are."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value
+            if name.startswith("_") or not isinstance(value, dict | list | tuple):
+                continue
+            if any(isinstance(one, nn.RNNBase | nn.RNNCellBase) for one in held):
+                return f"model.{path}.{name}" if path else f"model.{name}"
+    return ""
+
+
 def _nothing_found(model: nn.Module) -> str:
     kinds = sorted({type(m).__name__ for m in model.modules()} - {type(model).__name__})
     shown = ", ".join(kinds[:8]) + (", ..." if len(kinds) > 8 else "")
-    return (
+    told = (
         f"{type(model).__name__} contains no nn.RNN, nn.LSTM, nn.GRU nor one of their "
         f"cells, the modules that gradwatch knows"
         + (f"; it contains {shown}." if shown else ".")
-        + " Give the module that does the recurrence; for one written by hand there "
-        "is gradwatch.numerics.spectral.spectral_radius(weight)."
+    )
+    if place := _kept_aside(model):
+        return (
+            f"{told} {place} holds modules that PyTorch does not see there: they are "
+            "not in model.parameters(), and no optimizer is given them. Keep them in "
+            "an nn.ModuleList."
+        )
+    return (
+        f"{told} Give the module that does the recurrence; for one written by hand "
+        "there is gradwatch.numerics.spectral.spectral_radius(weight)."
     )
 
 

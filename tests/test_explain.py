@@ -52,7 +52,7 @@ def test_nothing_else_does(monkeypatch, word, caplog):
 @pytest.mark.parametrize(
     ("mute", "error", "told"),
     [
-        (["explosion"], ValueError, "the kinds are cleared_early, dead_units"),
+        (["explosion"], ValueError, "the kinds are axes_mixed, cleared_early"),
         ([("vanishing", "rnn.l7")], ValueError, r"the streams are rnn\.l0"),
         ([("vanishing",)], ValueError, "a pair of a kind"),
         ([3], ValueError, "mute holds 3"),

@@ -140,3 +140,15 @@ def test_a_part_that_is_updated_by_hand_is_none_that_no_optimizer_holds():
     [message] = alarms(by_hand=False)
     assert "model.get_parameter('head.weight')" in message
     assert alarms(by_hand=True) == []
+
+
+def test_cells_in_a_plain_list_are_told_of():
+    class Stack(nn.Module):
+        def __init__(self, hold):
+            super().__init__()
+            self.head = nn.Linear(3, 1)
+            self.cells = hold(nn.GRUCell(3, 3) for _ in range(2))
+
+    with pytest.raises(ValueError, match=r"model\.cells holds modules that PyTorch"):
+        gradwatch.watch(Stack(list), dir=None, wandb=None)
+    gradwatch.watch(Stack(nn.ModuleList), dir=None, wandb=None).close()

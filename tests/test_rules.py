@@ -163,7 +163,7 @@ def test_nonfinite_ends_after_twenty_five_finite_steps():
 
 
 @pytest.mark.parametrize(
-    ("loss", "cause"), [(None, None), (1.0, "nan_backward"), (math.nan, "nan_data")]
+    ("loss", "cause"), [(None, None), (1.0, "nan_backward"), (math.nan, None)]
 )
 def test_the_loss_decides_the_cause_of_nan(loss, cause):
     rule = Nonfinite([STREAM])

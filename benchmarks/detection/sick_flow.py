@@ -18,7 +18,7 @@ from testbed.weights import F, I, Z, bias, orthogonal, recurrent, remembering
 Layer = Callable[..., nn.RNNBase]
 
 SYMBOLS, RATE = 4, 1e-3
-VANISHING = 600
+VANISHING = 720
 
 
 def net(draw: Draw, layer: Layer, inputs: int = SYMBOLS, **more: Any) -> Reader:

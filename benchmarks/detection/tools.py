@@ -59,7 +59,17 @@ Tool = Callable[[Case, Iterator[Step], bool], Report]
 def gradwatch_as_it_is(case: Case, steps: Iterator[Step], treat: bool) -> Report:
     """Watch with the defaults, at fixed cadences so that a run can be repeated."""
     report = Report()
-    with gradwatch.watch(case.model, dir=None, wandb=None, budget=None) as watch:
+    try:
+        watching = gradwatch.watch(case.model, dir=None, wandb=None, budget=None)
+    except ValueError as error:  # it refuses what has no recurrent module, and says why
+        told = {"kind": "not_updating", "cause": "not_in_optimizer"}
+        if "nn.ModuleList" in str(error):
+            report.alarms.append(Alarm(step=0, **told))
+            report.open.add(told["kind"])
+        for _ in steps:
+            pass
+        return report
+    with watching as watch:
         for step in steps:
             if treat and report.treated is None:
                 named = [a.remedy for a in watch.alerts if a.severity != "info"]

@@ -21,10 +21,10 @@ NOT_LEARNING = Kind(
     meaning="The loss is no better than that of a constant output.",
     evidence={
         "loss": Evidence(
-            "`loss`, the lowest median of 20, over `loss_constant`, at least",
+            "`loss`, the mean of 100, over `loss_constant`, at least",
             0.97,
             None,
-            "a median of 20 batches scatters by a hundredth or two around chance",
+            "a mean of 100 batches scatters by a hundredth or two around chance",
         ),
         "notice": Evidence(
             "steps for which that is so: a notice", 200, None, "chosen, not measured"
@@ -36,9 +36,9 @@ NOT_LEARNING = Kind(
             "recall over many steps begins to be learnt after hundreds and thousands",
         ),
     },
-    warm_up="20 losses",
+    warm_up="100 losses",
     confirmed="by the number of steps",
-    over="with a median below it",
+    over="with a mean below it",
     excused="losses whose targets cannot be told, which have no `loss_constant`",
     causes={
         None: Cause(
@@ -67,7 +67,7 @@ NOT_LEARNING = Kind(
         "vanishing",
     ),
     numbers={
-        "warm_up": Number(20, "losses before any is judged", "a median of 20 is taken"),
+        "warm_up": Number(100, "losses before any is judged", "a mean of 100 is taken"),
     },
 )
 
@@ -86,7 +86,7 @@ class _State:
         constant: What a constant would have; 0 while that is not known.
         begun: The first step of which the loss is known.
         said: What was said: nothing, a notice, an alarm.
-        learns: Whether a median was below it.
+        learns: Whether it was below that.
     """
 
     losses: Losses = field(default_factory=Losses)
@@ -98,13 +98,13 @@ class _State:
 
 
 class NotLearning(Remembering[_State]):
-    """The lowest median of the losses beside what the best constant would have."""
+    """The mean of the last losses beside what the best constant would have."""
 
     kind = NOT_LEARNING.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._streams = tuple(streams)
-        self._seen = Seen(streams, ("horizon", "saturated", "update_ratio"))
+        self._seen = Seen(streams, ("horizon",))
         super().__init__(_State(seen=self._seen.state))
 
     @property
@@ -116,6 +116,8 @@ class NotLearning(Remembering[_State]):
         """Take in plain rows, none of which ends the wait."""
         state = self._state
         if state.learns:
+            return True
+        if block.column(_LOSS) is None:
             return True
         if state.begun < 0 or self._due(block.steps[-1]):
             return False
@@ -133,10 +135,9 @@ class NotLearning(Remembering[_State]):
     def _look(self) -> None:
         """See whether the loss has been below that of a constant."""
         state, losses = self._state, self._state.losses
-        if len(losses.last) < NOT_LEARNING.count("warm_up") or not state.constant:
+        if losses.taken < NOT_LEARNING.count("warm_up") or not state.constant:
             return
-        lowest = min(losses.best, losses.usual)
-        state.learns = lowest < _AT * state.constant
+        state.learns = losses.mean < _AT * state.constant
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
@@ -156,11 +157,9 @@ class NotLearning(Remembering[_State]):
 
     def _alert(self, record: StepRecord, alarm: bool) -> Alert:
         state, steps = self._state, record.step - self._state.begun
-        usual = state.losses.usual
-        lowest = min(state.losses.best, usual)
+        mean = state.losses.mean
         shown = (
-            f"loss {usual:.4g} (median of 20), lowest {lowest:.4g}; a constant would "
-            f"have {state.constant:.4g}"
+            f"loss {mean:.4g} (mean of 100); a constant would have {state.constant:.4g}"
         )
         for stream in self._streams:
             own = self._seen.of(stream)
@@ -176,5 +175,5 @@ class NotLearning(Remembering[_State]):
             what=f"no better than a constant output for {steps} steps",
             shown=shown,
             cause=None,
-            evidence={_LOSS: (usual, _AT * state.constant)},
+            evidence={_LOSS: (mean, _AT * state.constant)},
         )

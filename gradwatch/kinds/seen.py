@@ -21,6 +21,8 @@ _RECENT: Final = 5
 """Losses that the median of now is taken over; chosen, not measured."""
 _IMPROVED: Final = 0.95
 """Share of the lowest median below which it has improved; chosen, not measured."""
+_LONG: Final = 100
+"""Losses that their running mean is of: of small batches a median of 20 scatters."""
 _SHORTLY: Final = 50
 """Steps before a fault in which its cause is looked for; chosen, not measured."""
 _LOSS: Final = run_key("loss")
@@ -40,6 +42,8 @@ class Losses:
         signed: Whether one was negative.
         best: The lowest median, as it was when it had last improved by a twentieth.
         improved: When that was.
+        mean: Of about the last 100.
+        taken: How many there were, up to as many.
     """
 
     last: list[float] = field(default_factory=list)
@@ -48,6 +52,8 @@ class Losses:
     signed: bool = False
     best: float = math.inf
     improved: int = 0
+    mean: float = 0.0
+    taken: int = 0
 
     def take(self, record: StepRecord) -> float | None:
         """Take in a record's loss; return it if it has a finite one."""
@@ -73,6 +79,11 @@ class Losses:
         What :meth:`take_one` would come to, one after the other.
         """
         every = [*self.last, *losses]
+        mean, taken = self.mean, self.taken
+        for loss in losses:
+            taken += taken < _LONG
+            mean += (loss - mean) / taken
+        self.mean, self.taken = mean, taken
         self.largest = max(self.largest, *losses)
         if smallest_median(every, HALF) < _IMPROVED * self.best:
             medians = rolling_medians(every[1:], SPAN)
@@ -88,6 +99,8 @@ class Losses:
         if loss is None or not math.isfinite(loss):
             return None
         self.last = [*self.last[1 - SPAN :], loss]
+        self.taken += self.taken < _LONG
+        self.mean += (loss - self.mean) / self.taken
         if self.start is None and not self.signed and len(self.last) == SPAN:
             self.start = self.usual
         if loss < 0:

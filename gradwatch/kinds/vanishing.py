@@ -9,9 +9,10 @@ from typing import Any, Final
 from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
+from gradwatch.kinds.reach import cause_of
 from gradwatch.kinds.remembering import Remembering
 from gradwatch.kinds.seen import Losses, Seen, SeenState, add_travel
-from gradwatch.metrics import stream_key
+from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import upper_median
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
@@ -50,9 +51,15 @@ VANISHING = Kind(
             "in runs that never learn a far target it stays above .98; down to .5 the "
             "loss has to go on falling, or the read-out alone has learnt",
         ),
+        "chance": Evidence(
+            "mean of 100 losses over `loss_constant`, where that is known, at least",
+            0.97,
+            None,
+            "no better than a constant: nothing far is being learnt, nor anything near",
+        ),
         "travel": Evidence(
             "cumulative update size, the sum of `update_ratio`, since the first "
-            "probe, where the loss is known",
+            "probe, where the loss is known and `loss_constant` is not",
             1.0,
             None,
             "healthy nets that begin without reach open at .3 to .7",
@@ -187,6 +194,12 @@ VANISHING = Kind(
             0.3,
             "share of the steps, at the end, whose input is all zeros, to be the cause",
         ),
+        "at_chance": Number(
+            600,
+            "steps at chance after which it is no slow start",
+            "of 30 nets that never learn a lag of 60, 29 are told by then, of 68 slow "
+            "starts 2; at 500, 29 and 4; at 250, 27 and 26",
+        ),
         "stalled": Number(
             150,
             "steps without progress after which a loss has been learnt as far as it "
@@ -207,7 +220,7 @@ _HIGH: Final = VANISHING.clear("reach")
 _FLOOR: Final = VANISHING.number("floor")
 _PROBES: Final = VANISHING.count("probes")
 _HOLD: Final = VANISHING.count("hold")
-_SHUT: Final = VANISHING.number("shut")
+_CONSTANT: Final = run_key("loss_constant")
 _LASTING: Final = ("forget_gate", "update_gate", "truncation")
 _CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
@@ -220,6 +233,7 @@ class _State:
     Attributes:
         seen: What was last seen of every stream.
         losses: The losses so far.
+        constant: What a constant output would have for a loss; 0 if unknown.
         open: Stream -> its open incident.
         past: Stream -> its last probes.
         reached: Stream -> whether a gradient had reached the first steps.
@@ -230,6 +244,7 @@ class _State:
 
     seen: SeenState = field(default_factory=SeenState)
     losses: Losses = field(default_factory=Losses)
+    constant: float = 0.0
     open: dict[str, dict[str, Any]] = field(default_factory=dict)
     past: dict[str, list[float]] = field(default_factory=dict)
     reached: dict[str, bool] = field(default_factory=dict)
@@ -276,6 +291,7 @@ class Vanishing(Remembering[_State]):
         """Judge one record."""
         self._seen.take(record)
         self._state.losses.take(record)
+        self._state.constant = record.metrics.get(_CONSTANT, self._state.constant)
         for name in reinitialised(record.events):
             state = self._state
             for own in (state.open, state.past, state.reached, state.learnt):
@@ -378,7 +394,7 @@ class Vanishing(Remembering[_State]):
         low = low and max(past) <= _HIGH
         if known["raised"] or not low or self._progress(record, stream, keys):
             return []
-        moved = self._moved(stream, known, middle)
+        moved = self._moved(stream, known, middle, lasted)
         known["middles"] = [*known["middles"], middle][-VANISHING.count("trend") :]
         waits = _HOLD if self._tells(stream) else VANISHING.count("hold_alone")
         lasting = lasted >= _HOLD and moved
@@ -409,11 +425,17 @@ class Vanishing(Remembering[_State]):
         many = (self._seen.module(stream).B or 0) >= VANISHING.count("few")
         return many and self._state.losses.share is not None
 
-    def _moved(self, stream: Stream, known: Mapping[str, Any], middle: float) -> bool:
-        """Tell whether the cumulative update is larger than nets that open need."""
+    def _moved(
+        self, stream: Stream, known: Mapping[str, Any], middle: float, lasted: int
+    ) -> bool:
+        """Tell whether it has been given what nets that open need."""
         level = "travel" if self._tells(stream) else "travel_alone"
         if level == "travel" and self._cause(stream) == "padding":
             level = "travel_padded"
+        elif level == "travel" and self._state.constant:
+            mean, constant = self._state.losses.mean, self._state.constant
+            at_chance = mean >= VANISHING.at("chance") * constant
+            return at_chance and lasted >= VANISHING.number("at_chance")
         opens = middle > known["first"] + VANISHING.at("opening")
         if level != "travel_alone":  # and it goes on
             before = [*known["middles"], known["first"]][0]
@@ -472,29 +494,4 @@ class Vanishing(Remembering[_State]):
         )
 
     def _cause(self, stream: Stream) -> str:
-        """Return the first cause that the evidence names."""
-        seen, length = self._seen.of(stream), self._length(stream)
-        if self._cut(stream) or self._seen.module(stream).state_detached:
-            return "truncation"
-        if (self._seen.module(stream).padding or 0.0) >= VANISHING.number("padded"):
-            return "padding"
-        if stream.kind != "RNN_RELU" and seen.get("act_deriv", 1.0) < VANISHING.number(
-            "saturated"
-        ):
-            drive = self._seen.stream(stream).drive or ""
-            by = {"input": "input_scale", "state": "large_weights"}
-            return by.get(drive, "saturation")
-        if seen.get("shut/f", 0.0) > _SHUT:
-            return "forget_gate"
-        if seen.get("shut/z", 0.0) > _SHUT:
-            return "update_gate"
-        if not stream.gates and seen.get("rho_total_drift", 0.0) <= -VANISHING.number(
-            "fallen"
-        ):
-            return "drift"
-        if stream.gates or (
-            length > VANISHING.count("long_sequence")
-            and seen.get("rho", 0.0) > VANISHING.number("lasts")
-        ):
-            return "horizon_too_long"
-        return "small_radius"
+        return cause_of(VANISHING, self._seen, stream, self._length(stream))
