@@ -87,7 +87,7 @@ def test_far_recall_is_an_alarm_once_the_weights_have_travelled(name, seed):
     found, alarms = recall(*FAR[name], steps=900, at=0, seed=seed)
     assert [a.kind for a in alarms] == ["vanishing"]
     # A shut gate does not open by itself, so that it waits for less.
-    first, last = (295, 700) if "-6" in name else (560, 880)
+    first, last = (95, 700) if "-6" in name else (595, 880)
     assert found[0].until is None and first <= alarms[0].step <= last
 
 

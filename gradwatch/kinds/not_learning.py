@@ -117,7 +117,8 @@ class NotLearning(Remembering[_State]):
         state = self._state
         if state.learns:
             return True
-        if block.column(_LOSS) is None:
+        column = block.column(_LOSS)
+        if column is None or column.count(None) == len(column):
             return True
         if state.begun < 0 or self._due(block.steps[-1]):
             return False

@@ -96,7 +96,7 @@ SATURATED = Kind(
         "looks": Number(3, "looks at least", "one or two may be a batch"),
         "free": Number(0.5, "share at a look before which it was not so"),
     },
-    explained_by=(*text.BREAKS, "loss_divergence", "gate_stuck"),
+    explained_by=(*text.BREAKS, "loss_divergence", "gate_stuck", "not_cleared"),
 )
 
 _ENDS: Final = ("shut", "open")

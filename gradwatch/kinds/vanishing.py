@@ -413,12 +413,18 @@ class Vanishing(Remembering[_State]):
         if self._cut(stream):  # what the last piece holds is learnt all the same
             return signal < VANISHING.clear("learnt")
         told = losses.lowest is not None and losses.lowest < VANISHING.at("loss")
+        told = told and not self._at_chance()
         if told and losses.share is not None:
             told = losses.share <= VANISHING.clear("loss")
             # What the read-out alone can learn is learnt soon, and then no more.
             stalled = VANISHING.count("stalled")
             told = told or record.step - losses.improved < stalled
         return told or signal < VANISHING.at("learnt")
+
+    def _at_chance(self) -> bool:
+        """Tell whether the loss is known to be that of a constant."""
+        least = VANISHING.at("chance") * self._state.constant
+        return 0 < least <= self._state.losses.mean
 
     def _tells(self, stream: Stream) -> bool:
         """Tell whether the loss is known, of enough sequences to tell of progress."""
@@ -433,9 +439,7 @@ class Vanishing(Remembering[_State]):
         if level == "travel" and self._cause(stream) == "padding":
             level = "travel_padded"
         elif level == "travel" and self._state.constant:
-            mean, constant = self._state.losses.mean, self._state.constant
-            at_chance = mean >= VANISHING.at("chance") * constant
-            return at_chance and lasted >= VANISHING.number("at_chance")
+            return self._at_chance() and lasted >= VANISHING.number("at_chance")
         opens = middle > known["first"] + VANISHING.at("opening")
         if level != "travel_alone":  # and it goes on
             before = [*known["middles"], known["first"]][0]

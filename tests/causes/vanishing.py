@@ -110,22 +110,34 @@ def shrinking(sick):
     return far(model, 3e-4, steps=130, before=before)
 
 
-def as_pytorch_makes_it(kind):
+def penalised(loss):
+    """Two losses added up, of which no constant is known: there the way counts."""
+
+    def of_two(model, batch):
+        bias = model.head.bias
+        return loss(model, batch) + 1e-4 * mse_loss(bias, torch.zeros_like(bias))
+
+    return of_two
+
+
+def as_pytorch_makes_it(kind, **more):
+    more.setdefault("steps", 190)
+
     def build(sick):
         model = net(kind)
         if not sick:
             remembering(model.layer, 40)
-        return far(model, 5e-3, steps=190, batches=symbols(40))
+        return far(model, 5e-3, batches=symbols(40), **more)
 
     return build
 
 
-def too_small(make, suffix="", **more):
+def too_small(make, suffix="", loss=classes):
     def build(sick):
         model = make()
         if sick:
             recurrent(model.layer, lambda w: 0.4 * w, suffix)
-        return far(model, 2e-3, steps=220, **more)
+        return far(model, 2e-3, steps=220, loss=penalised(loss))
 
     return build
 
@@ -227,14 +239,14 @@ CASES = {
     "an LSTM as PyTorch makes it": Case(
         "vanishing",
         "horizon_too_long",
-        as_pytorch_makes_it(nn.LSTM),
+        as_pytorch_makes_it(nn.LSTM, steps=620),
         stream="rnn.l0",
         remedy=CHRONO,
     ),
     "a GRU as PyTorch makes it": Case(
         "vanishing",
         "horizon_too_long",
-        as_pytorch_makes_it(nn.GRU),
+        as_pytorch_makes_it(nn.GRU, loss=penalised(classes)),
         stream="rnn.l0",
         remedy=CHRONO,
     ),
