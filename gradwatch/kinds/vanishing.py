@@ -41,8 +41,7 @@ VANISHING = Kind(
             "`signal`, at least",
             0.6,
             0.5,
-            "nets that learn a near target fall below it; those that never learn a far "
-            "one stay above .65",
+            "nets that learn a near target fall below it, the others stay above .65",
         ),
         "loss": Evidence(
             "lowest loss over its start, where it is known, at least",
@@ -257,8 +256,8 @@ class Vanishing(Remembering[_State]):
     """No gradient reaches the first steps, for long, and nothing is learnt without.
 
     At the first probe that is a notice: many nets open by themselves. It is an alarm
-    once it has lasted what such nets need, by a cause that stays or by the cumulative
-    update size; at once where the gradient had reached the first steps.
+    once it has lasted what such nets need, by a cause that stays, by steps at chance or
+    by the cumulative update size; at once where the gradient had reached them.
     """
 
     kind = VANISHING.name
@@ -294,9 +293,9 @@ class Vanishing(Remembering[_State]):
         self._state.constant = record.metrics.get(_CONSTANT, self._state.constant)
         for name in reinitialised(record.events):
             state = self._state
-            for own in (state.open, state.past, state.reached, state.learnt):
+            each = state.open, state.past, state.reached, state.learnt, state.doubts
+            for own in each:
                 own.pop(name, None)
-            state.doubts.pop(name, None)
         found: list[Alert] = []
         for stream, keys in self._watched:
             known = self._state.open.get(stream.name)
@@ -397,10 +396,10 @@ class Vanishing(Remembering[_State]):
         moved = self._moved(stream, known, middle, lasted)
         known["middles"] = [*known["middles"], middle][-VANISHING.count("trend") :]
         waits = _HOLD if self._tells(stream) else VANISHING.count("hold_alone")
-        lasting = lasted >= _HOLD and moved
-        lasting = lasting or (lasted >= waits and self._stays(stream))
+        stays = lasted >= waits and self._stays(stream)
         fell = bool(self._state.reached.get(stream.name))
-        if not fell and not lasting and lasted < VANISHING.count("long"):
+        long = lasted >= VANISHING.count("long") or (lasted >= _HOLD and moved)
+        if not (fell or stays or long):
             return []
         known["raised"] = True
         return [self._alert(record, stream, keys, alarm=True)]
