@@ -152,3 +152,22 @@ def test_cells_in_a_plain_list_are_told_of():
     with pytest.raises(ValueError, match=r"model\.cells holds modules that PyTorch"):
         gradwatch.watch(Stack(list), dir=None, wandb=None)
     gradwatch.watch(Stack(nn.ModuleList), dir=None, wandb=None).close()
+
+
+def test_what_a_constant_has_is_not_told_of_a_step_of_several_passes():
+    def told(passes):
+        torch.manual_seed(0)
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        with gradwatch.watch(net, dir=None, wandb=None, budget=None) as watch:
+            for _ in range(4):
+                optimizer.zero_grad()
+                for _ in range(passes):
+                    x, y = torch.randn(5, 8, 3), torch.randint(2, (8,))
+                    (nn.functional.cross_entropy(net(x), y) / passes).backward()
+                optimizer.step()
+        key = "gradwatch/loss_constant"
+        return [r.metrics[key] for r in watch.records if key in r.metrics]
+
+    assert told(1) and all(0.4 < constant < 0.75 for constant in told(1))
+    assert told(3) == []

@@ -33,7 +33,7 @@ from gradwatch.facts import (
     joined,
 )
 from gradwatch.health import Guard
-from gradwatch.metrics import stream_key
+from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Stream, reinitialised
 
 
@@ -212,13 +212,17 @@ def _sampled(
         with guards["readout"]:
             told = readout.facts(sampled.readout, host["readout"])
             now = dataclasses.replace(now, run=joined(now.run, told))
-            metrics |= readout.finish(
+            seen = readout.finish(
                 sampled.readout, host["readout"], scale, memory.readout
             )
+            if sampled.passes > 1:  # the loss is of all of them, what was seen of one
+                seen.pop(_CONSTANT, None)
+            metrics |= seen
     facts = dataclasses.replace(now, modules=modules, streams=streams)
     return facts, Extras(metrics=metrics, profiles=profiles, events=step.events)
 
 
+_CONSTANT: Final = run_key("loss_constant")
 _OF_INPUT: Final = (
     "padding",
     "blank",

@@ -37,6 +37,7 @@ class Sampled:
         run: Facts of the run.
         readout: What was seen of what the loss reads; of the first pass of the step.
         events: What has happened to the cadence of a depth.
+        passes: Backward passes of the step whose call was seen.
     """
 
     chains: Chains = field(default_factory=dict)
@@ -48,6 +49,7 @@ class Sampled:
     run: RunFacts = RUN_SCOPE
     readout: Readout | None = None
     events: list[str] = field(default_factory=list)
+    passes: int = 0
 
     @property
     def spectrum(self) -> Spectrum | None:

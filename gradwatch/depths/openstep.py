@@ -104,6 +104,7 @@ class OpenStep:
         """Return what was launched, with what is known at the end of the step."""
         sampled, self.sampled = self.sampled, None
         if sampled is not None:
+            sampled.passes = self._passes
             updated = self._reader.updated() if training is not None else []
             self._launcher.complete(sampled, training, updated)
         return sampled
@@ -132,8 +133,8 @@ class OpenStep:
         if closed.aside and aside is not None:
             self._reader.complete(aside.gradients, ())
             return aside
-        loss = self.take_loss(used=bool(closed.stepped))
         sampled = self._complete(training)
+        loss = self.take_loss(used=bool(closed.stepped))
         gradients = self._reader.take(closed.stepped)
         return Parts(gradients, self._reader.layout, sampled, *loss)
 

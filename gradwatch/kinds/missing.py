@@ -46,6 +46,7 @@ class _State:
         since: Stream -> the first of them.
         raised: Stream that was reported -> consecutive steps with it again.
         ever: Streams that it was ever there of.
+        rates: Stream -> the learning rate that was seen first.
         unheld: Parameters with a gradient that no optimizer holds.
         seen: What was last seen of every stream.
     """
@@ -54,6 +55,7 @@ class _State:
     since: dict[str, int] = field(default_factory=dict)
     raised: dict[str, int] = field(default_factory=dict)
     ever: dict[str, bool] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
     unheld: list[str] = field(default_factory=list)
     seen: SeenState = field(default_factory=SeenState)
 
@@ -127,6 +129,9 @@ class Missing(Remembering[_State], ABC):
 
     def _note(self, record: StepRecord) -> None:
         self._seen.take(record)
+        for name, facts in record.facts.streams.items():
+            if facts.lr:
+                self._state.rates.setdefault(name, facts.lr)
         if (unheld := record.facts.run.unheld) is not None:
             self._state.unheld = list(unheld)
         for name in reinitialised(record.events):

@@ -79,6 +79,9 @@ NOT_UPDATING = Kind(
             "who accumulates gradients uses fewer",
         ),
         "named": Number(6, "parameters that are named one by one", "a line holds them"),
+        "fallen": Number(
+            1e-3, "share of the first learning rate that is as good as 0", "chosen"
+        ),
         "tiny": Number(
             2.0**-40, "learning rate that is as good as 0", "float32 has 24 bits"
         ),
@@ -117,9 +120,19 @@ class NotUpdating(Missing):
     def _cause(self, record: StepRecord, stream: Stream, keys: Keys) -> str | None:
         if record.metrics.get(keys.ratio) is None:
             return "not_in_optimizer"
-        rate = self._seen.stream(stream).lr
-        tiny = rate is not None and rate <= NOT_UPDATING.number("tiny")
-        return "frozen" if tiny else None
+        rate, first = self._seen.stream(stream).lr, self._state.rates.get(stream.name)
+        if rate is None:
+            return None
+        fallen = (first or 0.0) * NOT_UPDATING.number("fallen")
+        return "frozen" if rate <= max(fallen, NOT_UPDATING.number("tiny")) else None
+
+    def _rate(self, stream: Stream) -> str:
+        """Say what the learning rate is, and what it was, as far as that is known."""
+        rate, first = self._seen.stream(stream).lr, self._state.rates.get(stream.name)
+        if rate is None:
+            return ""
+        before = f", at first {first:.2g}" if first and first != rate else ""
+        return f"; its learning rate is about {rate:.2g}{before}"
 
     def _always(self, block: Block, stream: Stream, keys: Keys) -> bool:
         read = block.read(keys.ratio)
@@ -148,6 +161,7 @@ class NotUpdating(Missing):
                     f"no change in {steps} consecutive steps, with a gradient of norm "
                     f"{norm:.3g}"
                 )
+                + self._rate(stream)
                 + (f"; no optimizer holds {listed(unheld)}" if unheld else ""),
                 do=line_of(unheld) if unheld else None,
                 cause=cause,

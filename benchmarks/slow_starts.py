@@ -1,0 +1,288 @@
+"""When a net that no gradient reaches is told from one that only starts slowly.
+
+15 default nets never learn to remember for 60 steps; 29 others begin to learn, many of
+them late and out of the gradient's reach until then. All are watched. On their records
+alarms after 100 to 700 steps at chance are emulated, as ``vanishing`` knows it: which
+sick nets do they catch, which slow starters do they page? Beside them: the watch's own.
+
+Sick is who ends at chance, slow who begins below it; a run that is not what it is meant
+to be is left out. One thread a process; about an hour.
+
+Run: python -m benchmarks.slow_starts [--seeds 0 20 40] [--processes 2]
+"""
+
+import argparse
+import logging
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn, rand, randint, randn
+from torch.nn.functional import cross_entropy, one_hot
+
+import gradwatch
+from benchmarks.results import Results
+from testbed.nets import Loss, Reader, classes, values
+from testbed.tasks import Pair, adding, digits, recall
+
+STEPS, BATCH, AFTER = 3000, 32, range(100, 701, 100)
+LOW, HIGH, SIGNAL, LEARNT, CHANCE = -6.0, -4.5, 0.6, 0.5, 0.97
+"""Reach that is too short, and enough; ``signal`` at least, and once it is over; loss."""
+
+
+def real(source: Generator) -> Iterator[Pair]:
+    """Yield one real number to be recalled from 60 steps of noise, ``(61, B, 1)``."""
+    while True:
+        number = rand(BATCH, 1, generator=source)
+        x = 0.3 * randn(61, BATCH, 1, generator=source)
+        x[0] = 2 * number - 1
+        yield x, number[:, 0]
+
+
+def left_padded(source: Generator) -> Iterator[Pair]:
+    """Yield a symbol to be recalled after 14 steps, behind zeros, ``(70, B, 4)``."""
+    for x, y in recall(source, 15, BATCH):
+        yield torch.cat([torch.zeros(55, BATCH, 4), x]), y
+
+
+def copying(source: Generator, delay: int) -> Iterator[Pair]:
+    """Yield 5 of 8 symbols, a delay and a mark; all five are asked for at the end."""
+    while True:
+        symbols = randint(8, (5, BATCH), generator=source)
+        codes = torch.full((10 + delay, BATCH), 8)
+        codes[:5], codes[4 + delay] = symbols, 9
+        yield one_hot(codes, 10).float(), symbols
+
+
+def copied(model: nn.Module, batch: Pair) -> Tensor:
+    """Cross entropy of the last five steps."""
+    return cross_entropy(model(batch[0])[-5:].flatten(0, 1), batch[1].flatten())
+
+
+def parity(source: Generator, length: int, at: Sequence[int]) -> Iterator[Pair]:
+    """Yield random bits, and the parity of some of them."""
+    while True:
+        bits = randint(2, (length, BATCH), generator=source)
+        yield (2.0 * bits - 1)[..., None], bits[list(at)].sum(0) % 2
+
+
+def order(source: Generator) -> Iterator[Pair]:
+    """Yield two symbols in the last 16 of 60 steps, ``(60, B, 4)``: which, in order?"""
+    ranges, rows = ((44, 52), (52, 60), (0, 2), (0, 2)), torch.arange(BATCH)
+    while True:
+        x = 0.1 * randn(60, BATCH, 4, generator=source)
+        i, j, one, two = (randint(*r, (BATCH,), generator=source) for r in ranges)
+        x[i, rows, one] += 1.0
+        x[j, rows, two] += 1.0
+        yield x, 2 * one + two
+
+
+def tones(source: Generator) -> Iterator[Pair]:
+    """Yield noisy sines ``(60, B, 1)``, each of one of four frequencies."""
+    pitches = torch.tensor([0.07, 0.1, 0.13, 0.16])
+    while True:
+        which = randint(4, (BATCH,), generator=source)
+        angles = 6.28 * pitches[which] * torch.arange(60)[:, None]
+        clean = torch.sin(angles + 6.28 * rand(BATCH, generator=source))
+        yield (clean + 0.5 * randn(60, BATCH, generator=source))[..., None], which
+
+
+class Task(NamedTuple):
+    """What is learnt. ``constant``: the loss of the best constant; 0: of any class."""
+
+    batches: Callable[[Generator], Iterator[Pair]]
+    inputs: int
+    outputs: int
+    loss: Loss = classes
+    constant: float = 0.0
+
+
+def symbol(lag: int, length: int, symbols: int = 4, noise: float = 0.3) -> Task:
+    """Return the task to recall a symbol after some steps."""
+    batches = partial(recall, length=length, batch=BATCH, lag=lag)
+    return Task(partial(batches, symbols=symbols, noise=noise), symbols, symbols)
+
+
+TASKS = {
+    **{f"recall {lag}": symbol(lag, lag + 1) for lag in (10, 15, 30, 60)},
+    **{f"recall 60, {first}": symbol(60, 61) for first in ("chrono", "orthogonal")},
+    **{f"recall {lag} of 60": symbol(lag, 60) for lag in (10, 12, 15)},
+    "recall 60, blank": symbol(60, 61, symbols=8, noise=0.0),
+    "recall 60, real": Task(real, 1, 1, values, 1 / 12),
+    "recall 14, padded": Task(left_padded, 4, 4),
+    **{f"copy {n}": Task(partial(copying, delay=n), 10, 8, copied) for n in (10, 20)},
+    **{
+        f"adding {n}": Task(partial(adding, length=n, batch=BATCH), 2, 1, values, 1 / 6)
+        for n in (20, 30, 40, 60)
+    },
+    "digits": Task(partial(digits, batch=BATCH), 1, 10),
+    "parity 4": Task(partial(parity, length=4, at=range(4)), 1, 2),
+    "xor 1, 4": Task(partial(parity, length=60, at=(-2, -5)), 1, 2),
+    "order": Task(order, 4, 4),
+    "tones": Task(tones, 1, 4),
+}
+
+Recipe = tuple[str, int, float, str]
+"""Net, hidden units, rate (of clipped SGD if 0.1, else of Adam) and task."""
+
+SICK: list[Recipe] = [
+    (
+        net,
+        *((48, 1e-3) if (net, hidden, rate) == ("RNN", 64, 3e-3) else (hidden, rate)),
+        task,
+    )
+    for net in ("LSTM", "GRU", "RNN")
+    for hidden, rate, task in (
+        *((32, 1e-3, "recall 60"), (64, 3e-3, "recall 60"), (48, 0.1, "recall 60")),
+        *((64, 1e-3, "recall 60, blank"), (32, 3e-3, "recall 60, real")),
+    )
+]
+SLOW = """
+LSTM 32 1e-3: adding 20; digits; recall 10 of 60; recall 60, chrono | LSTM 32 3e-3:
+xor 1, 4 | LSTM 48 3e-3: adding 30 | LSTM 64 3e-3: copy 10; adding 60; recall 10;
+parity 4 | GRU 32 1e-3: order; recall 10 of 60 | GRU 48 1e-3: adding 40 |
+GRU 48 3e-3: recall 60, chrono | GRU 64 1e-3: recall 12 of 60 | GRU 64 3e-3: copy 20;
+recall 15 of 60; recall 14, padded | GRU 64 0.1: digits | RNN 32 1e-3: recall 10 of 60;
+recall 60, orthogonal | RNN 48 1e-3: copy 10 | RNN 64 1e-3: recall 15; digits |
+RNN 64 3e-3: recall 30; recall 60 | RNN 48 3e-3: recall 60 | RNN 32 3e-3: recall 60 |
+RNN 48 0.1: tones
+"""
+
+
+def jobs(seed: int) -> Iterator[tuple[bool, int, Recipe]]:
+    """Yield the runs of a seed: whether sick, a seed of its own, and the recipe."""
+    for number, recipe in enumerate(SICK):
+        yield True, seed + number % 5, recipe
+    for group in SLOW.split("|"):
+        net, tasks = group.split(":")
+        net, hidden, rate = net.split()
+        for task in tasks.split(";"):
+            yield False, seed, (net, int(hidden), float(rate), " ".join(task.split()))
+
+
+class Probes(list[tuple[float, ...]]):
+    """A sink: step, reach, signal and demand of probes, and the loss of a constant."""
+
+    constant = 0.0
+
+    def write(self, record: gradwatch.StepRecord, alerts: object = ()) -> None:
+        """Keep what was found where a gradient was followed through time."""
+        got, of = record.metrics.get, "gradwatch/rnn/l0"
+        self.constant = got("gradwatch/loss_constant", self.constant)
+        if (reach := got(f"{of}/adjoint_log10")) is not None:
+            signal, demand = got(f"{of}/signal", 1.0), got(f"{of}/demand", 1.0)
+            self.append((record.step, reach, signal, demand, self.constant))
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
+def alarm(probes: Probes, losses: Sequence[float], after: int) -> int | None:
+    """Return when an alarm after so many steps at chance comes, if ever."""
+    since, reached, learnt, calm, past = None, False, False, 0, []
+    for step, reach, signal, demand, constant in probes:
+        past, back, over = [*past, reach][-5:], reach >= HIGH, signal < LEARNT
+        if since is None:  # no notice is open
+            reached, learnt = reached or back, learnt and not back
+            fell = not reached or (len(past) == 5 and max(past) <= HIGH)
+            if reach > LOW or over or learnt or demand >= 0.5 or not fell:
+                continue
+            since, calm = step, 0
+            if not reached:
+                continue
+        else:
+            calm = calm + 1 if back or over else 0
+            if calm == 3:
+                since, reached, learnt = None, reached or back, learnt or over
+                continue
+        out = (
+            len(past) == 5 and max(past) <= HIGH and max(sorted(past)[2], reach) <= LOW
+        )
+        mean = statistics.fmean(losses[max(0, step - 99) : step + 1])
+        waited = reached or (step >= after and step - since >= 100)
+        if out and waited and signal >= SIGNAL and mean >= CHANCE * constant:
+            return step
+    return None
+
+
+def train(job: tuple[bool, int, Recipe]) -> tuple[bool, int | None, list[int | None]]:
+    """Return whether a run is what it is meant to be, when it begins, and its alarms.
+
+    The first alarm is the watch's own.
+    """
+    torch.set_num_threads(1)
+    logging.getLogger("gradwatch").setLevel(logging.CRITICAL)
+    sick, seed, (net, hidden, rate, name) = job
+    task, optimizers = TASKS[name], (torch.optim.Adam, torch.optim.SGD)
+    torch.manual_seed(1000 + seed)
+    rnn = getattr(nn, net)(task.inputs, hidden)
+    model = Reader("rnn", rnn, task.outputs, every=task.loss is copied)
+    if "chrono" in name:
+        gradwatch.init.chrono_(model, 60)
+    elif "orthogonal" in name:
+        gradwatch.init.orthogonal_(model)
+    optimizer = optimizers[rate == 0.1](model.parameters(), rate)
+    batches, losses = task.batches(Generator().manual_seed(7000 + 13 * seed)), []
+    probes = Probes()
+    settings = {"dir": None, "wandb": None, "budget": None, "sinks": [probes]}
+    with gradwatch.watch(model, **settings) as watch:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = task.loss(model, next(batches))
+            loss.backward()
+            if rate == 0.1:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        watch.flush()
+        own = [
+            a.step
+            for a in watch.alerts
+            if a.kind == "vanishing" and a.severity != "info"
+        ]
+    means = torch.tensor(losses).unfold(0, 50, 1).mean(1)
+    below = means < 0.9 * (task.constant or math.log(task.outputs))
+    begins = int(below.nonzero()[0]) + 50 if below.any() else None
+    holds = not below[-1] if sick else begins is not None
+    emulated = [alarm(probes, losses, after) for after in AFTER]
+    return bool(holds), begins, [next(iter(own), None), *emulated]
+
+
+def main() -> None:
+    """Train all, count and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 20, 40])
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    runs = [job for seed in options.seeds for job in jobs(seed)]
+    sick, slow, left_out = [], [], 0
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        for job, (holds, begins, alarms) in zip(
+            runs, pool.map(train, runs), strict=True
+        ):
+            print(
+                *job, "begins", begins, *alarms, "" if holds else "left out", flush=True
+            )
+            left_out += not holds
+            if holds:
+                (sick if job[0] else slow).append((begins, alarms))
+    results = Results("slow_starts", keep=True)
+    head = ["alarm", "sick caught", "at step: median, latest", "slow starters paged"]
+    title = f"{len(sick)} sick, {len(slow)} slow starters, {left_out} left out"
+    results.table("alarms", [*head, "before they begin"], title)
+    for place, name in enumerate(["the watch", *(f"after {n}" for n in AFTER)]):
+        steps = [a[place] for _, a in sick if a[place] is not None]
+        paged = [(b, a[place]) for b, a in slow if a[place] is not None]
+        when = f"{statistics.median(steps):g}, {max(steps)}" if steps else "-"
+        early = sum(step < begins for begins, step in paged)
+        results.row(name, len(steps), when, len(paged), early)
+    results.save()
+
+
+if __name__ == "__main__":
+    main()
