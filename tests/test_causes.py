@@ -20,13 +20,6 @@ NOTICES = {("no_gradient", "frozen"), ("not_learning", None)} | {
     for cause in kind.causes
     if kind.severity == "info"
 }
-WRONG = {
-    "inputs a hundred times too large in a regression": (
-        "the loss falls to a third as the head learns the mean of the targets, and "
-        "what has fallen by a tenth is taken to be learnt"
-    ),
-}
-"""What the rules do not tell yet."""
 
 
 def built(case, sick):
@@ -38,13 +31,7 @@ def alarms(alerts):
     return [a for a in alerts if a.severity != "info"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(reason=WRONG[n])) if n in WRONG else n
-        for n in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_cause_is_told(name):
     case = CASES[name]
     run = built(case, sick=True)
