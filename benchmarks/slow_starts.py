@@ -1,12 +1,10 @@
 """When a net that no gradient reaches is told from one that only starts slowly.
 
 15 default nets never learn to remember for 60 steps; 28 others begin to learn, many of
-them late and out of the gradient's reach until then. All are watched. On their records
-alarms after 100 to 700 steps at chance are emulated, as ``vanishing`` knows it: which
-sick nets do they catch, which slow starters do they page? Beside them: the watch's own.
-
-Sick is who ends at chance, slow who begins below it; a run that is not what it is meant
-to be is left out. One thread a process; about an hour.
+them late and out of the gradient's reach until then. On the records of a watch alarms
+after 100 to 700 steps at chance are emulated: which sick nets do they catch, which slow
+starters do they page? Beside them: the watch's own. Sick is who ends at chance, slow
+who begins below it; runs that are not as meant are left out. Half an hour or more.
 
 Run: python -m benchmarks.slow_starts [--seeds 0 20 40] [--processes 2]
 """
@@ -15,7 +13,7 @@ import argparse
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -24,10 +22,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn, rand, randint, randn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, one_hot, pad
 
 import gradwatch
 from benchmarks.results import Results
+from gradwatch.record import StepRecord
 from testbed.nets import Loss, Reader, classes, values
 from testbed.tasks import Pair, adding, digits, recall
 
@@ -92,7 +91,6 @@ def symbol(lag: int, length: int, symbols: int = 4, noise: float = 0.3) -> Task:
     return Task(partial(batches, symbols=symbols, noise=noise), symbols, symbols)
 
 
-PADDING = torch.zeros(55, BATCH, 4)
 TASKS = {
     **{f"recall {lag}": symbol(lag, lag + 1) for lag in (10, 15, 30, 60)},
     **{f"recall 60, {first}": symbol(60, 61) for first in ("chrono", "orthogonal")},
@@ -100,7 +98,9 @@ TASKS = {
     "recall 60, blank": symbol(60, 61, symbols=8, noise=0.0),
     "recall 60, real": Task(real, 1, 1, values, 1 / 12),
     "recall 14, padded": Task(
-        lambda s: ((torch.cat([PADDING, x]), y) for x, y in recall(s, 15, BATCH)), 4, 4
+        lambda s: ((pad(x, [0] * 4 + [55, 0]), y) for x, y in recall(s, 15, BATCH)),
+        4,
+        4,
     ),
     **{f"copy {n}": Task(partial(copying, delay=n), 10, 8, copied) for n in (10, 20)},
     **{
@@ -132,9 +132,8 @@ RNN 64 3e-3: recall 30; recall 60 | RNN 48 3e-3: recall 60 | RNN 32 3e-3: recall
 RNN 48 0.1: tones
 """
 
-
 Job = tuple[bool, int, str, int, float, str]
-"""Whether it is sick; seed, net, units, rate (if 0.1, of clipped SGD, or Adam), task."""
+"""Whether sick, seed, net, units, rate (0.1: of clipped SGD, or else of Adam), task."""
 
 
 def jobs(seed: int) -> Iterator[Job]:
@@ -148,9 +147,7 @@ def jobs(seed: int) -> Iterator[Job]:
                 yield sick, own, net, int(units), float(rate), task
 
 
-def alarm(
-    records: Iterable[gradwatch.StepRecord], losses: Sequence[float], after: int
-) -> int | None:
+def alarm(records: list[StepRecord], losses: list[float], after: int) -> int | None:
     """Return when an alarm after so many steps at chance comes, if ever."""
     since, reached, learnt, calm, past, constant = None, False, False, 0, [], 0.0
     for record in records:
@@ -158,12 +155,16 @@ def alarm(
         constant = metrics.get("gradwatch/loss_constant", constant)
         if (reach := metrics.get(f"{of}/adjoint_log10")) is None:
             continue
-        signal, demand = metrics.get(f"{of}/signal", 1.0), metrics[f"{of}/demand"]
+        signal, demand = (
+            metrics.get(f"{of}/signal", 1.0),
+            metrics.get(f"{of}/demand", 1),
+        )
         past, back, over = [*past, reach][-5:], reach >= HIGH, signal < LEARNT
+        stays = len(past) == 5 and max(past) <= HIGH
         if since is None:  # no notice is open
             reached, learnt = reached or back, learnt and not back
-            fell = not reached or (len(past) == 5 and max(past) <= HIGH)
-            if reach > LOW or over or learnt or demand >= 0.5 or not fell:
+            wanted = demand < 0.5 and not learnt and not over
+            if reach > LOW or not wanted or (reached and not stays):
                 continue
             since, calm = step, 0
             if not reached:
@@ -173,9 +174,7 @@ def alarm(
             if calm == 3:
                 since, reached, learnt = None, reached or back, learnt or over
                 continue
-        out = (
-            len(past) == 5 and max(past) <= HIGH and max(sorted(past)[2], reach) <= LOW
-        )
+        out = stays and max(sorted(past)[2], reach) <= LOW
         mean = statistics.fmean(losses[max(0, step - 99) : step + 1])
         waited = reached or (step >= after and step - since >= 100)
         if out and waited and signal >= SIGNAL and mean >= CHANCE * constant:
@@ -199,9 +198,9 @@ def train(job: Job) -> tuple[bool, int | None, list[int | None]]:
     algorithm = torch.optim.SGD if clipped else torch.optim.Adam
     optimizer = algorithm(model.parameters(), rate)
     batches = task.batches(Generator().manual_seed(7000 + 13 * seed))
-    sink = SimpleNamespace(write=lambda r, *_: records.append(r), close=list)
-    settings = {"dir": None, "wandb": None, "budget": None, "sinks": [sink]}
-    with gradwatch.watch(model, **settings) as watch:
+    sink = SimpleNamespace(write=lambda r, *_: records.append(r), close=lambda: None)
+    settings = {"dir": None, "wandb": None, "budget": None}
+    with gradwatch.watch(model, sinks=[sink], **settings) as watch:
         for _ in range(STEPS):
             optimizer.zero_grad()
             loss = task.loss(model, next(batches))
@@ -227,19 +226,16 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     runs = [job for seed in options.seeds for job in jobs(seed)]
-    sick, slow, left_out = [], [], 0
+    sick, slow = [], []
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        for job, (holds, begins, alarms) in zip(
-            runs, pool.map(train, runs), strict=True
-        ):
-            print(
-                *job, "begins", begins, *alarms, "" if holds else "left out", flush=True
-            )
-            left_out += not holds
+        for job, found in zip(runs, pool.map(train, runs), strict=True):
+            holds, *told = found
+            print(*job, *told, "" if holds else "left out", flush=True)
             if holds:
-                (sick if job[0] else slow).append((begins, alarms))
+                (sick if job[0] else slow).append(told)
     results = Results("slow_starts", keep=True)
     head = ["alarm", "sick caught", "at step: median, latest", "slow starters paged"]
+    left_out = len(runs) - len(sick) - len(slow)
     title = f"{len(sick)} sick, {len(slow)} slow starters, {left_out} left out"
     results.table("alarms", [*head, "before they begin"], title)
     for place, name in enumerate(["the watch", *(f"after {n}" for n in AFTER)]):

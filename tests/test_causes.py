@@ -14,7 +14,11 @@ from tests.causes.run import trained
 
 ROOMS = (exploding, vanishing, loop, outside, units)
 CASES = {name: case for room in ROOMS for name, case in room.CASES.items()}
-NOTICES = {("no_gradient", "frozen"), ("not_learning", None)} | {
+NOTICES = {
+    ("no_gradient", "frozen"),
+    ("not_learning", None),
+    ("not_learning", "eps"),
+} | {
     (name, cause)
     for name, kind in CATALOGUE.items()
     for cause in kind.causes

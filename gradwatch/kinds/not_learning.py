@@ -41,14 +41,20 @@ NOT_LEARNING = Kind(
     over="with a mean below it",
     excused="losses whose targets cannot be told, which have no `loss_constant`",
     causes={
+        "eps": Cause(
+            "`below_eps` of a stream, 9 tenths or more",
+            "the gradients are below Adam's eps, which is there to keep it from a "
+            "division by 0 and rules the size of the steps now: next to none",
+            "for group in optimizer.param_groups: group['eps'] = 1e-8",
+        ),
         None: Cause(
-            "never: it says that nothing is learnt, and not why",
+            "else: it says that nothing is learnt, and not why",
             "what the model has learnt so far is the mean of the targets. That is a "
             "plateau before something is learnt, or targets that the inputs do not "
             "tell, or a rate that is far too low or too high",
             "# train on one batch alone: a loss that does not fall to 0 there tells of "
             "a fault in the model or the loop",
-        )
+        ),
     },
     explained_by=(
         *text.BREAKS,
@@ -67,6 +73,9 @@ NOT_LEARNING = Kind(
         "vanishing",
     ),
     numbers={
+        "below_eps": Number(
+            0.9, "share of the entries of W_hh from which on Adam's eps is the cause"
+        ),
         "warm_up": Number(100, "losses before any is judged", "a mean of 100 is taken"),
     },
 )
@@ -104,7 +113,7 @@ class NotLearning(Remembering[_State]):
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
         self._streams = tuple(streams)
-        self._seen = Seen(streams, ("horizon",))
+        self._seen = Seen(streams, ("horizon", "below_eps"))
         super().__init__(_State(seen=self._seen.state))
 
     @property
@@ -168,6 +177,8 @@ class NotLearning(Remembering[_State]):
                 length = self._seen.module(stream).T or 0
                 shown += f"; gradients of {stream.name} arrive {own['horizon']:.0f} of "
                 shown += f"{length} steps back"
+        least = NOT_LEARNING.number("below_eps")
+        seen = [self._seen.of(stream).get("below_eps", 0.0) for stream in self._streams]
         return text.alert(
             NOT_LEARNING,
             record,
@@ -175,6 +186,6 @@ class NotLearning(Remembering[_State]):
             since=state.begun,
             what=f"no better than a constant output for {steps} steps",
             shown=shown,
-            cause=None,
+            cause="eps" if max(seen, default=0.0) >= least else None,
             evidence={_LOSS: (mean, _AT * state.constant)},
         )

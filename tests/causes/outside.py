@@ -122,6 +122,13 @@ def by_chance(sick):
     return plain(model, 210, adam(model, 3e-3), pairs())
 
 
+def behind_eps(sick):
+    """An eps of Adam's that is a thousand times the gradients."""
+    model = net(nn.GRU)
+    eps = 100.0 if sick else 1e-8
+    return plain(model, 210, torch.optim.Adam(model.parameters(), 5e-3, eps=eps))
+
+
 def of_another(copied):
     """The optimizer holds the parameters of another model."""
 
@@ -300,6 +307,7 @@ CASES = {
         "saturated", "rate", driven_there, stream="rnn.l0"
     ),
     "targets by chance": Case("not_learning", None, by_chance),
+    "an eps above the gradients": Case("not_learning", "eps", behind_eps),
     "an optimizer of nothing": Case("not_updating", "no_step", of_another(False)),
     "an optimizer of a copy": Case(
         "not_updating", "stale_parameters", of_another(True)
