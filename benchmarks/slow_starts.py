@@ -91,6 +91,7 @@ def symbol(lag: int, length: int, symbols: int = 4, noise: float = 0.3) -> Task:
     return Task(partial(batches, symbols=symbols, noise=noise), symbols, symbols)
 
 
+ZEROS = (0, 0, 0, 0, 55, 0)  # in front of the steps
 TASKS = {
     **{f"recall {lag}": symbol(lag, lag + 1) for lag in (10, 15, 30, 60)},
     **{f"recall 60, {first}": symbol(60, 61) for first in ("chrono", "orthogonal")},
@@ -98,9 +99,7 @@ TASKS = {
     "recall 60, blank": symbol(60, 61, symbols=8, noise=0.0),
     "recall 60, real": Task(real, 1, 1, values, 1 / 12),
     "recall 14, padded": Task(
-        lambda s: ((pad(x, [0] * 4 + [55, 0]), y) for x, y in recall(s, 15, BATCH)),
-        4,
-        4,
+        lambda s: ((pad(x, ZEROS), y) for x, y in recall(s, 15, BATCH)), 4, 4
     ),
     **{f"copy {n}": Task(partial(copying, delay=n), 10, 8, copied) for n in (10, 20)},
     **{
@@ -114,22 +113,21 @@ TASKS = {
 }
 
 SICK = """
-LSTM 32 1e-3: recall 60 | LSTM 64 3e-3: recall 60 | LSTM 48 0.1: recall 60 |
-LSTM 64 1e-3: recall 60, blank | LSTM 32 3e-3: recall 60, real |
-GRU 32 1e-3: recall 60 | GRU 64 3e-3: recall 60 | GRU 48 0.1: recall 60 |
-GRU 64 1e-3: recall 60, blank | GRU 32 3e-3: recall 60, real |
-RNN 32 1e-3: recall 60 | RNN 48 1e-3: recall 60 | RNN 48 0.1: recall 60 |
-RNN 64 1e-3: recall 60, blank | RNN 32 3e-3: recall 60, real
+LSTM 32 1e-3: recall 60 | LSTM 64 3e-3: recall 60 | LSTM 48 0.1: recall 60 | LSTM 64
+1e-3: recall 60, blank | LSTM 32 3e-3: recall 60, real | GRU 32 1e-3: recall 60 | GRU
+64 3e-3: recall 60 | GRU 48 0.1: recall 60 | GRU 64 1e-3: recall 60, blank | GRU 32
+3e-3: recall 60, real | RNN 32 1e-3: recall 60 | RNN 48 1e-3: recall 60 | RNN 48 0.1:
+recall 60 | RNN 64 1e-3: recall 60, blank | RNN 32 3e-3: recall 60, real
 """
 SLOW = """
 LSTM 32 1e-3: adding 20; digits; recall 10 of 60; recall 60, chrono | LSTM 32 3e-3:
 xor 1, 4 | LSTM 48 3e-3: adding 30 | LSTM 64 3e-3: copy 10; adding 60; recall 10;
-parity 4 | GRU 32 1e-3: recall 10 of 60 | GRU 48 1e-3: adding 40 |
-GRU 48 3e-3: recall 60, chrono | GRU 64 1e-3: recall 12 of 60 | GRU 64 3e-3: copy 20;
-recall 15 of 60; recall 14, padded | GRU 64 0.1: digits | RNN 32 1e-3: recall 10 of 60;
-recall 60, orthogonal | RNN 48 1e-3: copy 10 | RNN 64 1e-3: recall 15; digits |
-RNN 64 3e-3: recall 30; recall 60 | RNN 48 3e-3: recall 60 | RNN 32 3e-3: recall 60 |
-RNN 48 0.1: tones
+parity 4 | GRU 32 1e-3: recall 10 of 60 | GRU 48 1e-3: adding 40 | GRU 48 3e-3: recall
+60, chrono | GRU 64 1e-3: recall 12 of 60 | GRU 64 3e-3: copy 20; recall 15 of 60;
+recall 14, padded | GRU 64 0.1: digits | RNN 32 1e-3: recall 10 of 60; recall 60,
+orthogonal | RNN 48 1e-3: copy 10 | RNN 64 1e-3: recall 15; digits | RNN 64 3e-3:
+recall 30; recall 60 | RNN 48 3e-3: recall 60 | RNN 32 3e-3: recall 60 | RNN 48 0.1:
+tones
 """
 
 Job = tuple[bool, int, str, int, float, str]
@@ -140,10 +138,9 @@ def jobs(seed: int) -> Iterator[Job]:
     """Yield the runs of a seed; that of the k-th sick one of a net is larger by k."""
     for sick, text in ((True, SICK), (False, SLOW)):
         for number, group in enumerate(text.split("|")):
-            own = seed + number % 5 if sick else seed
-            net, tasks = group.split(":")
-            net, units, rate = net.split()
+            net, units, rate, tasks = group.replace(":", "").split(maxsplit=3)
             for task in " ".join(tasks.split()).split("; "):
+                own = seed + number % 5 if sick else seed
                 yield sick, own, net, int(units), float(rate), task
 
 
@@ -155,10 +152,7 @@ def alarm(records: list[StepRecord], losses: list[float], after: int) -> int | N
         constant = metrics.get("gradwatch/loss_constant", constant)
         if (reach := metrics.get(f"{of}/adjoint_log10")) is None:
             continue
-        signal, demand = (
-            metrics.get(f"{of}/signal", 1.0),
-            metrics.get(f"{of}/demand", 1),
-        )
+        signal, demand = (metrics.get(f"{of}/{n}", 1.0) for n in ("signal", "demand"))
         past, back, over = [*past, reach][-5:], reach >= HIGH, signal < LEARNT
         stays = len(past) == 5 and max(past) <= HIGH
         if since is None:  # no notice is open
@@ -167,8 +161,6 @@ def alarm(records: list[StepRecord], losses: list[float], after: int) -> int | N
             if reach > LOW or not wanted or (reached and not stays):
                 continue
             since, calm = step, 0
-            if not reached:
-                continue
         else:
             calm = calm + 1 if back or over else 0
             if calm == 3:
@@ -195,12 +187,11 @@ def train(job: Job) -> tuple[bool, int | None, list[int | None]]:
         gradwatch.init.chrono_(model, 60)
     elif "orthogonal" in name:
         gradwatch.init.orthogonal_(model)
-    algorithm = torch.optim.SGD if clipped else torch.optim.Adam
+    algorithm = getattr(torch.optim, "SGD" if clipped else "Adam")
     optimizer = algorithm(model.parameters(), rate)
     batches = task.batches(Generator().manual_seed(7000 + 13 * seed))
     sink = SimpleNamespace(write=lambda r, *_: records.append(r), close=lambda: None)
-    settings = {"dir": None, "wandb": None, "budget": None}
-    with gradwatch.watch(model, sinks=[sink], **settings) as watch:
+    with gradwatch.watch(model, dir=None, wandb=None, budget=None, sinks=[sink]) as w:
         for _ in range(STEPS):
             optimizer.zero_grad()
             loss = task.loss(model, next(batches))
@@ -209,8 +200,8 @@ def train(job: Job) -> tuple[bool, int | None, list[int | None]]:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
-        watch.flush()
-        alerts = [a for a in watch.alerts if a.kind == "vanishing"]
+        w.flush()
+        alerts = [a for a in w.alerts if a.kind == "vanishing"]
     means = torch.tensor(losses).unfold(0, 50, 1).mean(1)
     below = means < 0.9 * (task.constant or math.log(task.outputs))
     begins = int(below.nonzero()[0]) + 50 if below.any() else None
@@ -228,8 +219,7 @@ def main() -> None:
     runs = [job for seed in options.seeds for job in jobs(seed)]
     sick, slow = [], []
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        for job, found in zip(runs, pool.map(train, runs), strict=True):
-            holds, *told = found
+        for job, (holds, *told) in zip(runs, pool.map(train, runs), strict=True):
             print(*job, *told, "" if holds else "left out", flush=True)
             if holds:
                 (sick if job[0] else slow).append(told)
@@ -240,10 +230,9 @@ def main() -> None:
     results.table("alarms", [*head, "before they begin"], title)
     for place, name in enumerate(["the watch", *(f"after {n}" for n in AFTER)]):
         steps = [a[place] for _, a in sick if a[place] is not None]
-        paged = [(b, a[place]) for b, a in slow if a[place] is not None]
+        paged = [a[place] < begins for begins, a in slow if a[place] is not None]
         when = f"{statistics.median(steps):g}, {max(steps)}" if steps else "-"
-        early = sum(step < begins for begins, step in paged)
-        results.row(name, len(steps), when, len(paged), early)
+        results.row(name, len(steps), when, len(paged), sum(paged))
     results.save()
 
 
