@@ -451,7 +451,7 @@ def test_a_watch_is_flushed_in_another_thread_while_steps_are_quiet():
     done = threading.Event()
 
     def flush():
-        while not done.is_set():
+        while not done.wait(1e-3):  # else it waits for its turn most of the time
             train.watch.flush()
             len(train.watch.records)
 

@@ -108,7 +108,7 @@ def calls() -> dict[str, dict[str, float]]:
     found = {name: _calls(build, budget=None) for name, build in builds.items()}
     rnn = builds["RNN 16->32"]
     with Clock() as clock, TemporaryDirectory() as folder:
-        default = _calls(rnn, clock, after=130, steps=4 * STEPS, dir=folder)
+        default = _calls(rnn, clock, after=130, steps=2 * STEPS, dir=folder)
     return found | {"RNN 16->32, at the defaults": default}
 
 
