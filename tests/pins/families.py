@@ -8,13 +8,20 @@ from benchmarks.detection.parallel import pool_of_two
 
 
 def alerts_of(name: str) -> list[list[Any]]:
-    """Train a family at fixed cadences; return its alerts, but for their words."""
+    """Train a family at fixed cadences; return its alerts, but for their words.
+
+    Or what a watch has refused it with.
+    """
+    try:
+        told = alerts(name)
+    except ValueError as error:
+        return [["refused", str(error)]]
     return [
         [
             *(a.kind, a.severity, a.cause, a.stream, list(a.streams), a.since, a.step),
             {key: list(pair) for key, pair in a.evidence.items()},
         ]
-        for a in alerts(name)
+        for a in told
     ]
 
 
