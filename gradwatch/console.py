@@ -40,6 +40,7 @@ class _Handler(logging.StreamHandler[Any]):
     """Writes to stderr, above a progress bar where one is in use."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
         bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
         if bar is None:
             self.stream = sys.stderr  # looked up late: tests and notebooks replace it

@@ -92,7 +92,7 @@ class RunFacts:
     )
     loss_views: tuple[str, ...] | None = _fact(
         "views between the recurrent module and the loss that mix axes, such as "
-        "`20x32x8 to 32x20x8`: they neither join neighbouring axes nor split one"
+        "`20x32x8 to 32x20x8`: they tear an axis apart and join the pieces to others"
     )
     loss_classes: tuple[int, ...] | None = _fact(
         "of a log-softmax before a negative log-likelihood: along how many entries it "

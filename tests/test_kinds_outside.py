@@ -8,8 +8,10 @@ from torch import nn
 
 import gradwatch
 from gradwatch.facts import Facts, ModuleFacts, RunFacts
+from gradwatch.kinds import not_updating, text
 from gradwatch.kinds.axes_mixed import AxesMixed
 from gradwatch.kinds.not_learning import NotLearning
+from gradwatch.kinds.not_updating import NOT_UPDATING
 from gradwatch.kinds.saturated import Saturated
 from gradwatch.kinds.seen import Outside
 from gradwatch.record import StepRecord, Stream
@@ -171,3 +173,29 @@ def test_what_a_constant_has_is_not_told_of_a_step_of_several_passes():
 
     assert told(1) and all(0.4 < constant < 0.75 for constant in told(1))
     assert told(3) == []
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_lines_to_paste_give_an_optimizer_all_weights(kind):
+    def changed(named, given):
+        """Train with the line of an alert; return who has moved since."""
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = kind(given(model), 0.1)
+        exec(line_of(named), {"model": model, "optimizer": optimizer})
+        before = [p.clone() for p in model.parameters()]
+        model(torch.randn(5, 4, 3)).square().mean().backward()
+        optimizer.step()
+        pairs = zip(before, model.parameters(), strict=True)
+        return [bool((a != b).any()) for a, b in pairs]
+
+    def line_of(named):
+        if named is None:
+            return text.filled(NOT_UPDATING.causes["stale_parameters"].do, since=0)
+        return not_updating.line_of(named)
+
+    head = ["head.weight", "head.bias"]
+    assert all(changed(None, lambda model: Net().parameters()))
+    assert all(changed(head, lambda model: model.rnn.parameters()))
+    every = [f"name{i}" for i in range(9)]
+    assert all(changed(every, lambda model: [model.rnn.weight_hh_l0]))

@@ -359,8 +359,9 @@ class Reader:
         ]
         since = self._passes if seen is None or seen.marks != marks else seen.since
         self._weights = _Weights(marks, since, self._passes)
-        elsewhere = self._optimizers.hold_others_alike()
-        return Idleness(self._passes - since, elsewhere) if seen is not None else None
+        if seen is None:
+            return None
+        return Idleness(self._passes - since, self._optimizers.hold_others_alike())
 
     def complete(self, gradients: Gradients, stepped: tuple[int, ...]) -> Gradients:
         """Add what is known once a step is over."""

@@ -106,7 +106,7 @@ class LossGraph(NamedTuple):
         broadcast: The shape of what was expanded to be compared with the targets, and
             that which it got; None where nothing was.
         views: Shapes before and after each view on the way, from the loss through the
-            read-out and on, that mixes axes: one that neither joins nor splits some.
+            read-out and on, and of states, that mixes axes: :func:`mixes_axes`.
         weights: The parameters of the function that made the read-out; not kept.
         nodes: Numbers of the functions from all terms down to their read-outs.
         mean_of: Of how many errors it is the mean, or that over a number, where it is

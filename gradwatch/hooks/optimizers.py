@@ -236,7 +236,7 @@ class OptimizerHooks:
 
     def holds_not(self, param: Tensor) -> bool:
         """Tell whether a parameter had a gradient and no optimizer when last seen."""
-        return bool(self._alone) and id(param) in self._alone
+        return id(param) in self._alone
 
     def hold_others_alike(self) -> bool:
         """Tell whether one holds no watched parameter, and as many of their shapes."""

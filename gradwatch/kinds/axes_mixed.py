@@ -10,7 +10,7 @@ from gradwatch.facts import ModuleFacts
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.seen import Seen, SeenState
+from gradwatch.kinds.seen import Seen, SeenState, by_module
 from gradwatch.record import Alert, StepRecord, Stream
 
 AXES_MIXED = Kind(
@@ -52,7 +52,7 @@ AXES_MIXED = Kind(
             "input, and without it where time is",
         ),
         "view": Cause(
-            "`loss_views` names a view that neither joins nor splits neighbouring axes",
+            "`loss_views`: a view tears an axis apart and joins the pieces to others",
             "a view regroups numbers without moving them, so that those of several "
             "samples end up in one",
             "y = y.transpose(0, 1)  # in place of that view or reshape",
@@ -105,9 +105,7 @@ class AxesMixed(Remembering[_State]):
     kind = AXES_MIXED.name
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self._modules: dict[str, list[Stream]] = {}
-        for stream in streams:
-            self._modules.setdefault(stream.module, []).append(stream)
+        self._modules = by_module(streams)
         self._seen = Seen(streams, ())
         super().__init__(_State(seen=self._seen.state))
 
@@ -141,13 +139,12 @@ class AxesMixed(Remembering[_State]):
         if record.step - state.since < AXES_MIXED.at("steps"):
             return []
         state.raised = True
-        what = AXES_MIXED.meaning[:1].lower() + AXES_MIXED.meaning[1:-1]
         return [
             text.alert(
                 AXES_MIXED,
                 record,
                 since=state.since,
-                what=what,
+                what=text.first_line(AXES_MIXED),
                 shown=state.shown,
                 cause=state.cause,
                 evidence={},

@@ -160,7 +160,8 @@ class Missing(Remembering[_State], ABC):
 
     def _is_saturated(self, stream: Stream) -> bool:
         """Tell whether hardly any gradient passes because units are at their ends."""
-        return self._seen.of(stream).get("saturated", 0.0) >= SATURATED.at("without")
+        share = self._seen.of(stream).get("saturated", 0.0)
+        return not stream.gates and share >= SATURATED.at("without")
 
     def _there(self, name: str) -> None:
         """Note a step in which it was there, or in which nobody could tell."""

@@ -51,7 +51,8 @@ NOT_UPDATING = Kind(
             "the same, and an optimizer steps that holds tensors of the same shapes",
             "the optimizer steps on the parameters of another model: the model was "
             "built, or copied, once more after the optimizer was made",
-            "optimizer = type(optimizer)(model.parameters(), **optimizer.defaults)",
+            "optimizer.param_groups.clear(); optimizer.state.clear(); "
+            "optimizer.add_param_group({{'params': list(model.parameters())}})",
         ),
         "not_in_optimizer": Cause(
             "no optimizer that has stepped holds the weight",
@@ -109,7 +110,9 @@ def line_of(names: Sequence[str]) -> str:
     if len(names) <= _NAMES:
         each = ", ".join(f"model.get_parameter({name!r})" for name in names)
         return f"optimizer.add_param_group({{'params': [{each}]}})"
-    return "optimizer = type(optimizer)(model.parameters(), **optimizer.defaults)"
+    held = "p is q for g in optimizer.param_groups for q in g['params']"
+    rest = f"p for p in model.parameters() if not any({held})"
+    return f"optimizer.add_param_group({{'params': [{rest}]}})"
 
 
 class NotUpdating(Missing):

@@ -11,7 +11,7 @@ from gradwatch.facts import ModuleFacts
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.seen import Seen, SeenState
+from gradwatch.kinds.seen import Seen, SeenState, by_module
 from gradwatch.record import Alert, StepRecord, Stream
 
 GRAPH_KEPT = Kind(
@@ -106,9 +106,7 @@ class OfCalls(Remembering[_State], ABC):
     _row: Kind
 
     def __init__(self, streams: Sequence[Stream] = ()) -> None:
-        self._modules: dict[str, list[Stream]] = {}
-        for stream in streams:
-            self._modules.setdefault(stream.module, []).append(stream)
+        self._modules = by_module(streams)
         self._seen = Seen(streams, ("demand",))
         super().__init__(_State(seen=self._seen.state))
 
@@ -151,7 +149,7 @@ class OfCalls(Remembering[_State], ABC):
             self._row,
             record,
             since=since,
-            what=self._row.meaning[:1].lower() + self._row.meaning[1:-1] + where,
+            what=text.first_line(self._row) + where,
             shown=shown,
             cause=cause,
             evidence={},

@@ -92,7 +92,7 @@ class OfLoss(Remembering[LossState], ABC):
                 self._row,
                 record,
                 since=state.since,
-                what=self._row.meaning[:1].lower() + self._row.meaning[1:-1],
+                what=text.first_line(self._row),
                 shown=self._shown(state.run),
                 cause=cause,
                 evidence={},

@@ -231,6 +231,14 @@ class Outside:
         return f"the learning rate went from {rates} at step {self.raised_at}"
 
 
+def by_module(streams: Iterable[Stream]) -> dict[str, list[Stream]]:
+    """Return the streams of each module, by its path."""
+    found: dict[str, list[Stream]] = {}
+    for stream in streams:
+        found.setdefault(stream.module, []).append(stream)
+    return found
+
+
 def add_travel(
     known: dict[str, Any], steps: Iterable[tuple[float | None, bool]]
 ) -> None:

@@ -27,6 +27,11 @@ _ANEW: Final = "  # then train from the start"
 """The same where there is no step before."""
 
 
+def first_line(row: Kind) -> str:
+    """Return a row's meaning as the first line has it, behind kind and step."""
+    return row.meaning[:1].lower() + row.meaning[1:-1]
+
+
 def alert(
     row: Kind,
     record: StepRecord,
