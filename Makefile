@@ -25,6 +25,8 @@ check: $(VENV)/.dev ## lint, types, and the docs' links and examples
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/check.py
+	@command -v chromium >/dev/null || echo "note: the tests of reports in a browser are \
+	skipped; they need Chromium (apt-get install chromium) and '$(BIN)/pip install playwright'"
 
 bench: $(VENV)/.dev ## measure what a watch costs
 	$(BIN)/python -m benchmarks.overhead

@@ -3,6 +3,8 @@
 Of ``docs/alerts/<kind>.md`` all down to the second mark is generated, of
 ``docs/alerts.md`` and ``docs/files.md`` the tables; the rest is by hand and kept.
 
+``gradwatch/kinds/right.csv`` has how often alarms are right, which a report tells.
+
 Tables of results, between their marks, are those that the benchmarks have kept in
 ``docs/results``.
 
@@ -25,6 +27,7 @@ from gradwatch.metrics import CATALOGUE, Metric
 from gradwatch.record import Stream
 
 DOCS = Path(__file__).parent
+RIGHT: Final = DOCS.parent / "gradwatch" / "kinds" / "right.csv"
 BEGIN: Final = "<!-- catalogue -->"
 END: Final = "<!-- by hand -->"
 MEASURED = {
@@ -286,11 +289,20 @@ def due(docs: Path = DOCS) -> dict[Path, str]:
     for name, kind in KINDS.items():
         path = docs / "alerts" / f"{name}.md"
         pages[path] = alert_head(kind) + by_hand(path)
+    if docs == DOCS:
+        pages[RIGHT] = right(docs / "results")
     for path in sorted(docs.glob("*.md")):
         text = pages.get(path) or path.read_text(encoding="utf-8")
         if _RESULTS.search(text):
             pages[path] = with_results(text, docs / "results")
     return pages
+
+
+def right(results: Path) -> str:
+    """Return how often the alarms of each kind are right, as the package has it."""
+    kept = json.loads((results / "detection.json").read_text(encoding="utf-8"))
+    rows = ["kind,right,alarms", *map(",".join, kept["kinds"]["rows"])]
+    return "\n".join(rows) + "\n"
 
 
 def with_results(text: str, results: Path) -> str:

@@ -11,14 +11,18 @@ import dataclasses
 import io
 import os
 import sys
+import time
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from gradwatch import report
 from gradwatch._version import __version__
 from gradwatch.inspection import inspect
 from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.record import dump_line, printable
+from gradwatch.runs import latest, load
 
 _INSPECT = """\
 Look at the recurrent weights of a checkpoint, before any training: spectral radius,
@@ -27,6 +31,15 @@ net keeps its state, and by what factor a small signal has grown or died out at 
 of a sequence; with a verdict and the remedy. Nothing in the file is executed.
 
 example: gradwatch inspect model.pt --steps 200
+"""
+_REPORT = """\
+Write a run as one page: a file of HTML that needs no network. Its verdict, whether the
+record can be trusted, loss, norms and incidents over the steps, the gradient on its way
+back through time, what each state depends on, every stream. Two runs: side by side.
+
+RUN is a run folder, or latest: the newest one in gradwatch-runs (or GRADWATCH_DIR).
+
+example: gradwatch report latest --open
 """
 _EXPLAIN = """\
 Print the page of a kind of alert: what it means, the numbers that decide it, its causes
@@ -53,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_ANSWERS[given.verb](given), flush=True)
     except BrokenPipeError:  # "| head": what was wanted has been read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         words = " ".join(printable(line) for line in str(error).splitlines())
         print(f"gradwatch: {words}", file=sys.stderr)
         return 2
@@ -64,6 +77,42 @@ def _inspected(given: argparse.Namespace) -> str:
     found = inspect(given.checkpoint, given.steps)
     whole = {**dataclasses.asdict(found), "verdict": found.verdict}
     return dump_line(whole) if given.json else str(found)
+
+
+def _reported(given: argparse.Namespace) -> str:
+    progress = Progress()
+    runs = []
+    for name in given.run:
+        folder = latest() if name == "latest" else Path(name)
+        progress.say(f"reading {folder}")
+        runs.append(load(folder))
+    try:
+        path = report.save(runs, given.output, say=progress.say)
+    finally:
+        progress.end()
+    if given.open:
+        webbrowser.open(path.resolve().as_uri())
+    return str(path)
+
+
+class Progress:
+    """Says on a terminal what is being done, where it takes over a second."""
+
+    def __init__(self) -> None:
+        self._began, self._shown = time.monotonic(), False
+
+    def say(self, line: str) -> None:
+        """Say what is being done now."""
+        if sys.stderr.isatty() and time.monotonic() - self._began > 1:
+            self._shown = True
+            print(
+                f"\r\033[K{printable(line)[:79]}", end="", file=sys.stderr, flush=True
+            )
+
+    def end(self) -> None:
+        """Leave the line empty."""
+        if self._shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _explained(given: argparse.Namespace) -> str:
@@ -83,7 +132,7 @@ def _explained(given: argparse.Namespace) -> str:
 
 _MARKS: Final = ("<!-- catalogue -->", "<!-- by hand -->")
 """Lines of a page that are no part of what it says."""
-_ANSWERS: Final = {"inspect": _inspected, "explain": _explained}
+_ANSWERS: Final = {"inspect": _inspected, "report": _reported, "explain": _explained}
 """Verb -> what it prints."""
 
 
@@ -107,6 +156,17 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=int, default=100, help="length of the sequences (default 100)"
     )
     verb.add_argument("--json", action="store_true", help="one JSON object instead")
+    verb = verbs.add_parser(
+        "report",
+        help="write a run as one page of HTML",
+        description=_REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("run", nargs="+", metavar="RUN", help="one, or two side by side")
+    verb.add_argument(
+        "-o", "--output", help="the file (default: report.html in the run folder)"
+    )
+    verb.add_argument("--open", action="store_true", help="show it in the browser")
     verb = verbs.add_parser(
         "explain",
         help="print the page of a kind of alert",

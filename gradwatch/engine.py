@@ -47,7 +47,6 @@ from gradwatch.hooks.roots import Roots
 from gradwatch.intake import Intake
 from gradwatch.quiet import BETWEEN, ENDED, OFF, Quiet
 from gradwatch.recurrent import Recurrence
-from gradwatch.schedule import DEPTHS
 from gradwatch.settings import Settings
 
 _IN_PASSES: Final = (BackwardBegins, OptimizerBegins, OptimizerEnds)
@@ -447,8 +446,7 @@ class Engine:
     def probe_now(self) -> None:
         """Have every depth measured at the next step."""
         self._leave_quiet()
-        for depth in DEPTHS:
-            self._schedule.ask(depth, self._clock.upcoming[-1])
+        self._schedule.probe(self._clock.upcoming[-1])
         self._refresh()
 
     def count(self) -> None:

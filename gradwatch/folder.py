@@ -17,8 +17,9 @@ import torch
 from gradwatch import console
 from gradwatch._version import __version__
 from gradwatch.record import Stream
+from gradwatch.runs import DIR
 from gradwatch.schedule import DEPTHS
-from gradwatch.settings import DIR, Settings
+from gradwatch.settings import Settings
 from gradwatch.sinks.jsonl import Jsonl, safe_name
 from gradwatch.sinks.wandb import active_run
 

@@ -251,6 +251,8 @@ class Intake:
         if block is None:
             return
         given = self._pipeline.take(block)
+        if any(alert.severity != "info" for alert in given):
+            self._schedule.want_seeds()
         if not self._raising:
             return
         errors = [alert for alert in given if alert.severity == "error"]

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, Final, TypeVar
 from gradwatch.facts import from_format_1
 from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, parse
 
+DIR: Final = "gradwatch-runs"
+"""Where run folders are, unless it is said otherwise."""
 _LINE: Final = 16 * 2**20
 """Bytes of a line of records or alerts, at most; a longer one is not read."""
 _SMALL_FILE: Final = 64 * 2**20
@@ -98,6 +100,25 @@ def load(dir: str | os.PathLike[str]) -> Run:
         closed="health" in meta,
         skipped=skipped,
     )
+
+
+def latest(parent: str | os.PathLike[str] | None = None) -> Path:
+    """Return the run folder that was written to last.
+
+    Args:
+        parent: Where run folders are; None: ``GRADWATCH_DIR``, or ``gradwatch-runs``.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(parent or os.environ.get("GRADWATCH_DIR") or DIR)
+    found = [p for p in folder.glob("*/records.jsonl") if p.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no run; pass a run folder, such as the one that the last "
+            "lines of a run name, or set GRADWATCH_DIR."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def _meta(

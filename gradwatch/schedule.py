@@ -32,6 +32,8 @@ _TOO_LONG: Final = 1.0
 """Seconds that one probe may take; a longer one is left out."""
 _RAREST: Final = 50
 """Steps after which what a rule asks for is let through, whatever it costs."""
+_SEEDS_EVERY: Final = 1000
+"""Steps after which the flow sends gradients back from single steps again."""
 _STEPS_KEPT: Final = 64
 _RUNS_KEPT: Final = 5
 _IN_FULL: Final = (1, 2, 4, 8)
@@ -97,6 +99,7 @@ class Schedule:
         self._costs = {d: deque[float](maxlen=_RUNS_KEPT) for d in DEPTHS}
         self._steps = deque[float](maxlen=_STEPS_KEPT)
         self._asked: dict[str, int] = {}
+        self._seeds_from = 0
         self._adapts = self.budget is not None and not chosen
         self._costs_in_full = deque[float](maxlen=_STEPS_KEPT)
         self._costs_in_part = deque[float](maxlen=_STEPS_KEPT)
@@ -137,6 +140,24 @@ class Schedule:
         """Have a depth run at one coming step, whatever its cadence."""
         self._asked[depth] = step
         self.changes += 1
+
+    def probe(self, step: int) -> None:
+        """Have all there is measured at one coming step."""
+        for depth in DEPTHS:
+            self.ask(depth, step)
+        self.want_seeds()
+
+    def seeds_due(self, step: int) -> bool:
+        """Tell whether the flow, where it runs, sends gradients back from each step."""
+        return step >= self._seeds_from
+
+    def want_seeds(self) -> None:
+        """Have the next flow do so."""
+        self._seeds_from = 0
+
+    def seeded(self, step: int) -> None:
+        """Note that it did."""
+        self._seeds_from = step + _SEEDS_EVERY
 
     def ask_within_budget(self, depth: str, step: int) -> None:
         """Have a depth run at one coming step, unless it has run too often lately.

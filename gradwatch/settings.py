@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from gradwatch import console
 from gradwatch.kinds.judge import Rule
 from gradwatch.record import Alert
+from gradwatch.report.drawing import renderer
 from gradwatch.schedule import Schedule
 from gradwatch.sinks import ByBlock, Sink, Wandb
 
+_YES: Final = ("1", "true", "yes", "on")
+_NO: Final = ("", "0", "false", "no", "off")
+"""What ``GRADWATCH_DISABLED`` may say."""
 OnAlert = Callable[[Alert], object] | Literal["raise"] | None
-DIR: Final = "gradwatch-runs"
 
 
 @dataclass(kw_only=True)
@@ -26,6 +30,7 @@ class Settings:
     Raises:
         TypeError: If an argument cannot be used.
         ValueError: If an argument is out of range.
+        ModuleNotFoundError: If what an argument asks for is not installed.
     """
 
     every: int | Mapping[str, int] | None = None
@@ -40,6 +45,7 @@ class Settings:
     name: str | None = None
     scaler: Any = None
     start_step: int = 0
+    report: bool = False
     schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +66,13 @@ class Settings:
             raise ValueError(
                 f"start_step is {self.start_step!r}; expected an int of at least 0."
             )
+        if self.report:
+            renderer()
+            if self.dir is None:
+                raise ValueError(
+                    "report=True writes into the run folder, and dir=None makes none; "
+                    'use watch.report("report.html") before the watch is closed.'
+                )
         samples = self.flow_samples
         if samples is not None and (not isinstance(samples, int) or samples < 1):
             raise ValueError(
@@ -123,3 +136,15 @@ def _wandb_sink(given: Any) -> Wandb | None:
             "gradwatch.sinks.Wandb(...)."
         )
     return Wandb(given)
+
+
+def disabled() -> bool:
+    """Tell whether the environment turns every watch into one that does nothing."""
+    given = os.environ.get("GRADWATCH_DISABLED", "")
+    word = given.strip().lower()
+    if word not in (*_YES, *_NO):
+        console.report(
+            f"GRADWATCH_DISABLED is {given!r}; expected 1, true, yes or on, or 0, "
+            "false, no or off. The watch stays on."
+        )
+    return word in _YES

@@ -12,18 +12,18 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gradwatch import console, facts, remedies
-from gradwatch.depths.finish import Memory
+from gradwatch import console, remedies, resume
 from gradwatch.engine import Engine
-from gradwatch.folder import FORMAT, meta, open_folder
+from gradwatch.folder import meta, open_folder
 from gradwatch.health import Health
 from gradwatch.hooks import calls
 from gradwatch.hooks.probe import Probe
@@ -34,15 +34,16 @@ from gradwatch.pipeline import Pipeline
 from gradwatch.processes import processes, rank
 from gradwatch.record import Alert, Incident, Latest, Records, Remedy, Stream
 from gradwatch.recurrent import Recurrence, recurrences
+from gradwatch.report import report as page_of
+from gradwatch.report import save
 from gradwatch.rewrite import Optimizers, several
-from gradwatch.settings import DIR, OnAlert, Settings
+from gradwatch.runs import DIR, Run, load
+from gradwatch.settings import OnAlert, Settings, disabled
 from gradwatch.sinks import Sink
 from gradwatch.sinks.jsonl import Jsonl
 from gradwatch.sinks.wandb import destination
 
-_YES: Final = ("1", "true", "yes", "on")
-_NO: Final = ("", "0", "false", "no", "off")
-"""What ``GRADWATCH_DISABLED`` may say."""
+_T = TypeVar("_T")
 
 
 def watch(
@@ -60,6 +61,7 @@ def watch(
     name: str | None = None,
     scaler: Any = None,
     start_step: int = 0,
+    report: bool = False,
 ) -> Watch:
     """Attach to the recurrent modules of a model; the training loop stays as it is.
 
@@ -86,6 +88,7 @@ def watch(
         scaler: The GradScaler, where it cannot be found: it is found by itself where
             ``scaler.step(optimizer)`` is used.
         start_step: Number of the first step.
+        report: Whether :meth:`Watch.report` is called at close.
 
     Returns:
         The handle. It may be thrown away: the model keeps it alive.
@@ -95,8 +98,9 @@ def watch(
         ValueError: If the model has no recurrent module or holds no values, a cadence,
             the budget or ``start_step`` is out of range, or a kind or a stream that is
             to be muted does not exist.
+        ModuleNotFoundError: If ``report`` is wanted and nothing can draw its charts.
     """
-    if _disabled():
+    if disabled():
         return Watch(None, Settings())
     found = recurrences(model)
     settings = Settings(
@@ -112,6 +116,7 @@ def watch(
         name=name,
         scaler=scaler,
         start_step=start_step,
+        report=report,
     )
     named = default_rules([]) if settings.rules is None else settings.rules
     check_mute(settings.mute, named, [r.stream.name for r in found])
@@ -122,18 +127,6 @@ def watch(
         )
         return known
     return Watch(model, settings, found)
-
-
-def _disabled() -> bool:
-    """Tell whether the environment turns every watch into one that does nothing."""
-    given = os.environ.get("GRADWATCH_DISABLED", "")
-    word = given.strip().lower()
-    if word not in (*_YES, *_NO):
-        console.report(
-            f"GRADWATCH_DISABLED is {given!r}; expected 1, true, yes or on, or 0, "
-            "false, no or off. The watch stays on."
-        )
-    return word in _YES
 
 
 class Watch:
@@ -176,9 +169,11 @@ class Watch:
         settings, rules = self._settings, self._settings.rules
         sinks: dict[str, Sink] = {}
         if self._loud and settings.wandb is not None:
-            close = functools.partial(_close, weakref.ref(self))
+            this = weakref.ref(self)
+            close = functools.partial(_call, this, Watch.close)
+            page = functools.partial(_call, this, Watch._page)
             with self._health.guard("W&B"):
-                settings.wandb.attach(self._streams, content, console.say, close)
+                settings.wandb.attach(self._streams, content, console.say, close, page)
                 sinks["W&B"] = settings.wandb
         if self._loud:
             for i, sink in enumerate(settings.sinks):
@@ -202,7 +197,7 @@ class Watch:
             intake=Intake(self._pipeline, self._settings, self._health),
             measuring=self._loud,
         )
-        self._finalizer = weakref.finalize(model, _close, weakref.ref(self))
+        self._finalizer = weakref.finalize(model, _call, weakref.ref(self), Watch.close)
         return engine
 
     def _bring_up_to_date(self) -> None:
@@ -358,6 +353,50 @@ class Watch:
         if self._engine is not None:
             self._engine.probe_now()
 
+    def report(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write the run so far as one page of HTML; it takes seconds.
+
+        Args:
+            path: The file; None: ``report.html`` in the run folder. A report that is
+                there is replaced, any other file is not.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: If there is neither a run folder nor a path.
+            FileExistsError: If there is a file that is no report.
+            ModuleNotFoundError: If what draws the charts is not installed.
+            OSError: If the file cannot be written.
+        """
+        if path is None and self.dir is None:
+            raise ValueError(
+                "this watch has no run folder; pass a file: "
+                'watch.report("report.html").'
+            )
+        self.flush()
+        return save([self._as_run()], path)
+
+    def _as_run(self) -> Run:
+        """Return the run so far, with the records of its folder if it has one."""
+        if self.dir is not None:
+            self._pipeline.write_out()
+            run, known = load(self.dir), self.incidents
+            meta = {**run.meta, "health": self.health}
+            return replace(run, meta=meta, incidents=known, closed=True)
+        return Run(
+            dir=Path("in memory"),
+            meta={"health": self.health},
+            streams=self.streams,
+            records=self.records,
+            alerts=self.alerts,
+            incidents=self.incidents,
+            closed=True,
+        )
+
+    def _page(self) -> str:
+        return page_of([self._as_run()])
+
     def close(self) -> None:
         """Settle the open step, take every hook off, and close. Safe to call twice."""
         if self._closed or os.getpid() != self._pid or self._engine is None:
@@ -365,6 +404,7 @@ class Watch:
         self._closed = True
         with ExitStack() as rest:  # all of it, whatever interrupts one of them
             rest.callback(self._say_goodbye)
+            rest.callback(self._write_report)
             rest.callback(self._close_folder)
             rest.callback(self._pipeline.close)
             rest.callback(self._finalizer.detach)
@@ -375,6 +415,11 @@ class Watch:
         if self._folder is not None:
             with self._health.guard("the run folder"):
                 self._folder.close(self.health)
+
+    def _write_report(self) -> None:
+        if self._settings.report and self.dir is not None:
+            with self._health.guard("the report"):
+                save([self._as_run()])
 
     def _say_goodbye(self) -> None:
         if not self._loud:
@@ -392,15 +437,7 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values for a checkpoint."""
         self.flush()
-        number, memory = 0, Memory()
-        if self._engine is not None:
-            number, memory = self._engine.number, self._engine.memory
-        return {
-            "format": FORMAT,
-            "step": number,
-            "schedule": self._settings.schedule.state_dict(),
-            "pipeline": {"memory": memory.state_dict(), **self._pipeline.state_dict()},
-        }
+        return resume.state_of(self._engine, self._settings.schedule, self._pipeline)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`: same step axis, no warm-up, no repeats.
@@ -411,39 +448,9 @@ class Watch:
             ValueError: If ``state`` is not what :meth:`state_dict` returned, or of a
                 version that this one cannot read.
         """
-        given = state.keys() if isinstance(state, Mapping) else set[str]()
-        missing = {"step", "schedule", "pipeline"} - given
-        if missing:
-            raise ValueError(
-                f"the state lacks {', '.join(sorted(missing))}; expected what "
-                "watch.state_dict() returned."
-            )
-        before = self.state_dict()
-        try:
-            self._go_on_from(state)
-        except Exception as error:
-            self._settings.schedule.load_state_dict(before["schedule"])
-            self._pipeline.load_state_dict(before["pipeline"])
-            if isinstance(error, ValueError):
-                raise
-            raise ValueError(
-                f"the state is incomplete or damaged ({type(error).__name__}: "
-                f"{error}); expected what watch.state_dict() returned. Nothing was "
-                "changed."
-            ) from error
-
-    def _go_on_from(self, state: Mapping[str, Any]) -> None:
-        pipeline = state["pipeline"]
-        if state.get("format", 1) < 2:
-            pipeline = facts.state_from_format_1(pipeline)
-        number, memory = state["step"], Memory.from_state(pipeline["memory"])
-        if not isinstance(number, int):
-            raise ValueError(f"the state's step is {number!r}; expected an int.")
-        self._settings.schedule.load_state_dict(state["schedule"])
-        self._pipeline.load_state_dict(pipeline)
-        if self._engine is not None:
-            self._engine.resume_from(number, memory)
-        self._pipeline.write_open()
+        self.flush()
+        parts = self._engine, self._settings.schedule, self._pipeline
+        resume.go_on_from(state, *parts)
 
     def __enter__(self) -> Watch:
         """Return the watch itself."""
@@ -473,11 +480,10 @@ class Watch:
         return self._engine is not None and self._engine.watches(modules)
 
 
-def _close(watch_ref: weakref.ref[Watch]) -> None:
-    """Close a watch that still lives."""
+def _call(watch_ref: weakref.ref[Watch], method: Callable[[Watch], _T]) -> _T | None:
+    """Call a method of a watch that still lives."""
     found = watch_ref()
-    if found is not None:
-        found.close()
+    return None if found is None else method(found)
 
 
 def _watching(found: Sequence[Recurrence]) -> Watch | None:

@@ -245,6 +245,19 @@ def test_updates_below_the_precision_of_the_weight_are_lost():
     assert "precision" in alarm.message and alarm.step == 9
 
 
+def test_updates_that_round_to_nothing_are_no_fault_where_the_gradient_is_used_up():
+    model = classifier(nn.GRU, hidden=16)
+    optimizer, alarms = torch.optim.SGD(model.parameters(), 1e-3), []
+    with gradwatch.watch(model, dir=None, on_alert=alarms.append) as watch:
+        for step, (x, y) in enumerate(digit_batches(35)):
+            share = 1.0 if step < 5 else 1e-12
+            optimizer.zero_grad()
+            (share * nn.functional.cross_entropy(model(x), y)).backward()
+            optimizer.step()
+        ratios = watch.records.series("gradwatch/rnn/l0/update_ratio")[1]
+    assert (ratios == 0).sum() >= 30 and alarms == []
+
+
 def test_a_learning_rate_of_zero_is_told_of_once_it_has_lasted():
     model = classifier(nn.GRU, hidden=16)
     groups = [

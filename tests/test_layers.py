@@ -18,9 +18,10 @@ WINGS = {
     "hooks": "hooks",
     "depths": "depths",
     "kinds": "kinds",
+    "pages": "runs plot report",
     "sinks": "sinks",
-    "run": "settings folder pipeline intake quiet engine watcher",
-    "beside": "rules runs checkpoint inspection plot cli __main__",
+    "run": "settings folder pipeline intake quiet engine resume watcher",
+    "beside": "rules checkpoint inspection cli __main__",
 }
 """Each wing with its rooms and folders, from the ground up."""
 MAY_IMPORT = {
@@ -34,10 +35,11 @@ MAY_IMPORT = {
     "hooks": "values numerics model house",
     "depths": "values clock numerics catalogue model house hooks",
     "kinds": "values numerics catalogue remedies",
-    "sinks": "values catalogue kinds",
+    "pages": "values catalogue house kinds",
+    "sinks": "values catalogue house kinds pages",
     "run": "values clock numerics catalogue model house remedies hooks depths kinds "
-    "sinks",
-    "beside": "values numerics catalogue model house remedies kinds",
+    "pages sinks",
+    "beside": "values numerics catalogue model house remedies kinds pages",
 }
 """What a wing may import beside itself. Down once, up never."""
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.depths.flow import NAMES, Flow, backward
+from gradwatch.depths.flow import NAMES, Flow, backward, finish, seed_steps
+from gradwatch.depths.flow import Memory as FlowMemory
 from gradwatch.depths.trajectory import trajectory
-from gradwatch.numerics.adjoint import linearised, pulled_back
+from gradwatch.numerics.adjoint import adjoint_from, linearised, pulled_back
 from gradwatch.numerics.through_time import Weights, replay_layer
 from gradwatch.recurrent import recurrences
 from testbed import reference
@@ -89,6 +90,67 @@ def test_vectors_start_where_they_are_told_to():
         linear("RNN_TANH", module, x[:3]), (seeds, None), torch.tensor([[2, 2, 2]])
     )
     torch.testing.assert_close(logs[:4, 0, 1], short[:, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("RNN_TANH", nn.RNN),
+        ("RNN_RELU", lambda *sizes: nn.RNN(*sizes, nonlinearity="relu")),
+        ("LSTM", nn.LSTM),
+        ("LSTM", lambda *sizes: nn.LSTM(*sizes, proj_size=2)),
+        ("GRU", nn.GRU),
+    ],
+)
+def test_what_a_seed_sends_back_is_that_of_autograd(kind, make, dtype):
+    torch.manual_seed(0)
+    module = make(3, 5).double()
+    width = getattr(module, "proj_size", 0) or 5
+    x = torch.randn(9, 2, 3, dtype=torch.float64)
+    seeds = torch.randn(2, 2, width, dtype=torch.float64)
+    starts = torch.tensor([[8, 8], [4, -1]])
+    runs = unrolled(module, list(x.unbind(1)), width)
+    weights = Weights(*(w.detach().to(dtype) for w in named_weights(module)))
+    first = torch.zeros(2, width, dtype=dtype), None
+    if kind == "LSTM":
+        first = first[0], torch.zeros(2, 5, dtype=dtype)
+    layer = replay_layer(kind, x.to(dtype), *first, weights)
+    linear = linearised(kind, layer, first, weights)
+    found = adjoint_from(linear, seeds.to(dtype), starts)
+    for v, b in itertools.product(range(2), range(2)):
+        start = int(starts[v, b])
+        true = sent_back(runs[b], start, seeds[v, b]) if start >= 0 else [0.0] * 9
+        expected = torch.tensor(true, dtype=dtype)
+        close = 1e-6 * max(expected.max().item(), 1)
+        torch.testing.assert_close(found[:, v, b], expected, rtol=0, atol=close)
+
+
+def unrolled(module, sequences, width):
+    """Run a module step by step; autograd follows its states."""
+    options = {"dtype": torch.float64, "requires_grad": True}
+    states = [
+        torch.zeros(1, 2, size, **options) for size in (width, module.hidden_size)
+    ]
+    return reference.unrolled(module, sequences, states)[0, 0]
+
+
+def named_weights(module):
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "weight_hr_l0")
+    return [getattr(module, name) for name in names if hasattr(module, name)]
+
+
+def sent_back(run, start, seed):
+    """The norm of the gradient of each state, by autograd, of ``seed`` at h_start."""
+    norms = []
+    for step in run:
+        states = [step[name] for name in ("h", "c") if name in step]
+        grads = torch.autograd.grad(
+            run[start]["h"] @ seed, states, retain_graph=True, allow_unused=True
+        )
+        squares = [g.square().sum() for g in grads if g is not None]
+        norms.append(math.sqrt(sum(squares)))
+    return norms
 
 
 # ---- the numbers of the flow depth
@@ -240,3 +302,47 @@ def test_profiles_of_a_sample_stand_for_the_batch():
     assert few.shares == [(4, 32)] and whole.shares == [(32, 32)]
     ratio = of(few, "adjoint") * math.sqrt(8) / of(whole, "adjoint")
     assert ratio.log().abs().max() < 0.3
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+def test_seeds_are_sent_back_from_up_to_16_steps(make):
+    torch.manual_seed(0)
+    module, lengths = make(3, 6).double(), [100, 40]
+    x = torch.randn(100, 2, 3, dtype=torch.float64)
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths))
+    probe = looking_at(module)
+    module(packed)[0].data.sum().backward()
+    members = recurrences(module)
+    with torch.no_grad():
+        replayed, flow = trajectory(members, probe.take()), Flow(seeded=True)
+        flow.add("", members, replayed)
+    probe.close()
+    host = {key: value.numpy() for key, value in flow.numbers.items()}
+    profiles = finish(flow, host, 1.0, (), FlowMemory()).profiles
+    rows = {
+        int(key.rpartition("/")[2]): row
+        for key, row in profiles.items()
+        if "/adjoint_from/" in key
+    }
+    assert list(rows) == seed_steps(100) and len(rows) == 16 and 99 in rows
+    fixed = torch.Generator().manual_seed(0)
+    drawn = nn.functional.normalize(torch.randn(2, 6, generator=fixed), dim=-1).double()
+    sequences = [x[:length, b] for b, length in enumerate(lengths)]
+    runs = unrolled(module, sequences, 6)
+    for step, row in rows.items():
+        own = []
+        for b, length in enumerate(lengths):
+            before = 100 - length
+            if step >= before:
+                norms = sent_back(runs[b], step - before, drawn[b])
+                own.append([0.0] * before + norms)
+        mean = (torch.tensor(own) ** 2).mean(0).sqrt()
+        edges = [int(i * 100 / 64) for i in range(64)] + [100]
+        bins = [mean[a:b].max().item() for a, b in itertools.pairwise(edges)]
+        assert row == pytest.approx(bins, abs=1e-6)
+
+
+def test_a_short_sequence_has_a_seed_at_each_step():
+    assert seed_steps(1) == [0] and seed_steps(5) == [0, 1, 2, 3, 4]
+    assert seed_steps(16) == list(range(16)) and seed_steps(17)[-1] == 16
+    assert len(set(seed_steps(1000))) == 16

@@ -272,3 +272,16 @@ def test_a_useless_budget_is_refused(budget, error):
     said = rf"budget is {budget!r}; expected a share .* budget=0.03 for 3 %, or None"
     with pytest.raises(error, match=said):
         Schedule(budget=budget)
+
+
+def test_seeds_are_sent_back_at_the_first_flow_seldom_then_and_when_asked():
+    schedule = Schedule()
+    assert schedule.seeds_due(0)
+    schedule.seeded(0)
+    assert not schedule.seeds_due(999) and schedule.seeds_due(1000)
+    schedule.want_seeds()
+    assert schedule.seeds_due(7)
+    schedule.seeded(7)
+    schedule.probe(9)
+    assert schedule.seeds_due(9)
+    assert all(schedule.due(depth, 9) for depth in DEPTHS)

@@ -48,3 +48,30 @@ def test_the_protocol_is_two_methods():
 @pytest.mark.parametrize("name", sorted({*gradwatch.sinks.__all__} - {"Sink"}))
 def test_every_sink_of_ours_keeps_the_protocol(name):
     assert issubclass(getattr(gradwatch.sinks, name), Sink)
+
+
+def test_pictures_reach_the_users_writer(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tmp_path)
+    model = lstm()
+    with gradwatch.watch(model, dir=None, sinks=[TensorBoard(writer)]):
+        train(model, 25, spoil=22)
+    writer.close()
+    images = EventAccumulator(str(tmp_path)).Reload().Images("gradwatch/flow")
+    assert [image.step for image in images][-1] == 24
+    assert all(image.encoded_image_string.startswith(b"\x89PNG") for image in images)
+
+
+def test_pictures_can_be_left_out(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tmp_path)
+    model = lstm()
+    sink = TensorBoard(writer, pictures=False)
+    with gradwatch.watch(model, dir=None, sinks=[sink]):
+        train(model, 25, spoil=22)
+    writer.close()
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"] == []

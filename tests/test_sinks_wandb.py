@@ -23,6 +23,7 @@ from gradwatch.metrics import STEP_KEY, headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
 from gradwatch.sinks import Wandb
 from gradwatch.sinks.fold import Fold
+from gradwatch.sinks.wandb_media import Media
 from gradwatch.sinks.wandb_rows import Item, Rows
 from testbed.models import batches, lstm
 from testbed.wandb_log import read_log
@@ -31,6 +32,7 @@ from tests.support.wandb_server import WandbServer
 
 NORM = "gradwatch/grad_norm"
 RATIO = "gradwatch/clip_ratio"
+MEDIA = "gradwatch/media/"
 HINT = "W&B run has not moved"
 
 WITHOUT_WANDB = {k: v for k, v in os.environ.items() if "WANDB" not in k}
@@ -268,6 +270,7 @@ def test_what_is_sent_of_a_deep_lstm(server):
     run.finish()
     got = server.runs[run.id]
     sent = {k for row in got.history for k in row if k.startswith("gradwatch/")}
+    sent = {key for key in sent if MEDIA not in key}
     assert len(headline) == 33
     assert sent - {STEP_KEY} <= set(headline)
     assert not any("." in key for key in sent)
@@ -285,7 +288,7 @@ def test_what_is_sent_of_a_deep_lstm(server):
 
 def test_all_keys_on_demand(begin):
     run, model = begin(), lstm()
-    watch = gradwatch.watch(model, wandb=Wandb(keys="all"))
+    watch = gradwatch.watch(model, wandb=Wandb(keys="all", media=False))
     train(model, batches(12), lambda i, values: run.log(values))
     watch.close()
     log = finish(run)
@@ -311,7 +314,7 @@ def test_above_eight_streams_the_first_eight_and_one_line(begin, lines):
 
 def test_with_commit_each_row_is_one_of_its_own(begin, lines):
     run, model = begin(), lstm()
-    watch = gradwatch.watch(model, wandb=Wandb(commit=True))
+    watch = gradwatch.watch(model, wandb=Wandb(commit=True, media=False))
     losses = []
 
     def log_seldom(i, values):
@@ -805,3 +808,47 @@ def test_rows_of_a_block_outlive_a_row_that_could_not_be_sent():
     rows.run = FakeRun()
     rows.send()
     assert rows.run.waiting["gradwatch/grad_norm"] == 35.0
+
+
+# ---- pictures, the alarms, the report
+
+
+def test_a_run_gets_a_picture_the_alarms_and_where_asked_the_report(server, tmp_path):
+    run, model = server.begin(), lstm()
+    rows = batches(40)
+    rows[30] = math.nan
+    sink = Wandb(report=True)
+    with gradwatch.watch(model, wandb=sink, dir=tmp_path / "runs", name="one"):
+        train(model, rows, lambda i, values: run.log(values))
+    run.finish()
+    got = server.runs[run.id]
+    media = {k: v for row in got.history for k, v in row.items() if MEDIA in k}
+    assert set(media) == {f"{MEDIA}flow", f"{MEDIA}alarms", f"{MEDIA}report"}
+    assert media[f"{MEDIA}flow"]["_type"] == "image-file"
+    assert "rnn.l0: gradients reach" in media[f"{MEDIA}flow"]["caption"]
+    files = {name: server.uploads[own["path"]] for name, own in media.items()}
+    assert files[f"{MEDIA}flow"].startswith(b"\x89PNG")
+    assert b"<td>nonfinite</td>" in files[f"{MEDIA}alarms"]
+    assert b"1 alarm in 40 steps" in files[f"{MEDIA}report"]
+    assert got.metrics[f"{MEDIA}flow"] == STEP_KEY
+
+
+def test_a_hostile_message_is_text_in_the_table_of_alarms():
+    run = FakeRun()
+    media = Media(run, print, commit=False)
+    told = Alert(
+        kind="spike", severity="error", step=1, since=1, message="<script>\x1b"
+    )
+    media.take(StepRecord(step=1), (told,))
+    page = Path(run.waiting[f"{MEDIA}alarms"]._path).read_text()
+    assert "&lt;script&gt;\\x1b" in page and "<script>" not in page
+
+
+def test_without_what_draws_there_is_no_picture_and_nothing_is_said(monkeypatch, lines):
+    monkeypatch.setattr("gradwatch.sinks.pictures.can_draw", lambda: False)
+    run, model, rows = FakeRun(), lstm(), batches(31)
+    rows[30] = math.nan
+    with gradwatch.watch(model, wandb=run, dir=None):
+        train(model, rows, lambda i, values: None)
+    assert f"{MEDIA}flow" not in run.waiting and f"{MEDIA}alarms" in run.waiting
+    assert not any("picture" in text for text in said(lines))

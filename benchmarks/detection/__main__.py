@@ -23,7 +23,14 @@ from benchmarks.detection.parallel import (
     pool_of_two,
     verified,
 )
-from benchmarks.detection.score import Judged, Verified, median, rows, share
+from benchmarks.detection.score import (
+    Judged,
+    Verified,
+    by_kind,
+    median,
+    rows,
+    share,
+)
 from benchmarks.detection.tools import TOOLS
 from benchmarks.results import Results
 
@@ -76,6 +83,11 @@ def compare(
         results.table(key, HEAD, f"The {name} families; seeds: {drawn}.")
         for tool in tools:
             results.row(tool, *_cells([j for t, j in part if t == tool]))
+    if "gradwatch" in tools:
+        title = "gradwatch's alarms by kind, in all these runs."
+        results.table("kinds", ("kind", "right", "raised in"), title)
+        for kind, counts in by_kind(j for t, j in done if t == "gradwatch").items():
+            results.row(kind, *counts)
     for tool in tools:
         print(f"\n### Where {tool} was wrong\n")
         wrong = list(rows(j for t, j in done if t == tool))

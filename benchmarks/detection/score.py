@@ -213,6 +213,17 @@ def share(values: Iterable[bool | None]) -> tuple[int, int]:
     return sum(known), len(known)
 
 
+def by_kind(found: Iterable[Judged]) -> dict[str, tuple[int, int]]:
+    """Return kind -> in how many runs its alarm was right, and in how many raised."""
+    counts: dict[str, tuple[int, int]] = {}
+    for one in found:
+        wrong = {alarm.kind for alarm in one.false}
+        for kind in sorted({alarm.kind for alarm in one.report.alarms}):
+            right, raised = counts.get(kind, (0, 0))
+            counts[kind] = right + (kind not in wrong), raised + 1
+    return dict(sorted(counts.items()))
+
+
 def median(values: Iterable[int | None]) -> float:
     """Return the median of what there is; NaN for nothing."""
     known = [float(v) for v in values if v is not None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from gradwatch.numerics.adjoint import (
     Adjoint,
     Linear,
     adjoint,
+    adjoint_from,
     linearised,
     pulled_back,
 )
@@ -33,6 +34,8 @@ from gradwatch.recurrent import Recurrence
 VECTORS: Final = 4
 READ: Final = 1e-3
 """Share of its largest value from which on a gradient counts."""
+SEEDS: Final = 16
+"""Time steps, at most, from which a gradient is sent back alone."""
 BURN_IN: Final = 10
 """Steps back that a Lyapunov exponent leaves out, where there are twice as many."""
 NAMES: Final = (
@@ -54,13 +57,16 @@ class Flow:
     Attributes:
         streams: The streams. Of each, ``(name, "values")`` holds the values of
             :data:`NAMES`, and ``(name, "adjoint")``, ``"adjoint_cell"`` and
-            ``"direct"`` the profiles.
+            ``"direct"`` the profiles; where ``seeded``, ``(name, "adjoint_from")``
+            a profile of each of :func:`seed_steps`.
+        seeded: Whether gradients are sent back from single steps, too.
         shares: Of each stream, how many sequences were replayed, of how many.
         carried: Paths of modules whose first states an earlier call may have returned;
             the norm of these is ``(path, "carried")``.
         numbers: The numbers.
     """
 
+    seeded: bool = False
     streams: list[Stream] = field(default_factory=list)
     shares: list[tuple[int, int]] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
@@ -80,6 +86,9 @@ class Flow:
                 (member.stream.name, name): value
                 for name, value in _measured(layer, back, replayed.lengths).items()
             }
+            if self.seeded:
+                each = _from_seeds(layer, back, replayed.lengths)
+                self.numbers[member.stream.name, "adjoint_from"] = each
             self.streams.append(member.stream)
             self.shares.append((first.x.shape[1], first.batch))
 
@@ -193,9 +202,9 @@ def _measured(
     layer: Linear, back: Adjoint, lengths: Tensor | None
 ) -> dict[str, Tensor]:
     """Return the values of NAMES, by ``values``, and the profiles."""
-    steps, count = back.h.shape[:2]
+    steps = len(back.h)
     device = back.h.device
-    ends = torch.full((count,), steps, device=device) if lengths is None else lengths
+    ends = _ends(back, lengths)
     total_h, total = _sizes(back.h, back.c)
     direct_h, direct = _sizes(back.direct_h, back.direct_c)
     aligned = _aligned(total, ends).sum(1).sqrt()
@@ -218,6 +227,14 @@ def _measured(
     return found
 
 
+def _ends(back: Adjoint, lengths: Tensor | None) -> Tensor:
+    """Return how many steps each sequence has, shape ``(K,)``."""
+    steps, count = back.h.shape[:2]
+    if lengths is not None:
+        return lengths
+    return torch.full((count,), steps, device=back.h.device)
+
+
 def _sizes(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the squared norms of h, and of h and c together, shape ``(T, K)``."""
     own = h.square().sum(-1)
@@ -225,10 +242,16 @@ def _sizes(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _aligned(values: Tensor, ends: Tensor) -> Tensor:
-    """Shift each sequence so that it ends at the last step; 0 before its first."""
-    steps = len(values)
+    """Shift each sequence so that it ends at the last step; 0 before its first.
+
+    Args:
+        values: Shape ``(..., T, K)``.
+        ends: How many steps each sequence has, shape ``(K,)``.
+    """
+    steps = values.shape[-2]
     source = torch.arange(steps, device=values.device)[:, None] - (steps - ends)
-    return values.gather(0, source.clamp_min(0)).where(source >= 0, 0)
+    taken = values.gather(-2, source.clamp_min(0).expand_as(values))
+    return taken.where(source >= 0, 0)
 
 
 def _reaches(layer: Linear, back: Adjoint, ends: Tensor, last: Tensor) -> Tensor:
@@ -251,6 +274,32 @@ def _reaches(layer: Linear, back: Adjoint, ends: Tensor, last: Tensor) -> Tensor
         c = torch.cat((drawn[..., width:], own))
     starts = torch.cat(((ends - 1).expand(VECTORS, -1), last[None]))
     return pulled_back(layer, (torch.cat((drawn[..., :width], h)), c), starts)
+
+
+def seed_steps(steps: int) -> list[int]:
+    """Return the steps that gradients are sent back from: 16, evenly, the last too."""
+    count = min(SEEDS, steps)
+    return [(i + 1) * steps // count - 1 for i in range(count)]
+
+
+def _from_seeds(layer: Linear, back: Adjoint, lengths: Tensor | None) -> Tensor:
+    """Send a random unit gradient of h back from each of some steps, one at a time.
+
+    Returns:
+        The norm of what arrives, root mean square over the sequences that have the
+        seed's step, shape ``(V, T)``.
+    """
+    steps, count, width = back.h.shape
+    ends = _ends(back, lengths)
+    fixed = torch.Generator().manual_seed(0)  # never the user's
+    drawn = torch.nn.functional.normalize(
+        torch.randn(count, width, generator=fixed), dim=-1
+    ).to(back.h.device, back.h.dtype, non_blocking=True)
+    at = seed_steps(steps)
+    starts = torch.stack([ends - (steps - step) for step in at])
+    norms = adjoint_from(layer, drawn.expand(len(at), -1, -1), starts)
+    squares = _aligned(norms.square().transpose(0, 1), ends).sum(2)
+    return (squares / (starts >= 0).sum(1, keepdim=True)).sqrt()
 
 
 def _horizon(logs: Tensor, last: Tensor) -> Tensor:
@@ -349,6 +398,11 @@ def finish(
             if block is not None:
                 key = stream_key(stream, profile)
                 profiles[key] = _cut(np.asarray(block, np.float64) * factor)
+        if (each := host.get((stream.name, "adjoint_from"))) is not None:
+            key, steps = stream_key(stream, "adjoint_from"), seed_steps(each.shape[1])
+            rows = _cut(np.asarray(each, np.float64), _POINTS // 2)
+            for step, row in zip(steps, rows, strict=True):
+                profiles[f"{key}/{step}"] = row
     carried = {path for path in run.carried if float(host[path, "carried"]) > 0}
     return Flows(metrics, profiles, carried & {s.module for s in run.streams})
 
@@ -365,9 +419,11 @@ def _progress(memory: Memory, stream: Stream, value: float) -> float | None:
     return median(tuple(last)) / start if start > 0 else None
 
 
-def _cut(profile: np.ndarray) -> list[float]:
-    """Return at most 128 values: the largest of each bin."""
-    if len(profile) <= _POINTS:
-        return [float(v) for v in profile]
-    edges = np.linspace(0, len(profile), _POINTS, endpoint=False).astype(int)
-    return [float(v) for v in np.maximum.reduceat(profile, edges)]
+def _cut(profile: np.ndarray, points: int = _POINTS) -> list[Any]:
+    """Return at most so many values along the last axis: the largest of each bin."""
+    length = profile.shape[-1]
+    if length > points:
+        edges = np.linspace(0, length, points, endpoint=False).astype(int)
+        profile = np.maximum.reduceat(profile, edges, axis=-1)
+    found: list[Any] = profile.tolist()
+    return found

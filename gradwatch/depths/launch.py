@@ -112,7 +112,7 @@ class Launcher:
                     replays = self._launch_replays(sampled, new, measured=measured)
             if "flow" in due and replays:
                 with self._whole("flow", sampled):
-                    self._launch_flow(sampled, replays)
+                    self._launch_flow(step, sampled, replays)
             if "state" in due and sampled.state is not None:
                 with self._whole("state", sampled):
                     sampled.state.add_gates(self._modules.alive())
@@ -186,13 +186,17 @@ class Launcher:
         sampled.add("state", run, began)
         return replays
 
-    def _launch_flow(self, sampled: Sampled, replays: Mapping[int, Trajectory]) -> None:
+    def _launch_flow(
+        self, step: int, sampled: Sampled, replays: Mapping[int, Trajectory]
+    ) -> None:
         """Run backpropagation through time over what was replayed."""
         began = time.perf_counter()
-        run = sampled.flow or Flow()
+        run = sampled.flow or Flow(seeded=self._schedule.seeds_due(step))
         for module, own in self._modules.members().items():
             if (replayed := replays.get(module)) is not None:
                 run.add(own[0].stream.module, own, replayed)
+        if run.seeded:
+            self._schedule.seeded(step)
         sampled.add("flow", run, began)
 
     def _launch_readout(self, sampled: Sampled) -> None:

@@ -47,6 +47,7 @@ class _State:
         raised: Stream that was reported -> consecutive steps with it again.
         ever: Streams that it was ever there of.
         rates: Stream -> the learning rate that was seen first.
+        norms: Stream -> the first norm of W_hh's gradient that was not 0.
         unheld: Parameters with a gradient that no optimizer holds.
         seen: What was last seen of every stream.
     """
@@ -56,6 +57,7 @@ class _State:
     raised: dict[str, int] = field(default_factory=dict)
     ever: dict[str, bool] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
     unheld: list[str] = field(default_factory=list)
     seen: SeenState = field(default_factory=SeenState)
 

@@ -40,6 +40,7 @@ NOT_UPDATING = Kind(
     warm_up="none",
     confirmed="by the number of steps",
     over="after 3 steps with a change",
+    excused="a gradient that is used up: what it asks for rounds to nothing",
     causes={
         "no_step": Cause(
             "`unchanged`, and no optimizer has stepped on any weight",
@@ -82,6 +83,12 @@ NOT_UPDATING = Kind(
         "named": Number(6, "parameters that are named one by one", "a line holds them"),
         "fallen": Number(
             1e-3, "share of the first learning rate that is as good as 0", "chosen"
+        ),
+        "used_up": Number(
+            1e-8,
+            "share of the first gradient's norm at which an update may round to "
+            "nothing, and no harm is done",
+            "a policy that is always paid has gradients of 1e-14 for 2,000 steps",
         ),
         "tiny": Number(
             2.0**-40, "learning rate that is as good as 0", "float32 has 24 bits"
@@ -142,11 +149,16 @@ class NotUpdating(Missing):
         return read is not None and all(read)
 
     def _hold(self, record: StepRecord, stream: Stream, keys: Keys) -> int | None:
-        ratio = record.metrics.get(keys.ratio)
+        ratio, norm = record.metrics.get(keys.ratio), record.metrics.get(keys.hh)
         unheld = ratio is None and self._seen.stream(stream).in_optimizer is False
-        if not record.metrics.get(keys.hh) or (ratio != 0 and not unheld):
+        if not norm:
+            return None
+        first = self._state.norms.setdefault(stream.name, norm)
+        if ratio != 0 and not unheld:
             return None
         cause = self._cause(record, stream, keys)
+        if cause is None and norm <= NOT_UPDATING.number("used_up") * first:
+            return None
         level = {"not_in_optimizer": "unheld", "frozen": "rate_zero"}
         return int(NOT_UPDATING.at(level.get(cause or "", "still")))
 

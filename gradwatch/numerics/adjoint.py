@@ -226,3 +226,30 @@ def pulled_back(layer: Linear, seeds: State, starts: Tensor) -> Tensor:
     time = starts + 1 - lags
     found = by_time.gather(0, time.clamp(0, steps))
     return found.where(time >= 0, float("nan"))
+
+
+def adjoint_from(layer: Linear, seeds: Tensor, starts: Tensor) -> Tensor:
+    """Return the adjoints that a gradient at one step alone brings about: their norms.
+
+    Args:
+        layer: The linearisation.
+        seeds: The gradient of h at that step, shape ``(V, B, P)``.
+        starts: The step of each, shape ``(V, B)``; below 0: nowhere.
+
+    Returns:
+        The norm of the gradient of s_t, s = h (and c), by step, shape ``(T, V, B)``; 0
+        behind the step of the seed.
+    """
+    h = torch.zeros_like(seeds)
+    c = None
+    if layer.cell is not None:
+        c = h.new_zeros(*starts.shape, layer.cell.shape[-1])
+    squares = []
+    begins = starts[..., None]
+    for t in range(len(layer.slope) - 1, -1, -1):
+        h = torch.where(begins == t, seeds, h)
+        _, whole, before = layer.back(t, (h, c))
+        square = h.square().sum(-1)
+        squares.append(square if whole is None else square + whole.square().sum(-1))
+        h, c = before
+    return torch.stack(squares[::-1]).sqrt()

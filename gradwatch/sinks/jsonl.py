@@ -24,6 +24,7 @@ from gradwatch.sinks.lines import Lines, SmallFiles
 
 _SECTION: Final = 64 * 2**20
 _AROUND_INCIDENT: Final = 64
+_SEEDS: Final = "/adjoint_from/"
 
 
 def safe_name(name: str) -> str:
@@ -85,8 +86,9 @@ class Jsonl:
         if alerts:
             self._alerts.write(map(dump_line, alerts))
         self._recent.append(record)
-        if record.profiles:
-            self._profiled = (record.step, record.profiles)
+        if record.profiles:  # those of single seeds are many, and in records.jsonl
+            few = {k: v for k, v in record.profiles.items() if _SEEDS not in k}
+            self._profiled = (record.step, few)
         self._waiting.append(record)
         if alerts:
             self.flush()

@@ -23,11 +23,14 @@ from typing import Any, Final, Literal, final
 from gradwatch.block import Block
 from gradwatch.metrics import headline_keys
 from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.report.drawing import renderer
+from gradwatch.sinks.wandb_media import Media
 from gradwatch.sinks.wandb_rows import LEVELS, Item, Rows, finished
 
 _QUEUE: Final = 1000
 _FAILURES: Final = 3
 _JOIN_S: Final = 2.0
+_LEAST_S: Final = 0.1
 _SETTLE_S: Final = 0.01
 """Twice what a thread may wait for the interpreter: an earlier commit shows by then."""
 _STREAMS: Final = 8
@@ -75,6 +78,9 @@ class Wandb:
             8 streams; ``all``: every key.
         commit: Whether each row is a row of its own. Only for users who never pass
             ``step=`` to ``run.log`` and log seldom.
+        media: Whether it also gets a picture of the flow and a table of the alarms, at
+            an alarm and at close; pictures need ``pip install 'gradwatch[plot]'``.
+        report: Whether it gets the run as one page, at close.
 
     Attributes:
         dropped: How many records and alerts did not reach wandb.
@@ -82,6 +88,7 @@ class Wandb:
     Raises:
         ValueError: If ``keys`` is neither ``headline`` nor ``all``.
         TypeError: If ``run`` has no ``log``.
+        ModuleNotFoundError: If ``report`` is wanted and nothing can draw its charts.
     """
 
     def __init__(
@@ -90,6 +97,8 @@ class Wandb:
         *,
         keys: Literal["headline", "all"] = "headline",
         commit: bool = False,
+        media: bool = True,
+        report: bool = False,
     ) -> None:
         if keys not in ("headline", "all"):
             raise ValueError(f'keys is {keys!r}; expected "headline" or "all".')
@@ -98,7 +107,11 @@ class Wandb:
                 f"Wandb() got a {type(run).__name__} as run; expected what "
                 "wandb.init() returned, or None for the active run."
             )
-        self._commit = commit
+        if report:
+            renderer()
+        self._commit, self._media, self._report = commit, media, report
+        self._page: Callable[[], str | None] | None = None
+        self._written: str | None = None
         self._chosen: frozenset[str] | None = None
         self._config: dict[str, Any] = {}
         self.dropped = 0
@@ -112,8 +125,10 @@ class Wandb:
         self._worker: threading.Thread | None = None
         self._pid = os.getpid()
         self._closed = self._stuck = False
+        self._end = 0.0
         self._broken: Any = None
-        self._rows: Rows | None = None  # the worker's alone
+        self._rows: Rows | None = None  # the worker's alone, as the next
+        self._shown: Media | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._said: set[str] = set()
         self._last_call: Callable[[], None] | None = None
@@ -125,6 +140,7 @@ class Wandb:
         config: dict[str, Any],
         notify: Callable[[str], None],
         last_call: Callable[[], None] | None = None,
+        page: Callable[[], str | None] | None = None,
     ) -> None:
         """Learn about the watch.
 
@@ -134,7 +150,9 @@ class Wandb:
             notify: Told a line at a time, on the training thread.
             last_call: Called at exit, while wandb still takes rows; by default
                 :meth:`close`. It is held as it is given, so it should be weak.
+            page: Makes the report; held in the same way.
         """
+        self._page = page
         self._streams, self._config, self._notify = streams, config, notify
         self._last_call = last_call
         if self._keys == "headline":
@@ -220,6 +238,9 @@ class Wandb:
         """Send what is queued, for two seconds at most. Safe to call twice."""
         if self._closed or os.getpid() != self._pid:
             return
+        if self._report and self._page is not None and self._worker is not None:
+            self._written = self._page()
+        self._end = time.monotonic() + _JOIN_S - _LEAST_S
         self.flush()
         self._closed = True
         atexit.unregister(self._at_exit)
@@ -232,7 +253,7 @@ class Wandb:
             self._tell(_SLOW)
         self._queue.put_nowait(None)
         if not self._stuck:
-            worker.join(_JOIN_S)
+            worker.join(max(self._end - time.monotonic(), _LEAST_S))
         self._deliver()
 
     # ---- the worker: all calls into wandb
@@ -250,9 +271,22 @@ class Wandb:
                 self._stuck = False
                 if isinstance(item, threading.Event):
                     item.set()
+        self._finish()
         rows = self._rows
         if rows is not None and rows.failures and rows.run is not self._broken:
             self.dropped += rows.held  # no third failure, but no success either
+
+    def _finish(self) -> None:
+        """Log what comes last: the run's pictures, and its report."""
+        rows, shown = self._rows, self._shown
+        if rows is None or shown is None or rows.run is self._broken:
+            return
+        if not finished(rows.run):
+            try:
+                left = self._end - time.monotonic() - _LEAST_S
+                shown.finish(self._written, left)
+            except Exception as error:
+                self._failed(error)
 
     def _next(self) -> Item | threading.Event | None:
         if self._rows is not None and self._rows.unsettled:
@@ -275,8 +309,12 @@ class Wandb:
         if self._rows is None or item.run is not self._rows.run:
             self._begin(item)
         assert self._rows is not None
-        if not finished(item.run) and (line := self._rows.take(item)):
+        if finished(item.run):
+            return
+        if line := self._rows.take(item):
             self._tell(line)
+        if self._shown is not None:
+            self._shown.take(item.part, item.alerts)
 
     def _begin(self, first: Item) -> None:
         """Start with a run; one comes after the other."""
@@ -285,6 +323,9 @@ class Wandb:
                 self._rows.send()
             except Exception as error:
                 self._failed(error)
+        self._shown = (
+            Media(first.run, self._tell, commit=self._commit) if self._media else None
+        )
         self._rows = Rows(
             first,
             keys=self._chosen,

@@ -60,12 +60,14 @@ class WandbServer:
     Attributes:
         runs: Run id -> what arrived of it.
         alerts: The alerts that arrived, in order.
+        uploads: Name of a file of a run -> its content.
         unknown: What was asked for and is not known here.
     """
 
     def __init__(self):
         self.runs = defaultdict(ServedRun)
         self.alerts = []
+        self.uploads = {}
         self.unknown = []
         self._changed = threading.Condition()
         self._faults = {}
@@ -154,7 +156,10 @@ class WandbServer:
             if stream:
                 self._take_files(stream[1], json.loads(body or b"{}"))
                 return 200, {}
-            if path.startswith(("/upload/", "/sdk/otel/")):  # files, and telemetry
+            if path.startswith("/upload/"):
+                self.uploads[path.removeprefix("/upload/")] = body
+                return 200, {}
+            if path.startswith("/sdk/otel/"):  # telemetry
                 return 200, {}
             reply = getattr(self, f"_{operation}", None)
             if reply is None:
