@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from gradwatch import report
+from gradwatch import report, view
 from gradwatch._version import __version__
 from gradwatch.inspection import inspect
 from gradwatch.kinds.catalogue import CATALOGUE
@@ -40,6 +40,13 @@ back through time, what each state depends on, every stream. Two runs: side by s
 RUN is a run folder, or latest: the newest one in gradwatch-runs (or GRADWATCH_DIR).
 
 example: gradwatch report latest --open
+"""
+_VIEW = """\
+Make a saved view of a W&B project, named gradwatch: what gradwatch measures, in
+sections. Your own views and panels stay as they are. Needs wandb login, and
+pip install 'gradwatch[workspaces]'.
+
+example: gradwatch wandb-view my-team/my-project
 """
 _EXPLAIN = """\
 Print the page of a kind of alert: what it means, the numbers that decide it, its causes
@@ -130,9 +137,18 @@ def _explained(given: argparse.Namespace) -> str:
     return "\n".join(line for line in page.splitlines() if line not in _MARKS)
 
 
+def _viewed(given: argparse.Namespace) -> str:
+    return view.save(given.project)
+
+
 _MARKS: Final = ("<!-- catalogue -->", "<!-- by hand -->")
 """Lines of a page that are no part of what it says."""
-_ANSWERS: Final = {"inspect": _inspected, "report": _reported, "explain": _explained}
+_ANSWERS: Final = {
+    "inspect": _inspected,
+    "report": _reported,
+    "wandb-view": _viewed,
+    "explain": _explained,
+}
 """Verb -> what it prints."""
 
 
@@ -167,6 +183,13 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", help="the file (default: report.html in the run folder)"
     )
     verb.add_argument("--open", action="store_true", help="show it in the browser")
+    verb = verbs.add_parser(
+        "wandb-view",
+        help="make a saved view of a W&B project",
+        description=_VIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("project", metavar="ENTITY/PROJECT")
     verb = verbs.add_parser(
         "explain",
         help="print the page of a kind of alert",

@@ -21,7 +21,7 @@ WINGS = {
     "pages": "runs plot report",
     "sinks": "sinks",
     "run": "settings folder pipeline intake quiet engine resume watcher",
-    "beside": "rules checkpoint inspection cli __main__",
+    "beside": "rules checkpoint inspection view cli __main__",
 }
 """Each wing with its rooms and folders, from the ground up."""
 MAY_IMPORT = {

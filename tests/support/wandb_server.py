@@ -61,6 +61,7 @@ class WandbServer:
         runs: Run id -> what arrived of it.
         alerts: The alerts that arrived, in order.
         uploads: Name of a file of a run -> its content.
+        views: The saved views that arrived.
         unknown: What was asked for and is not known here.
     """
 
@@ -68,6 +69,7 @@ class WandbServer:
         self.runs = defaultdict(ServedRun)
         self.alerts = []
         self.uploads = {}
+        self.views = []
         self.unknown = []
         self._changed = threading.Condition()
         self._faults = {}
@@ -198,6 +200,11 @@ class WandbServer:
             {"name": n, "uploadUrl": f"{self.url}/upload/{n}"} for n in asked["files"]
         ]
         return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+
+    def _UpsertView2(self, asked):
+        self.views.append(asked)
+        view = {"id": "id-view", "name": asked["name"]}
+        return {"upsertView": {"view": view, "inserted": True}}
 
     def _NotifyScriptableRunAlert(self, asked):
         self.alerts.append(asked)
