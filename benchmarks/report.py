@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from PIL import Image  # comes with the extra ``plot``
 from torch import nn
 
 import gradwatch
@@ -35,9 +36,13 @@ HEAD: Final = ("run", "charts", "kB", "seconds to write", "ms to open")
 
 
 def trained(
-    folder: Path, cell: nn.Module, steps: int = 600, spoil: int | None = None
+    folder: Path,
+    cell: nn.Module,
+    steps: int = 600,
+    length: int = 60,
+    spoil: int | None = None,
 ) -> Run:
-    """Train a tagger under watch, and return its run."""
+    """Train a net to recall its first input under watch, and return its run."""
     torch.manual_seed(0)
     hidden = cell.hidden_size * (1 + cell.bidirectional)
     model = Tagger(cell, int(hidden), 3)
@@ -46,12 +51,12 @@ def trained(
         model, dir=folder, name="run", wandb=None, budget=None
     ) as watch:
         for step in range(steps):
-            x = torch.randn(60, 8, 4)
+            x = torch.randn(length, 16, 4)
             if step == spoil:
                 x[5, 1, 2] = math.nan
             optimizer.zero_grad()
             target = (x[0, :, 0] > 0).long()
-            nn.functional.cross_entropy(model(x)[-1], target).backward()
+            nn.functional.cross_entropy(model(x), target).backward()
             optimizer.step()
     assert watch.dir is not None
     return gradwatch.load(watch.dir)
@@ -74,10 +79,12 @@ def stretched(run: Run, steps: int) -> Run:
 
 
 RUNS: Final[dict[str, Callable[[Path], Run]]] = {
-    "healthy": lambda folder: trained(folder, nn.GRU(4, 32)),
-    "exploding": lambda folder: trained(folder, inflated(nn.RNN(4, 32), 2.5)),
+    "healthy": lambda folder: trained(folder, nn.GRU(4, 32), length=8),
+    "exploding": lambda folder: trained(
+        folder, inflated(nn.RNN(4, 32, nonlinearity="relu"), 3.5), length=30
+    ),
     "vanishing": lambda folder: trained(folder, nn.LSTM(4, 32), steps=1000),
-    "NaN": lambda folder: trained(folder, nn.GRU(4, 32), spoil=300),
+    "NaN": lambda folder: trained(folder, nn.GRU(4, 32), length=8, spoil=300),
     "40 streams": lambda folder: trained(
         folder, nn.LSTM(4, 8, num_layers=20, bidirectional=True), steps=120
     ),
@@ -119,6 +126,9 @@ def opened(chromium: Any, path: Path, picture: Path | None) -> str:
         )
         if picture is not None:
             page.screenshot(path=picture)
+            Image.open(picture).convert("RGB").quantize(128).save(
+                picture, optimize=True
+            )
         page.close()
     return spread(times, ".0f") if statistics.fmean(times) else "-"
 

@@ -32,8 +32,9 @@ _TOO_LONG: Final = 1.0
 """Seconds that one probe may take; a longer one is left out."""
 _RAREST: Final = 50
 """Steps after which what a rule asks for is let through, whatever it costs."""
-_SEEDS_EVERY: Final = 1000
-"""Steps after which the flow sends gradients back from single steps again."""
+_SEEDS_AFTER: Final = (50, 1000)
+"""Steps after which the flow sends gradients back from single steps again: as many as
+there have been, but at least and at most so many."""
 _STEPS_KEPT: Final = 64
 _RUNS_KEPT: Final = 5
 _IN_FULL: Final = (1, 2, 4, 8)
@@ -157,7 +158,8 @@ class Schedule:
 
     def seeded(self, step: int) -> None:
         """Note that it did."""
-        self._seeds_from = step + _SEEDS_EVERY
+        least, most = _SEEDS_AFTER
+        self._seeds_from = step + min(max(step, least), most)
 
     def ask_within_budget(self, depth: str, step: int) -> None:
         """Have a depth run at one coming step, unless it has run too often lately.

@@ -149,9 +149,9 @@ def test_every_chart_says_what_was_found():
     charts = [
         (
             plot.timeline(found, whole.incidents),
-            "loss 2 to 0.0333; vanishing from step 20",
+            "loss 0.583 to 0.0348; vanishing from step 20",
         ),
-        (plot.rho(found, "rnn.l0"), "rnn.l0: spectral radius 1 to 1.59 (+59%)"),
+        (plot.rho(found, "rnn.l0"), "rnn.l0: spectral radius 1.02 to 1.56 (+53%)"),
         (
             plot.gates(found, "rnn.l0"),
             "rnn.l0: forget gate 0.6 to 0.6; keeps for 2 to 2",
@@ -163,7 +163,7 @@ def test_every_chart_says_what_was_found():
         ),
         (
             plot.compare({"a": found, "b": whole.records[:10]}),
-            "loss at the end: 0.0333 (a), 0.2 (b)",
+            "loss at the end: 0.0348 (a), 0.2 (b)",
         ),
         (
             plot.dependence(found),
@@ -189,10 +189,8 @@ def test_what_is_not_finite_is_marked():
     ]
     title, values = drawn(plot.timeline(made))
     assert title == "loss 1 to 1, not finite from step 1 on; no alarm in 3 steps"
-    assert [r["step"] for r in values if r.get("text", "").endswith("not finite")] == [
-        1,
-        2,
-    ]
+    marked = {r["step"] for r in values if "not finite" in r.get("text", "")}
+    assert marked == {1, 2}
 
 
 def test_the_dependence_of_a_state_ends_at_its_own_step():

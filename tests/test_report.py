@@ -320,7 +320,7 @@ def test_a_spike_of_one_step_survives_in_a_long_run():
 def test_two_runs_are_laid_side_by_side():
     other = run("other", sick=False, steps=40)
     text = Page(report([run("cause"), other], say=lambda line: None)).text
-    assert "loss at the end: 0.0333 (cause), 0.05 (other)" in text
+    assert "loss at the end: 0.0348 (cause), 0.052 (other)" in text
     assert "What is set otherwise" in text and "version, torch" in text
     assert (
         "gradwatch, budget"

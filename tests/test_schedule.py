@@ -277,8 +277,9 @@ def test_a_useless_budget_is_refused(budget, error):
 def test_seeds_are_sent_back_at_the_first_flow_seldom_then_and_when_asked():
     schedule = Schedule()
     assert schedule.seeds_due(0)
-    schedule.seeded(0)
-    assert not schedule.seeds_due(999) and schedule.seeds_due(1000)
+    for step, again in ((0, 50), (64, 128), (800, 1600), (5000, 6000)):
+        schedule.seeded(step)
+        assert not schedule.seeds_due(again - 1) and schedule.seeds_due(again)
     schedule.want_seeds()
     assert schedule.seeds_due(7)
     schedule.seeded(7)

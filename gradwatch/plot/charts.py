@@ -56,7 +56,7 @@ def timeline(found: Columns, incidents: Sequence[Incident]) -> Spec:
     rows = [*rows[:-1], _with_axis_title(rows[-1])] if rows else [_empty()]
     return {
         "vconcat": rows,
-        "spacing": 12,
+        "spacing": 22,
         "resolve": {
             "legend": dict.fromkeys(("color", "shape", "strokeDash"), "independent"),
             "scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent"),
@@ -223,7 +223,8 @@ def flow(
 
 def _padding(back: float, share: float) -> list[Spec]:
     """Mark where padding begins: no gradient there is no vanishing."""
-    rows = [{"back": back, "text": f"padding: {share:.0%} of the input, at its end"}]
+    text = f"padding from here on: the last {share:.0%} of the input, on average"
+    rows = [{"back": back, "text": text}]
     x = {"field": "back", "type": "quantitative"}
     mark: Spec = {"color": "#ffffff", "clip": True}
     return [
@@ -303,7 +304,7 @@ def rho(found: Columns, stream: str, width: int = WIDTH) -> Spec:
     radius = lines(shown, "rho", steps=axis, width=width, log=False)
     drift = {"drift": found.stream(stream, "rho_drift")}
     below = lines(drift, "drift a step", steps=axis, width=width, height=60, log=False)
-    return {"vconcat": [radius, _with_axis_title(below)], "spacing": 10}
+    return {"vconcat": [radius, _with_axis_title(below)], "spacing": 20}
 
 
 def gates(found: Columns, named: Mapping[str, Series], width: int = WIDTH) -> Spec:

@@ -37,6 +37,14 @@ class Series(NamedTuple):
         kept = np.isfinite(self.values)
         return Series(self.steps[kept], self.values[kept])
 
+    def ends(self) -> tuple[float, float] | None:
+        """Return the medians of the first and of the last tenth of what is finite."""
+        values = self.finite().values
+        if not len(values):
+            return None
+        tenth = max(len(values) // 10, 1)
+        return float(np.median(values[:tenth])), float(np.median(values[-tenth:]))
+
     def last(self) -> float | None:
         """Return the last finite value, or None."""
         known = self.finite().values
@@ -98,7 +106,7 @@ def columns(records: Iterable[StepRecord]) -> Columns:
         if record.facts:
             facts = facts.with_later(record.facts)
             for name, group in (record.facts.run.optimizers or {}).items():
-                rate = group.get("lr")
+                rate = group.get("lr", 0.0)  # what is 0 is left out there
                 if isinstance(rate, int | float):
                     _add(rates, name, record.step, float(rate))
     return Columns(_series(found), flows, facts, _series(rates), first, last)
@@ -157,11 +165,11 @@ def number(value: float | None) -> str:
 
 
 def span(series: Series) -> str:
-    """Return the first and the last value of a metric, in words."""
-    known = series.finite().values
-    if not len(known):
+    """Return where a metric began and where it ended, in words."""
+    ends = series.ends()
+    if ends is None:
         return "not measured"
-    return f"{number(float(known[0]))} to {number(float(known[-1]))}"
+    return f"{number(ends[0])} to {number(ends[1])}"
 
 
 # ---- the timeline

@@ -48,7 +48,7 @@ def lanes(incidents: Sequence[Incident], last: int) -> list[Row]:
     """
     return [
         {
-            "lane": f"{n}  {incident.kind}"[:24],
+            "lane": f"{n} {incident.kind}"[:24],
             "severity": WORDS[incident.severity],
             "since": incident.since,
             "until": max(last if incident.until is None else incident.until, 1),
@@ -155,7 +155,7 @@ def flow_points(
     shown = [(s, p[key + PROFILE]) for s, p in found.flows if key + PROFILE in p]
     shown = [shown[i] for i in thinned(len(shown), ROWS)]
     steps = [step for step, _ in shown]
-    ends = [*steps[1:], max(found.last + 1, steps[-1] + 1)]
+    ends = [*steps[1:], _end_of_last(steps, found.last)]
     horizon = dict(zip(*(c.tolist() for c in found.of(f"{key}/horizon")), strict=True))
     length = length_of(found, key, len(shown[-1][1]))
     cells, marks = [], []
@@ -177,6 +177,12 @@ def flow_points(
         far = marks[-1]["horizon"]
         title = f"{name_of(key)}: gradients reach {far:.0f} of {length} time steps back"
     return cells, marks, title
+
+
+def _end_of_last(steps: Sequence[int], last: int) -> int:
+    """Return up to where the last look stands: at most twice the gap before it."""
+    gap = steps[-1] - steps[-2] if len(steps) > 1 else last + 1
+    return max(min(last, steps[-1] + 2 * gap) + 1, steps[-1] + 1)
 
 
 def length_of(found: Columns, key: str, points: int) -> int:
@@ -260,17 +266,16 @@ def dependence_points(
             return Dependence(name_of(key), step, seeds[-1] + 1, seeds, norms)
     raise ValueError(
         f"no record holds what the states of {name_of(key)} depend on; it is measured "
-        "at the first flow, every 1,000 steps, after an alarm and by watch.probe_now()."
+        "with the first flow, seldom later, after an alarm and by watch.probe_now()."
     )
 
 
 def rho_title(found: Columns, stream: str) -> str:
     """Return what became of a stream's spectral radius, in words."""
-    known = found.stream(stream, "rho").finite().values
-    if not len(known):
+    ends = found.stream(stream, "rho").ends()
+    if ends is None:
         return f"{stream}: no spectral radius was measured"
-    total = known[-1] / known[0] - 1 if known[0] > 0 else math.nan
-    moved = f" ({total:+.0%})" if math.isfinite(total) and len(known) > 1 else ""
+    moved = f" ({ends[1] / ends[0] - 1:+.0%})" if ends[0] > 0 else ""
     return f"{stream}: spectral radius {span(found.stream(stream, 'rho'))}{moved}"
 
 
@@ -371,5 +376,8 @@ def incident_points(
 
 def compare_title(runs: Mapping[str, Columns], key: str) -> str:
     """Return how two or more runs end, in words."""
-    ends = [f"{number(run.of(key).last())} ({name})" for name, run in runs.items()]
+    ends = [
+        f"{number((run.of(key).ends() or (0, None))[1])} ({name})"
+        for name, run in runs.items()
+    ]
     return f"{label(key)} at the end: {', '.join(ends)}"

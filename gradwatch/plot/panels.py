@@ -37,6 +37,7 @@ _CONFIG: Final[Spec] = {
         "tickColor": GRID,
         "labelFlush": True,
     },
+    "axisY": {"titleAngle": 0, "titleAlign": "left", "titleY": -7, "titleX": 0},
     "legend": {"labelColor": INK, "titleColor": FAINT, "titleFontWeight": "normal"},
     "title": {"color": INK, "anchor": "start", "fontSize": 13, "frame": "group"},
 }
@@ -180,7 +181,7 @@ def lines(
     ]
     odd = [row for series in named.values() for row in broken(series)]
     if odd:
-        layers.append(_crosses(odd, steps))
+        layers += _crosses(odd, steps)
     return {"width": width, "height": height, "layer": layers}
 
 
@@ -188,20 +189,25 @@ def _cycled(values: Sequence[Any], count: int) -> list[Any]:
     return [values[i % len(values)] for i in range(count)]
 
 
-def _crosses(rows: list[Row], steps: Spec) -> Spec:
+def _crosses(rows: list[Row], steps: Spec) -> list[Spec]:
     """Mark the steps at which a value is not finite, at the top."""
     said = [{**row, "text": f"step {row['step']}: not finite"} for row in rows]
-    return {
-        "data": data(said),
-        "mark": {
-            "type": "point",
-            "shape": "cross",
-            "filled": True,
-            "size": 70,
-            "color": SEVERITY_COLOURS[0],
+    colour = {"color": SEVERITY_COLOURS[0]}
+    mark: Spec = {"type": "point", "shape": "cross", "filled": True, "size": 70}
+    where: Spec = {"x": steps, "y": {"value": 6}}
+    label: Spec = {"type": "text", "align": "left", "baseline": "top", "dy": 6}
+    return [
+        {
+            "data": data(said),
+            "mark": {**mark, **colour},
+            "encoding": {**where, "description": {"field": "text"}},
         },
-        "encoding": {"x": steps, "y": {"value": 6}, "description": {"field": "text"}},
-    }
+        {
+            "data": data([{**rows[0], "text": "not finite"}]),
+            "mark": {**label, **colour},
+            "encoding": {**where, "text": {"field": "text"}},
+        },
+    ]
 
 
 def rule(at: float, text: str) -> list[Spec]:

@@ -120,10 +120,15 @@ def _without_alarm(subject: Subject, steps: str) -> tuple[str, str]:
     notices = len(subject.incidents)
     text = f"No alarm in {steps}"
     text += f", {notices} notice{'s' * (notices > 1)}." if notices else "."
-    loss = loss_fact(subject.found)
-    if loss.sign == OK:
-        return OK if not notices else "notice", text
-    return "notice", f"{text} But the loss: {loss.reading}."
+    odd = [fact for fact in glance(subject) if fact.sign in ("warning", "error")]
+    if odd:
+        return "notice", f"{text} But look at {'; '.join(map(_unusual, odd))}."
+    return "notice" if notices else OK, text
+
+
+def _unusual(fact: Fact) -> str:
+    more = f" ({fact.reading})" if fact.reading else ""
+    return f"{fact.name} {fact.value}{more}"
 
 
 # ---- at a glance
@@ -132,19 +137,10 @@ _ENOUGH: Final = 20
 """Steps from which on the start of a run is told from its end."""
 
 
-def _ends(series: Series) -> tuple[float, float] | None:
-    """Return the median of the first and of the last tenth of what is finite."""
-    values = series.finite().values
-    if not len(values):
-        return None
-    tenth = max(len(values) // 10, 1)
-    return float(np.median(values[:tenth])), float(np.median(values[-tenth:]))
-
-
 def loss_fact(found: Columns) -> Fact:
     """Return how the loss went, beside that of the best constant output."""
     loss = found.run("loss")
-    ends = _ends(loss)
+    ends = loss.ends()
     if ends is None:
         return Fact("loss", "not found", "what it does cannot be told", "notice")
     first, last = ends
@@ -152,7 +148,7 @@ def loss_fact(found: Columns) -> Fact:
     odd = loss.steps[~np.isfinite(loss.values)]
     if len(odd):
         return Fact("loss", value, f"not finite from step {odd[0]} on", "error")
-    constant = _ends(found.run("loss_constant"))
+    constant = found.run("loss_constant").ends()
     if len(loss.values) < _ENOUGH:
         return Fact("loss", value, "too few steps to judge", "notice")
     if constant is not None and constant[1] > 0:
@@ -179,6 +175,9 @@ def glance(subject: Subject) -> Iterator[Fact]:
     kind = found.facts.run.loss_kind
     if kind:
         yield Fact("kind of loss", kind.replace("_", " ").replace("+", " + "))
+    elif len(found.run("loss").steps) >= _ENOUGH:
+        said = "so there is no constant to compare it with"
+        yield Fact("kind of loss", "not recognised", said, "notice")
     yield from _norms(found)
     if reach := _least_reach(found, streams):
         yield reach
@@ -201,13 +200,20 @@ def _moves(series: Series) -> bool:
 
 def _norms(found: Columns) -> Iterator[Fact]:
     norm = found.run("grad_norm")
-    ends = _ends(norm)
+    ends = norm.ends()
     if ends is None:
         return
     finite = norm.finite()
     where = int(finite.steps[finite.values.argmax()])
-    largest = f"largest {number(float(finite.values.max()))} at step {where}"
-    yield Fact("gradient norm", f"{number(ends[0])} to {number(ends[1])}", largest)
+    top, middle = float(finite.values.max()), float(np.median(finite.values))
+    largest = f"largest {number(top)} at step {where}"
+    sign = OK
+    if middle > 0 and top > _FAR * middle:
+        largest += f", {number(top / middle)} times the median"
+        sign = "warning"
+    yield Fact(
+        "gradient norm", f"{number(ends[0])} to {number(ends[1])}", largest, sign
+    )
     odd = found.run("nonfinite")
     if bad := int((odd.values > 0).sum()):
         first = int(odd.steps[odd.values > 0][0])
@@ -215,8 +221,8 @@ def _norms(found: Columns) -> Iterator[Fact]:
         yield Fact("gradients that are not finite", said, "", "error")
     ratio = found.run("clip_ratio").finite().values
     if len(ratio) and (clipped := float((ratio < 0.999).mean())):
-        middle = number(float(np.median(ratio[ratio < 0.999])))
-        said = f"to {middle} of their norm (median)"
+        half = number(float(np.median(ratio[ratio < 0.999])))
+        said = f"to {half} of their norm (median)"
         sign = "warning" if clipped > 0.9 else OK
         yield Fact("gradients clipped", f"at {clipped:.0%} of the steps", said, sign)
     skipped = found.run("skipped").last()
@@ -247,30 +253,37 @@ def length_of(found: Columns, stream: Stream) -> int | None:
     return None if facts is None else facts.T
 
 
+_FAR: Final = 100.0
+"""Times the median at which a gradient norm stands out."""
+_MOVED: Final = 3.0
+"""Factor by which a spectral radius has moved far."""
 _EXTREMES: Final = (
-    ("rho", "spectral radius", 0.0),
-    ("growth_log10", "growth on the way back, in decades", 1.0),
-    ("update_ratio", "change of W_hh a step, of its norm", 0.0),
-    ("saturated", "flat activations, share", 0.3),
-    ("dead", "dead units, share", 0.3),
+    ("rho", "spectral radius", 0.0, math.inf),
+    ("growth_log10", "decades of growth on the way back", 1.0, 4.0),
+    ("update_ratio", "relative change of W_hh a step", 0.0, math.inf),
+    ("saturated", "share of flat activations", 0.3, 0.9),
+    ("dead", "share of dead units", 0.3, 0.9),
 )
-"""Metrics of streams whose largest last value is told: from which value on."""
+"""Metrics of streams whose largest last value is told: from which value on, and from
+which on as a warning."""
 
 
 def _extremes(found: Columns, streams: Sequence[Stream]) -> Iterator[Fact]:
-    for metric, name, least in _EXTREMES:
-        ends = {
-            s.name: e for s in streams if (e := _ends(found.stream(s.name, metric)))
-        }
+    for metric, name, least, much in _EXTREMES:
+        series = {s.name: found.stream(s.name, metric) for s in streams}
+        ends = {s: e for s, own in series.items() if (e := own.ends()) is not None}
         if not ends:
             continue
         stream = max(ends, key=lambda s: ends[s][1])
         first, last = ends[stream]
         if last < least:
             continue
-        where = f"in {stream}, where it is largest" if len(ends) > 1 else ""
-        sign = "notice" if least else OK
-        yield Fact(name, f"{number(first)} to {number(last)}", where, sign)
+        said = f"in {stream}, where it is largest" if len(ends) > 1 else ""
+        sign = "warning" if last >= much else "notice" if least else OK
+        if metric == "rho" and last > _MOVED * first > 0:
+            grown = f"{last / first:.3g} times what it was"
+            said, sign = f"{grown}; {said}".removesuffix("; "), "notice"
+        yield Fact(name, f"{number(first)} to {number(last)}", said, sign)
 
 
 # ---- can this record be trusted

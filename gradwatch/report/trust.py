@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -49,9 +50,24 @@ def _missing(subject: Subject) -> Iterator[Note]:
         names = ", ".join(s.name for s in unseen[:4])
         more = f" and {len(unseen) - 4} more" if len(unseen) > 4 else ""
         yield Note("warning", f"No gradient was measured in {names}{more}.")
-    share = health.get("overhead")
-    if isinstance(share, float) and share > 0:
-        yield Note(OK, f"gradwatch used at least {share:.1%} of the time.")
+    yield from _cost(run.meta)
+
+
+def _cost(meta: Mapping[str, Any]) -> Iterator[Note]:
+    """Yield what the watch has cost, beside what it was allowed."""
+    share = meta.get("health", {}).get("overhead")
+    if not isinstance(share, float) or not share > 0:
+        return
+    budget = meta.get("settings", {}).get("budget")
+    if not isinstance(budget, float):
+        yield Note(OK, f"gradwatch used at least {share:.1%} of the time; no budget.")
+        return
+    sign = OK if share <= budget else "notice"
+    said = (
+        f"gradwatch used at least {share:.1%} of the time; its budget is {budget:.1%}"
+    )
+    more = ", and steps are too short for it" if share > budget else ""
+    yield Note(sign, f"{said}{more}.")
 
 
 def _gaps(subject: Subject) -> Iterator[Note]:
