@@ -118,6 +118,7 @@ def main() -> None:
     print("\nAct two: its recurrent weights are driven unstable in mid-training.")
     train(rnn, rnn_watch, rnn_run, sgd, range(150, 200), break_at=160)
     print(f"\n{rnn_watch}\n")
+    print(f"The run as one page, for a browser: {rnn_watch.report()}")
     rnn_watch.close()
     rnn_run.finish()
 

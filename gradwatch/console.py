@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -280,5 +281,7 @@ def verdict(
     lines += [f"{_incident(i)} (notice)" for i in open_notices[:_SHOWN_NOTICES]]
     lines += [f"  {line}" for line in lost[:2]]
     if alarms and folder:
-        lines.append(f"  to see them: gradwatch.load({str(folder)!r}).alerts")
+        lines.append(
+            f"  to see them: gradwatch report {shlex.quote(str(folder))} --open"
+        )
     return "\n".join(lines)

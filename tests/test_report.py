@@ -304,6 +304,35 @@ def test_forty_streams_stay_below_the_limit():
     assert len(text.encode()) < LIMIT and text.count('class="chart"') > 80
 
 
+def full(length=128, flows=60):
+    """A run in which all that can be drawn is there: four streams, twelve incidents."""
+    streams = [stream(f"a{n}.l0") for n in range(4)]
+    made = [record(n, streams, length) for n in range(flows * 10)]
+    for place, one in enumerate(made):
+        if one.profiles:
+            rows = {}
+            for own in streams:
+                for seed in range(7, length, 8):
+                    key = f"gradwatch/{own.key}/adjoint_from/{seed}"
+                    rows[key] = [1e-3 * (t + 1) for t in range(64)]
+            made[place] = dataclasses.replace(one, profiles={**one.profiles, **rows})
+    whole = run("cause", streams)
+    [one] = whole.incidents
+    many = [dataclasses.replace(one, since=20 + n) for n in range(12)]
+    records = Records(made, limit=None)
+    return dataclasses.replace(whole, records=records, incidents=many)
+
+
+def test_whatever_there_is_to_draw_a_page_stays_below_the_limit():
+    for given in ([full()], [full(), full()]):
+        text = report(given, say=lambda line: None)
+        assert len(text.encode()) < LIMIT and "adjoint" in text
+    many = [stream(f"{'a' * 200}{n}.l0") for n in range(2000)]
+    text = report([run("cause", many, steps=12)], say=lambda line: None)
+    assert len(text.encode()) < LIMIT
+    assert "1800 more are in the run folder" in Page(text).text
+
+
 def test_a_spike_of_one_step_survives_in_a_long_run():
     made = [
         StepRecord(step=n, metrics={"gradwatch/grad_norm": 1e6 if n == 70_001 else 1.0})

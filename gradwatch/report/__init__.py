@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from gradwatch._version import __version__
 from gradwatch.plot import charts, panels
@@ -45,16 +45,41 @@ FILE: Final = "report.html"
 MARK: Final = b'<meta name="generator" content="gradwatch'
 """What every report has in its first lines: only such a file is replaced."""
 _HEAD: Final = 1000
-DRAWN: Final = 20
-"""Streams whose metrics are drawn; the others are in the table."""
-WHOLE: Final = 4
-"""As many streams have numbers to point at in their charts."""
-FLOWS: Final = 3
-"""Streams whose flow is drawn."""
+LIMIT: Final = 1_450_000
+"""Bytes of a page, at most."""
+_LONGEST: Final = 2000
+"""Characters of one text, at most: the run folder has all of it."""
 SMALL: Final = 250
 """Width of the chart of one metric of a stream, in pixels."""
 
 Say = Callable[[str], None]
+
+
+class Detail(NamedTuple):
+    """How much is drawn.
+
+    Attributes:
+        streams: Streams whose metrics are drawn; the others are in the table.
+        pointed: As many streams, at most, have numbers to point at in their charts.
+        flows: Streams whose flow is drawn.
+        cards: Incidents with a chart.
+        texts: Whether any chart has numbers to point at.
+    """
+
+    streams: int
+    pointed: int
+    flows: int
+    cards: int
+    texts: bool = True
+
+
+DETAILS: Final = (
+    Detail(20, 4, 3, 12),
+    Detail(12, 0, 2, 6),
+    Detail(5, 0, 1, 3),
+    Detail(5, 0, 1, 3, texts=False),
+)
+"""From the first on, the first one that keeps the page below its limit."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +125,21 @@ class _Artist:
 
     say: Say
     drawn: int = field(default=0)
+    texts: bool = True
 
-    def draw(self, spec: panels.Spec, title: str) -> Figure:
-        """Return a chart as a figure."""
+    def draw(self, spec: panels.Spec, title: str, *, pointed: bool = True) -> Figure:
+        """Return a chart as a figure.
+
+        Args:
+            spec: The chart.
+            title: Its title.
+            pointed: Whether it has numbers to point at, if any chart has.
+        """
         self.drawn += 1
         self.say(f"drawing chart {self.drawn}")
-        return Figure(title, svg(spec, title, f"c{self.drawn}"))
+        texts = self.texts and pointed
+        shown = spec if texts else panels.bare(spec)
+        return Figure(title, svg(shown, title, f"c{self.drawn}", texts=texts))
 
 
 def report(runs: Sequence[Run], *, names: Sequence[str] = (), say: Say = print) -> str:
@@ -127,10 +161,15 @@ def report(runs: Sequence[Run], *, names: Sequence[str] = (), say: Say = print) 
     called = _names([*names, *(run.dir.name for run in runs[len(names) :])])
     say("sorting the records")
     subjects = [Subject.of(run, name) for run, name in zip(runs, called, strict=True)]
-    sections = [_section(subject, artist) for subject in subjects]
-    beside = _beside(subjects, artist) if len(subjects) == 2 else []
-    say("laying out the page")
-    return _page(sections, beside)
+    for detail in DETAILS:
+        artist.texts = detail.texts
+        beside = _beside(subjects, artist) if len(subjects) == 2 else []
+        sections = [_section(subject, artist, detail) for subject in subjects]
+        say("laying out the page")
+        page = _page(sections, beside)
+        if len(page.encode()) <= LIMIT:
+            break
+    return page
 
 
 def _names(names: Sequence[str]) -> list[str]:
@@ -184,17 +223,18 @@ def _head(path: Path) -> bytes:
 # ---- the figures
 
 
-def _section(subject: Subject, artist: _Artist) -> Section:
+def _section(subject: Subject, artist: _Artist, detail: Detail) -> Section:
     found, told = subject.found, subject.incidents
     return Section(
         subject=subject,
         timeline=artist.draw(charts.timeline(found, told), timeline_title(found, told)),
         cards=[
-            (card, _of_card(subject, card, artist)) for card in incident_cards(subject)
+            (card, _of_card(subject, card, artist) if n < detail.cards else None)
+            for n, card in enumerate(incident_cards(subject))
         ],
-        streams=list(_streams(subject, artist)),
-        flows=list(_flows(subject, artist)),
-        memories=list(_memories(subject, artist)),
+        streams=list(_streams(subject, artist, detail)),
+        flows=list(_flows(subject, artist, detail)),
+        memories=list(_memories(subject, artist, detail)),
     )
 
 
@@ -207,13 +247,13 @@ def _of_card(subject: Subject, card: Card, artist: _Artist) -> Figure | None:
 
 
 def _streams(
-    subject: Subject, artist: _Artist
+    subject: Subject, artist: _Artist, detail: Detail
 ) -> Iterator[tuple[str, Sequence[Figure]]]:
-    drawn = content.worst_first(subject)[:DRAWN]
-    pointed = len(drawn) <= WHOLE
+    drawn = content.worst_first(subject)[: detail.streams]
+    pointed = len(drawn) <= detail.pointed
     for stream in drawn:
         figures = [
-            artist.draw(spec if pointed else panels.bare(spec), title)
+            artist.draw(spec, title, pointed=pointed)
             for spec, title in _charts_of(subject, stream)
         ]
         if figures:
@@ -251,22 +291,22 @@ def _most(named: Mapping[str, Series], most: int = 4) -> dict[str, Series]:
     return {name: series for name, series in named.items() if name in kept}
 
 
-def _with_flows(subject: Subject) -> list[str]:
-    """Return the streams with a flow, the worst first."""
+def _with_flows(subject: Subject, detail: Detail) -> list[str]:
+    """Return the streams whose flow is drawn, the worst first."""
     known = {name_of(key) for key in streams_of_flows(subject.found)}
     names = [s.name for s in content.worst_first(subject) if s.name in known]
-    return (names or sorted(known))[:FLOWS]
+    return (names or sorted(known))[: detail.flows]
 
 
-def _flows(subject: Subject, artist: _Artist) -> Iterator[Figure]:
-    for name in _with_flows(subject):
+def _flows(subject: Subject, artist: _Artist, detail: Detail) -> Iterator[Figure]:
+    for name in _with_flows(subject, detail):
         cells, marks, title = flow_points(subject.found, name)
         key = stream_with(subject.found, name, "flow")
         yield artist.draw(charts.flow_of(subject.found, key, cells, marks), title)
 
 
-def _memories(subject: Subject, artist: _Artist) -> Iterator[Memory]:
-    for name in _with_flows(subject):
+def _memories(subject: Subject, artist: _Artist, detail: Detail) -> Iterator[Memory]:
+    for name in _with_flows(subject, detail):
         try:
             shown = dependence_points(subject.found, name)
         except ValueError:  # it is not measured at every look
@@ -341,8 +381,11 @@ def _page(sections: Sequence[Section], beside: Sequence[Figure]) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Return a value as the page may show it: control characters are escaped."""
-    return printable(value, lines=True) if type(value) is str else value
+    """Return a value as the page may show it: printable, and not too long."""
+    if type(value) is not str:
+        return value
+    text = printable(value, lines=True)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def _json(value: Any) -> str:

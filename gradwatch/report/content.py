@@ -305,6 +305,8 @@ class StreamRow(NamedTuple):
     sick: bool
 
 
+ROWS: Final = 200
+"""Most streams of the table."""
 COLUMNS: Final = (
     ("horizon", "horizon"),
     ("rho", "rho"),

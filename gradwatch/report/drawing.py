@@ -42,6 +42,8 @@ _VARIABLES: Final = {
     **{colour: f"--line-{n}" for n, colour in enumerate(panels.COLOURS)},
 }
 PNG_SCALE: Final = 1.5
+_LONGEST: Final = 300
+"""Characters of a text in a chart, at most."""
 
 
 class DrawingError(RuntimeError):
@@ -68,25 +70,27 @@ def renderer() -> Any:
     return vl_convert
 
 
-def svg(spec: panels.Spec, title: str, name: str) -> str:
+def svg(spec: panels.Spec, title: str, name: str, *, texts: bool = True) -> str:
     """Return a chart as an SVG element for a page.
 
     Args:
         spec: The chart.
         title: Its title: what was found. It is the alternative text, too.
         name: What its ids begin with; another one for each chart of a page.
+        texts: Whether marks keep the text to show when they are pointed at.
 
     Returns:
-        The element. Marks that have a text to show when pointed at hold it in
-        ``data-t``.
+        The element; a mark's text is in ``data-t``.
     """
     plain = safe(panels.whole(spec, title))
     plain.pop("title")  # the page has it as text
     drawn = renderer().vegalite_to_svg(plain)
     root = ET.parse(io.StringIO(drawn)).getroot()
     _clean(root, name)
+    for mark in [] if texts else root.iter():
+        mark.attrib.pop("data-t", None)
     root.set("role", "img")
-    root.set("aria-label", printable(title))
+    root.set("aria-label", printable(title[:_LONGEST]))
     root.set("class", "chart")
     return ET.tostring(root, encoding="unicode")
 
@@ -94,7 +98,7 @@ def svg(spec: panels.Spec, title: str, name: str) -> str:
 def safe(value: Any) -> Any:
     """Return a chart whose texts are printable: no control character reaches XML."""
     if isinstance(value, str):
-        return printable(value)
+        return printable(value[:_LONGEST])
     if isinstance(value, dict):
         return {printable(key): safe(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
