@@ -332,7 +332,6 @@ def _size(part: StepRecord | Rows) -> int:
 # ---- the file format of docs/files.md
 
 _Plain = TypeVar("_Plain", StepRecord, Alert, Incident, Stream)
-_FAST = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 def _to_json(value: object) -> object:
@@ -350,6 +349,18 @@ def _to_json(value: object) -> object:
     return value
 
 
+def _opened(value: object) -> object:
+    """Return what JSON's encoder does not know as what it does."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return str(value)
+
+
+_FAST = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=_opened)
+
+
 def dump_line(value: StepRecord | Alert | Incident | Mapping[str, Any]) -> str:
     """Return a value as one line of ASCII JSON; a record's empty parts are left out."""
     if isinstance(value, StepRecord):
@@ -362,11 +373,26 @@ def dump_line(value: StepRecord | Alert | Incident | Mapping[str, Any]) -> str:
             "partial": value.partial,
         }
         row |= {part: content for part, content in parts.items() if content}
-        try:  # nearly every row is finite, and the C encoder alone is 4 times faster
-            return _FAST.encode(row)
-        except ValueError:
-            value = row
-    return json.dumps(_to_json(value), separators=(",", ":"), default=str)
+        value = row
+    return _encoded(value, parts=True)
+
+
+def _encoded(value: object, *, parts: bool = False) -> str:
+    """Return a value as JSON, whatever is in it.
+
+    Nearly all is finite, and the C encoder alone is 4 times faster.
+
+    Args:
+        value: The value.
+        parts: Whether each part is tried for itself where all of it is not finite.
+    """
+    try:
+        return _FAST.encode(value)
+    except ValueError:
+        if not parts or not isinstance(value, Mapping):
+            return json.dumps(_to_json(value), separators=(",", ":"), default=str)
+    items = (f"{_FAST.encode(str(k))}:{_encoded(v)}" for k, v in value.items())
+    return f"{{{','.join(items)}}}"
 
 
 def parse(kind: type[_Plain], raw: Mapping[str, Any]) -> _Plain:

@@ -44,7 +44,7 @@ class Launcher:
         self.module_facts: dict[str, ModuleFacts] = {}
         """Facts of each module, by its path, when it was last sampled."""
         self._stream_facts: dict[str, StreamFacts] = {}
-        self._modules, self._schedule = modules, schedule
+        self._modules, self._schedule, self._off = modules, schedule, health.off
         self._guards = {
             part: health.guard(part)
             for part in (*SAMPLED, "readout", "update", "probe")
@@ -56,8 +56,9 @@ class Launcher:
     def due(self, depth: str, step: int) -> bool:
         """Tell whether a depth is due at a step, and has not failed."""
         needed = ("state", "flow") if depth == "flow" else (depth,)  # the same replay
-        off = any(self._guards[part].off for part in (*needed, "probe"))
-        return not off and self._schedule.due(depth, step)
+        if self._off and not self._off.isdisjoint((*needed, "probe")):
+            return False
+        return self._schedule.due(depth, step)
 
     def flow_is_due(self, step: int, soonest: int) -> tuple[bool, bool]:
         """Tell whether the flow is due at a step, and at the one after it.

@@ -34,6 +34,8 @@ class OpenStep:
         self._next_loss: Loss = None  # logged after an optimizer has stepped
         self.has_ended = False
         """Whether a backward pass of it has."""
+        self.has_loss = False
+        """Whether any loss that was logged waits for a step."""
 
     def log(self, loss: float | Tensor, *, used: bool) -> bool:
         """Take a loss; of the next step, if this one has been used.
@@ -44,6 +46,7 @@ class OpenStep:
         if isinstance(loss, Tensor):
             loss = loss.detach().reshape(())
             loss = float(loss) if loss.device.type == "cpu" else loss
+        self.has_loss = True
         if used:
             self._next_loss = loss
         elif self.has_ended:
@@ -77,13 +80,6 @@ class OpenStep:
     def has_found(self) -> bool:
         """Whether a backward pass of the open step was seen to be called."""
         return self._passes > 0
-
-    @property
-    def has_loss(self) -> bool:
-        """Whether any loss that was logged waits for a step."""
-        if self._loss is None and self._loss_since is None:
-            return self._next_loss is not None
-        return True
 
     def ended(self) -> None:
         """Note that a backward pass has ended: a loss before it is of this step."""
@@ -155,7 +151,7 @@ class OpenStep:
         elif self._loss is None:
             self._loss = since
         self._loss_since = self._next_loss = None
-        self.has_ended = False
+        self.has_ended, self.has_loss = False, self._loss is not None
         if found is not None and not (used and since is not None):
             return found, True
         return loss, False

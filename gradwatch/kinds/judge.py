@@ -224,11 +224,11 @@ class Judge:
 
     def wanted(self) -> set[str]:
         """Return the depths that rules ask for at the next step."""
-        return _depths(rule.wants for rule in self._wanting)
+        return _depths([rule.wants for rule in self._wanting])
 
     def wished(self) -> set[str]:
         """Return the depths that they ask for where the budget allows them."""
-        return _depths(rule.wishes for rule in self._wishing)
+        return _depths([rule.wishes for rule in self._wishing])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the rules and the incidents, in plain values."""

@@ -280,7 +280,7 @@ class LossDivergence(Remembering[_State]):
         state.rates = rates[-SPAN:]
         if at >= 0:
             window = every[at + 1 : at + 1 + SPAN]
-            state.best = [best, median(tuple(abs(x - best) for x in window))]
+            state.best = [best, median([abs(x - best) for x in window])]
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""

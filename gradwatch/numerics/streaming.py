@@ -31,7 +31,7 @@ def push(window: Window, value: float, size: int) -> Window:
     return (*window[-(size - 1) :], value) if size > 1 else (value,)
 
 
-def median(window: Window) -> float:
+def median(window: Sequence[float]) -> float:
     """Return the median, NaN for an empty window."""
     if not window:
         return math.nan
@@ -128,6 +128,5 @@ def theil_sen(steps: Sequence[float], values: Sequence[float]) -> float:
         Theil (1950); Sen (1968), J. Am. Stat. Assoc. 63.
     """
     points = list(zip(steps, values, strict=True))
-    return median(
-        tuple((w - v) / (t - s) for (s, v), (t, w) in itertools.combinations(points, 2))
-    )
+    pairs = itertools.combinations(points, 2)
+    return median([(w - v) / (t - s) for (s, v), (t, w) in pairs])

@@ -11,7 +11,6 @@ What cannot be written waits in memory and is tried again; what is lost is count
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +62,7 @@ class Jsonl:
         self._fold = Fold()
         self._recent = Records(limit=_AROUND_INCIDENT)
         self._profiled: tuple[int | None, Mapping[str, Any]] = (None, {})
-        self._around: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self._around: dict[Path, tuple[Any, str]] = {}
         self._waits: dict[Path, dict[str, Any]] = {}
         self._pid = os.getpid()
         self._closed = False
@@ -149,7 +148,7 @@ class Jsonl:
             f.name: getattr(incident, f.name) for f in dataclasses.fields(incident)
         }
         state = (incident.severity, incident.streams, incident.cause)
-        known, around = self._around.get(path, (None, {}))
+        known, around = self._around.get(path, (None, ""))
         self._waits.pop(path, None)
         if not incident.doubled or (known == state and incident.until is None):
             self._waits[path] = content  # more evidence of the same: at the end
@@ -159,10 +158,10 @@ class Jsonl:
         self._around[path] = (state, around)
         if incident.until is not None and not incident.repeats:
             del self._around[path]
-        self._small.write(path, dump_line({**content, **around}))
+        self._small.write(path, dump_line(content)[:-1] + around + "}")
 
-    def _surroundings(self, latest: Mapping[str, float]) -> dict[str, Any]:
-        """Return what an incident's file holds beside the incident, in plain values."""
+    def _surroundings(self, latest: Mapping[str, float]) -> str:
+        """Return what an incident's file holds behind the incident, as it is there."""
         found: dict[str, Any] = {
             "latest": dict(latest),
             "profiles": {"step": self._profiled[0], **self._profiled[1]},
@@ -171,7 +170,6 @@ class Jsonl:
                 for name in ("versions", "settings", "streams")
                 if name in self._meta
             },
-            "records": [json.loads(dump_line(r)) for r in self._recent],
         }
         for record in self._recent:
             tensors = record.facts.step.nonfinite
@@ -182,7 +180,8 @@ class Jsonl:
                     "tensors": tensors,
                 }
                 break
-        return found
+        records = ",".join(map(dump_line, self._recent))
+        return f',{dump_line(found)[1:-1]},"records":[{records}]'
 
     def _write_meta(self) -> None:
         self._small.write(Path("meta.json"), dump_line(self._meta))
@@ -209,9 +208,8 @@ class Jsonl:
             if self._fold.count:
                 self._append([dump_line(self._fold.row())])
             for path, content in self._waits.items():
-                around = self._around[path][1] if path in self._around else {}
-                line = dump_line({**content, **around})
-                self._small.write(path, line)
+                around = self._around[path][1] if path in self._around else ""
+                self._small.write(path, dump_line(content)[:-1] + around + "}")
             if health is not None:
                 dropped = {**health.get("dropped", {}), **self.lost}
                 self._meta["health"] = {**health, "dropped": dropped}

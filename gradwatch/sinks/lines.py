@@ -51,9 +51,9 @@ class Lines:
         Returns:
             The bytes that were written.
         """
-        for line in lines:
-            self._waiting.append(f"{line}\n".encode("ascii"))
-            self._bytes += len(self._waiting[-1])
+        new = [f"{line}\n".encode("ascii") for line in lines]
+        self._waiting.extend(new)
+        self._bytes += sum(map(len, new))
         if not self._waiting and self._file is not None:
             return 0
         before = self._bytes
@@ -88,11 +88,19 @@ class Lines:
                     raise OSError("nothing was written")
                 arrived += more
         finally:
-            while self._waiting and arrived >= len(self._waiting[0]):
-                whole = len(self._waiting.popleft())
-                arrived, self._bytes = arrived - whole, self._bytes - whole
-            if arrived:
-                self._take_back(self._file, arrived)
+            self._forget(arrived)
+
+    def _forget(self, arrived: int) -> None:
+        """Forget the lines that have arrived, and take back the part of one."""
+        if arrived == self._bytes:
+            self._waiting.clear()
+            self._bytes = 0
+            return
+        while self._waiting and arrived >= len(self._waiting[0]):
+            whole = len(self._waiting.popleft())
+            arrived, self._bytes = arrived - whole, self._bytes - whole
+        if arrived and self._file is not None:
+            self._take_back(self._file, arrived)
 
     def _take_back(self, file: int, part: int) -> None:
         """Cut off the part of a line that has arrived, or end that line."""

@@ -53,7 +53,9 @@ def wandb_rows() -> dict[str, Any]:
     """Return what a W&B run is sent of 40 steps, a row a step."""
     run, model = FakeRun(), lstm()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    with gradwatch.watch(model, dir=None, wandb=Wandb(run), budget=None) as watch:
+    with gradwatch.watch(
+        model, dir=None, wandb=Wandb(run, media=False), budget=None
+    ) as watch:
         for i, x in enumerate(batches(40)):
             optimizer.zero_grad()
             (model(x).square().mean() * (torch.nan if i == 31 else 1)).backward()
