@@ -952,8 +952,21 @@ def test_the_command_in_a_process_of_its_own(tmp_path):
     with os.fdopen(write, "w") as closed:
         done = run("inspect", str(path), out=closed)
     assert not done.stderr
-    assert run().returncode == 2
-    assert "example: gradwatch inspect" in run("inspect", "--help").stdout
+
+
+@pytest.mark.parametrize("verb", ["inspect", "report", "wandb-view", "explain"])
+def test_every_verb_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([verb, "--help"])
+    told = capsys.readouterr().out
+    assert f"example: gradwatch {verb}" in told
+    assert max(map(len, told.splitlines())) <= 100
+
+
+def test_no_verb_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "VERB" in capsys.readouterr().err
 
 
 def test_nan_in_json(tmp_path, capsys):

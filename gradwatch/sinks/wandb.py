@@ -323,9 +323,9 @@ class Wandb:
                 self._rows.send()
             except Exception as error:
                 self._failed(error)
-        self._shown = (
-            Media(first.run, self._tell, commit=self._commit) if self._media else None
-        )
+        self._shown = None
+        if self._media and "wandb" in sys.modules:  # else it is no run of wandb's
+            self._shown = Media(first.run, self._tell, commit=self._commit)
         self._rows = Rows(
             first,
             keys=self._chosen,
