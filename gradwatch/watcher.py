@@ -382,11 +382,11 @@ class Watch:
         if self.dir is not None:
             self._pipeline.write_out()
             run, known = load(self.dir), self.incidents
-            meta = {**run.meta, "health": self.health}
-            return replace(run, meta=meta, incidents=known, closed=True)
+            content = {**run.meta, "health": self.health}
+            return replace(run, meta=content, incidents=known, closed=True)
         return Run(
             dir=Path("in memory"),
-            meta={"health": self.health},
+            meta={**meta(self._settings, self._streams), "health": self.health},
             streams=self.streams,
             records=self.records,
             alerts=self.alerts,

@@ -154,7 +154,7 @@ def test_every_chart_says_what_was_found():
         (plot.rho(found, "rnn.l0"), "rnn.l0: spectral radius 1.02 to 1.56 (+53%)"),
         (
             plot.gates(found, "rnn.l0"),
-            "rnn.l0: forget gate 0.6 to 0.6; keeps for 2 to 2",
+            "rnn.l0: forget gate 0.6; keeps for 2 steps",
         ),
         (plot.updates(found, "rnn.l0"), "rnn.l0: W_hh changes by 0.00129 of its norm"),
         (
@@ -188,7 +188,7 @@ def test_what_is_not_finite_is_marked():
         for n in range(3)
     ]
     title, values = drawn(plot.timeline(made))
-    assert title == "loss 1 to 1, not finite from step 1 on; no alarm in 3 steps"
+    assert title == "loss 1, not finite from step 1 on; no alarm in 3 steps"
     marked = {r["step"] for r in values if "not finite" in r.get("text", "")}
     assert marked == {1, 2}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -285,7 +286,7 @@ def test_a_memory_is_told_in_words_for_each_time_step():
     page = Page(report([run()], say=lambda line: None))
     rows = json.loads(page.data[0])["rows"]
     assert [row["seed"] for row in rows] == [10, 19]
-    assert "depends on the 10 steps up to it" in rows[1]["text"]  # .5^9 > 1e-3 > .5^10
+    assert "depends on 10 steps up to it" in rows[1]["text"]  # .5^9 > 1e-3 > .5^10
 
 
 def test_streams_of_alarms_and_short_reach_come_first():
@@ -513,3 +514,110 @@ def test_an_alert_of_an_unknown_kind_is_told():
     whole = run("cause", streams)
     mine = dataclasses.replace(whole.incidents[0], kind="of_mine", alerts=(given,))
     assert "1 of_mine in rnn.l0" in says(dataclasses.replace(whole, incidents=[mine]))
+
+
+# ---- what an attack has found
+
+
+def changed(**parts):
+    """A run with other metrics or profiles at each step."""
+    streams = [stream("rnn.l0")]
+    made = [record(n, streams) for n in range(60)]
+    made = [dataclasses.replace(r, **{k: f(r) for k, f in parts.items()}) for r in made]
+    return dataclasses.replace(run(sick=False), records=Records(made, limit=None))
+
+
+def test_what_no_float_can_hold_is_the_brightest_and_breaks_no_script():
+    def profiles(r):
+        return {k: [float("inf")] * 9 + list(v)[9:] for k, v in r.profiles.items()}
+
+    page = Page(report([changed(profiles=profiles)]))
+    shown = json.loads(page.data[0])["rows"][-1]["values"]
+    assert shown[0] == 1 and min(shown) > 0
+
+
+def test_a_peak_of_a_folded_row_is_seen():
+    def metrics(r):
+        peak = {"gradwatch/grad_norm_max": 4e4} if r.step == 50 else {}
+        return {**r.metrics, **peak}
+
+    assert "largest 4e+04 at step 50" in says(changed(metrics=metrics))
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (range(60), "not finite from step 0 on"),
+        (range(20, 60), "not finite from step 20 on"),
+        ([20], "not finite at step 20"),
+        ([20, 30], "not finite at 2 steps, first at 20"),
+    ],
+)
+def test_where_a_loss_is_not_finite_is_told_exactly(bad, told):
+    def metrics(r):
+        return {**r.metrics, **({"gradwatch/loss": math.nan} if r.step in bad else {})}
+
+    assert told in says(changed(metrics=metrics))
+
+
+def test_no_chart_is_taller_than_a_screen():
+    text = report(
+        [changed(metrics=lambda r: {**r.metrics, "gradwatch/rnn/l0/horizon": 1.0})]
+    )
+    heights = [int(h) for h in re.findall(r'<svg[^>]* height="(\d+)"', text)]
+    assert max(heights) < 900 and len(heights) > 5
+
+
+@pytest.mark.parametrize("name", ["enc\u200foder", "a/b", "tab\there"])
+def test_odd_names_keep_their_numbers(name):
+    own = dataclasses.replace(stream("rnn.l0"), name=f"{name}.l0", module=name)
+    text = says(run("cause", [stream("rnn.l0"), own]))
+    assert "No gradient was measured" not in text and "7 of ?" not in text
+    assert f"{printable(name)}.l0: gradients reach 7 of 20" in text
+
+
+def test_a_learning_rate_is_that_of_the_last_look():
+    text = says(
+        changed(metrics=lambda r: r.metrics if r.step < 40 else {"gradwatch/loss": 1.0})
+    )
+    assert "at step 39, the last look" in text
+
+
+def test_an_old_page_outlives_a_write_that_fails(tmp_path, monkeypatch):
+    made = save([run()], tmp_path / "a.html")
+    before = made.read_bytes()
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        save([run("other")], made)
+    assert made.read_bytes() == before and [*tmp_path.iterdir()] == [made]
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="is no file"):
+        save([run()], tmp_path / "pipe")
+
+
+def test_the_start_of_a_record_and_an_empty_one_are_told():
+    late = dataclasses.replace(run(sick=False), records=Records([record(276, [])]))
+    assert "The record begins at step 276." in says(late)
+    text = says(dataclasses.replace(run(sick=False), records=Records()))
+    assert "No step was recorded." in text and "nothing was lost" not in text
+
+
+def test_empty_profiles_are_left_out():
+    whole = changed(profiles=lambda r: {"gradwatch/rnn/l0/adjoint": [], "x": []})
+    assert "The gradient on its way back" not in says(whole)
+
+
+def test_notices_do_not_say_how_often_alarms_are_right():
+    whole = run("cause")
+    notice = dataclasses.replace(whole.incidents[0], severity="info")
+    text = says(dataclasses.replace(whole, incidents=[notice]))
+    assert "labelled runs" not in text and "labelled runs" in says(whole)

@@ -119,7 +119,7 @@ def test_a_time_step_that_is_pointed_at_shows_what_its_state_depends_on(visit):
     strip.scroll_into_view_if_needed()
     box = strip.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 20)
-    assert "The state at step 10 depends on the 10 steps" in found.inner_text()
+    assert "The state at step 10 depends on 10 steps" in found.inner_text()
     assert strip.locator("i.off").count() == 9 and strip.locator("i.at").count() == 1
     strip.focus()
     page.keyboard.press("End")

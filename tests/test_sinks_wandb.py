@@ -835,7 +835,7 @@ def test_a_run_gets_a_picture_the_alarms_and_where_asked_the_report(server, tmp_
 
 def test_a_hostile_message_is_text_in_the_table_of_alarms():
     run = FakeRun()
-    media = Media(run, print, commit=False)
+    media = Media(run, print, commit=False, whole=True)
     told = Alert(
         kind="spike", severity="error", step=1, since=1, message="<script>\x1b"
     )

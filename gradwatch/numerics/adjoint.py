@@ -11,16 +11,18 @@ Axes: T time, B sequences, I input, H units, P output of a layer, V vectors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import hardshrink, linear
 
 from gradwatch.numerics.through_time import Layer, Weights
 
 State = tuple[Tensor, Tensor | None]
 """Of h, shape ``(..., B, P)``, and of c of an LSTM, ``(..., B, H)``."""
+_NOTHING: Final = 1e-30
+"""What is smaller is taken for 0 where single gradients are sent back."""
 
 
 class Linear(NamedTuple):
@@ -238,7 +240,8 @@ def adjoint_from(layer: Linear, seeds: Tensor, starts: Tensor) -> Tensor:
 
     Returns:
         The norm of the gradient of s_t, s = h (and c), by step, shape ``(T, V, B)``; 0
-        behind the step of the seed.
+        behind the step of the seed. What is below 1e-30 becomes 0: the numbers that
+        floats have next to 0 are many times slower.
     """
     h = torch.zeros_like(seeds)
     c = None
@@ -251,5 +254,6 @@ def adjoint_from(layer: Linear, seeds: Tensor, starts: Tensor) -> Tensor:
         _, whole, before = layer.back(t, (h, c))
         square = h.square().sum(-1)
         squares.append(square if whole is None else square + whole.square().sum(-1))
-        h, c = before
+        h = hardshrink(before[0], _NOTHING)
+        c = None if before[1] is None else hardshrink(before[1], _NOTHING)
     return torch.stack(squares[::-1]).sqrt()

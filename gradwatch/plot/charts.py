@@ -43,7 +43,7 @@ def timeline(found: Columns, incidents: Sequence[Incident]) -> Spec:
     if not (len(ratio) and ratio.min() < 1):
         norms.pop("after clipping")
     panels.append(("gradient norm", norms, 90))
-    rates = {name: _held(rate, found.last) for name, rate in found.rates.items()}
+    rates = {name: _held(rate, found.looked) for name, rate in found.rates.items()}
     if rates:
         panels.append(("rate", rates, 45))
     rows = [
@@ -65,7 +65,7 @@ def timeline(found: Columns, incidents: Sequence[Incident]) -> Spec:
 
 
 def _held(rate: Series, last: int) -> Series:
-    """Return a rate that holds until the end."""
+    """Return a rate that holds until the last look."""
     if not len(rate.steps) or rate.steps[-1] >= last:
         return rate
     return Series(np.append(rate.steps, last), np.append(rate.values, rate.values[-1]))
@@ -324,7 +324,10 @@ def horizon(found: Columns, stream: str, length: int | None, width: int) -> Spec
     """Return how far back gradients reach, of how many time steps."""
     axis = steps_axis(found.first, found.last)
     shown = {"horizon": found.stream(stream, "horizon")}
-    panel = lines(shown, "steps back", steps=axis, width=width, log=False)
+    beside = [float(length)] if length else []
+    panel = lines(
+        shown, "steps back", steps=axis, width=width, log=False, beside=beside
+    )
     if length:
         panel["layer"] += rule(float(length), f"all {length}")
     return panel
@@ -334,7 +337,8 @@ def incident(shown: Around, happened: Incident) -> Spec:
     """Return a number around an incident: its threshold, its start and its end."""
     first, last = int(shown.series.steps[0]), int(shown.series.steps[-1])
     axis = steps_axis(first, last)
-    panel = lines({"": shown.series}, label(shown.key), steps=axis)
+    beside = [] if shown.threshold is None else [shown.threshold]
+    panel = lines({"": shown.series}, label(shown.key), steps=axis, beside=beside)
     logarithmic = wide([shown.series])
     if shown.threshold is not None and not (logarithmic and shown.threshold <= 0):
         panel["layer"] += rule(shown.threshold, f"threshold {number(shown.threshold)}")

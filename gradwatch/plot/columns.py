@@ -14,10 +14,13 @@ import numpy as np
 from gradwatch.facts import NO_FACTS, Facts
 from gradwatch.metrics import PREFIX, run_key
 from gradwatch.metrics import of as metric_of
-from gradwatch.record import StepRecord
+from gradwatch.record import StepRecord, printable
 
 POINTS: Final = 240
 """Most values of a line: two a bin."""
+_LOOK: Final = "/act_deriv"
+"""What is measured at every look."""
+
 Row = dict[str, Any]
 
 
@@ -62,6 +65,7 @@ class Columns(NamedTuple):
         flows: The step and the profiles of each record that has some.
         facts: All facts as they are at the end.
         rates: The learning rate of each group of parameters, where it changes.
+        looked: Step of the last look at rates, states and weights; below 0 for none.
         first: First step.
         last: Last step; below the first one where there is none.
     """
@@ -70,6 +74,7 @@ class Columns(NamedTuple):
     flows: Sequence[tuple[int, Mapping[str, Sequence[float]]]]
     facts: Facts
     rates: Mapping[str, Series]
+    looked: int
     first: int
     last: int
 
@@ -88,7 +93,7 @@ class Columns(NamedTuple):
 
 def base(stream: str) -> str:
     """Return what the keys of a stream begin with."""
-    return f"{PREFIX}/{stream.replace('.', '/')}"
+    return f"{PREFIX}/{printable(stream).replace('.', '/')}"
 
 
 def columns(records: Iterable[StepRecord]) -> Columns:
@@ -100,16 +105,22 @@ def columns(records: Iterable[StepRecord]) -> Columns:
     for record in records:
         first, last = (record.step if last < 0 else first), record.step
         for key, value in record.metrics.items():
-            _add(found, key, record.step, value)
-        if record.profiles:
-            flows.append((record.step, record.profiles))
+            whole = key.removesuffix("_max").removesuffix("_min")
+            if whole not in record.metrics:
+                whole = key  # else it is of a folded row: its peak is of the metric
+            _add(found, whole, record.step, value)
+        if any(record.profiles.values()):
+            flows.append((record.step, {k: v for k, v in record.profiles.items() if v}))
         if record.facts:
             facts = facts.with_later(record.facts)
             for name, group in (record.facts.run.optimizers or {}).items():
                 rate = group.get("lr", 0.0)  # what is 0 is left out there
                 if isinstance(rate, int | float):
                     _add(rates, name, record.step, float(rate))
-    return Columns(_series(found), flows, facts, _series(rates), first, last)
+    series = _series(found)
+    looks = [own.steps[-1] for key, own in series.items() if _LOOK in key]
+    looked = int(max(looks, default=-1))
+    return Columns(series, flows, facts, _series(rates), looked, first, last)
 
 
 def _add(
@@ -169,7 +180,8 @@ def span(series: Series) -> str:
     ends = series.ends()
     if ends is None:
         return "not measured"
-    return f"{number(ends[0])} to {number(ends[1])}"
+    first, last = map(number, ends)
+    return first if first == last else f"{first} to {last}"
 
 
 # ---- the timeline
@@ -204,3 +216,20 @@ def label(key: str) -> str:
     if row is None or last == row.name:
         return last
     return f"{row.name} of gate {last}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count of things, in words."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def not_finite(series: Series) -> str:
+    """Return at which steps a metric is not finite, in words; empty for none."""
+    odd = series.steps[~np.isfinite(series.values)]
+    if not len(odd):
+        return ""
+    if len(odd) == 1:
+        return f"at step {odd[0]}"
+    if odd[0] == series.steps[-len(odd)]:
+        return f"from step {odd[0]} on"
+    return f"at {len(odd):,} steps, first at {odd[0]}"

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+from gradwatch.facts import ModuleFacts
 from gradwatch.metrics import PREFIX
 from gradwatch.plot.columns import (
     NOTHING,
@@ -20,8 +21,9 @@ from gradwatch.plot.columns import (
     as_columns,
     base,
     binned,
-    broken,
+    counted,
     label,
+    not_finite,
     number,
     span,
     thinned,
@@ -78,10 +80,10 @@ def timeline_title(found: Columns, incidents: Sequence[Incident]) -> str:
     alarms = [i for i in incidents if i.severity != "info"]
     loss = found.run("loss")
     said = f"loss {span(loss)}" if len(loss.steps) else "no loss was found"
-    if odd := broken(loss):
-        said += f", not finite from step {odd[0]['step']} on"
+    if odd := not_finite(loss):
+        said += f", not finite {odd}"
     if not alarms:
-        return f"{said}; no alarm in {found.last - found.first + 1} steps"
+        return f"{said}; no alarm in {counted(found.last - found.first + 1, 'step')}"
     first = min(alarms, key=lambda i: i.since)
     more = f" and {len(alarms) - 1} more" if len(alarms) > 1 else ""
     return f"{said}; {first.kind} from step {first.since} on{more}"
@@ -126,6 +128,9 @@ def decades(profile: Sequence[float], largest: float) -> list[float]:
     """Return log10 of each value over the largest, at least :data:`FLOOR`."""
     found = []
     for value in profile:
+        if value == math.inf:  # beyond what a float holds
+            found.append(0.0)
+            continue
         share = value / largest if largest > 0 else 0.0
         known = share > 0 and math.isfinite(share)
         found.append(round(max(math.log10(share), FLOOR), 3) if known else FLOOR)
@@ -172,10 +177,13 @@ def flow_points(
             reach = horizon[step]
             middle = (step + until) / 2
             marks.append({"step": step, "y": middle, "back": reach, "horizon": reach})
-    title = f"{name_of(key)}: gradients through time"
+    name = stream or name_of(key)
+    title = f"{name}: gradients through time"
     if marks:
         far = marks[-1]["horizon"]
-        title = f"{name_of(key)}: gradients reach {far:.0f} of {length} time steps back"
+        title = f"{name}: gradients reach {far:.0f} of {length} time steps back"
+    if name.endswith("_reverse"):
+        title += ", in its own direction"
     return cells, marks, title
 
 
@@ -197,11 +205,18 @@ def length_of(found: Columns, key: str, points: int) -> int:
 
 def padded(found: Columns, key: str) -> float | None:
     """Return the share of a stream's input, at the end, that is padding; or None."""
-    name = name_of(key)
-    for path in (name, name.rpartition(".")[0]):
-        facts = found.facts.modules.get(path)
-        if facts is not None and facts.padding:
-            return facts.padding
+    facts = _facts_of(found, key)
+    return None if facts is None else facts.padding or None
+
+
+def _facts_of(found: Columns, key: str) -> ModuleFacts | None:
+    """Return the facts of the module that a stream is of, by what its keys begin with.
+
+    The stream is the module itself, a cell, or one level below it.
+    """
+    for path, facts in found.facts.modules.items():
+        if key == base(path) or key.rpartition("/")[0] == base(path):
+            return facts
     return None
 
 
@@ -263,7 +278,7 @@ def dependence_points(
         if rows:
             seeds = sorted(rows)
             norms = [rows[seed] for seed in seeds]
-            return Dependence(name_of(key), step, seeds[-1] + 1, seeds, norms)
+            return Dependence(stream or name_of(key), step, seeds[-1] + 1, seeds, norms)
     raise ValueError(
         f"no record holds what the states of {name_of(key)} depend on; it is measured "
         "with the first flow, seldom later, after an alarm and by watch.probe_now()."

@@ -83,7 +83,14 @@ def steps_axis(first: int, last: int, title: str | None = "training step") -> Sp
     }
 
 
-def _value(title: str, values: Sequence[float], *, log: bool, fraction: bool) -> Spec:
+def _value(
+    title: str,
+    values: Sequence[float],
+    beside: Sequence[float],
+    *,
+    log: bool,
+    fraction: bool,
+) -> Spec:
     scale: Spec = {"zero": False}
     axis: Spec = {"tickCount": 4, "format": ".3~g"}
     if log:
@@ -94,7 +101,8 @@ def _value(title: str, values: Sequence[float], *, log: bool, fraction: bool) ->
         scale = {"domain": [0, 1]}
     elif values and min(values) == max(values):  # one value: it stands in the middle
         top = values[0]
-        scale = {"domain": sorted((0, 2 * top)) if top else [-1, 1]}
+        ends = (0.0, 2 * top, *beside)
+        scale = {"domain": [min(ends), max(ends)] if any(ends) else [-1, 1]}
         axis["values"] = [top]
     return {
         "field": "value",
@@ -124,6 +132,7 @@ def lines(
     stairs: bool = False,
     fraction: bool = False,
     log: bool | None = None,
+    beside: Sequence[float] = (),
 ) -> Spec:
     """Return a panel of lines, told apart by colour and dash.
 
@@ -136,6 +145,7 @@ def lines(
         stairs: Whether a value holds until the next one.
         fraction: Whether the axis goes from 0 to 1.
         log: Whether it is logarithmic; None: where the values ask for it.
+        beside: Other values that are shown, such as a threshold.
     """
     several = len(named) > 1
     rows = [row for name, series in named.items() for row in line(series, name)]
@@ -148,7 +158,7 @@ def lines(
     names, values = list(named), [row["value"] for row in rows]
     encoding: Spec = {
         "x": steps,
-        "y": _value(title, values, log=logarithmic, fraction=fraction),
+        "y": _value(title, values, beside, log=logarithmic, fraction=fraction),
         "color": {"value": COLOURS[0]},
     }
     if several:

@@ -17,10 +17,11 @@ from typing import Any, Final, NamedTuple
 
 from gradwatch._version import __version__
 from gradwatch.plot import charts, panels
-from gradwatch.plot.columns import Series, base, label, span
+from gradwatch.plot.columns import Series, base, counted, label, span
 from gradwatch.plot.numbers import (
     Dependence,
     compare_title,
+    decades,
     dependence_points,
     flow_points,
     gates_title,
@@ -36,7 +37,7 @@ from gradwatch.plot.numbers import (
 from gradwatch.record import Stream, printable
 from gradwatch.report import content
 from gradwatch.report.cards import Card, incident_cards
-from gradwatch.report.content import Subject
+from gradwatch.report.content import Subject, name_of_folder
 from gradwatch.report.drawing import renderer, safe, svg
 from gradwatch.report.trust import trust
 from gradwatch.runs import Run
@@ -142,7 +143,9 @@ class _Artist:
         return Figure(title, svg(shown, title, f"c{self.drawn}", texts=texts))
 
 
-def report(runs: Sequence[Run], *, names: Sequence[str] = (), say: Say = print) -> str:
+def report(
+    runs: Sequence[Run], *, names: Sequence[str] = (), say: Say = lambda line: None
+) -> str:
     """Return one run, or two side by side, as a page.
 
     Args:
@@ -158,7 +161,7 @@ def report(runs: Sequence[Run], *, names: Sequence[str] = (), say: Say = print) 
         raise ValueError(f"a report is of one run or two; there are {len(runs)}.")
     renderer()
     artist = _Artist(say)
-    called = _names([*names, *(run.dir.name for run in runs[len(names) :])])
+    called = _names([*names, *(name_of_folder(run) for run in runs[len(names) :])])
     say("sorting the records")
     subjects = [Subject.of(run, name) for run, name in zip(runs, called, strict=True)]
     for detail in DETAILS:
@@ -204,14 +207,21 @@ def save(
     target = runs[0].dir / FILE if path is None else Path(path)
     if target.is_dir():
         raise FileExistsError(
-            f"{target} is a folder; pass the file, such as {target / FILE}."
+            f"{target} is a folder; pass the file, such as {target / 'page.html'}."
         )
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{target} is no file; pass one, such as page.html.")
     if target.exists() and MARK not in _head(target):
         raise FileExistsError(
             f"{target} is there and is no report of gradwatch; pass another file."
         )
     text = report(runs, say=say)
-    target.write_text(text, encoding="utf-8", newline="\n")
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:  # whole, or not at all: an old page outlives a disk that is full
+        beside.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
     return target
 
 
@@ -293,9 +303,9 @@ def _most(named: Mapping[str, Series], most: int = 4) -> dict[str, Series]:
 
 def _with_flows(subject: Subject, detail: Detail) -> list[str]:
     """Return the streams whose flow is drawn, the worst first."""
-    known = {name_of(key) for key in streams_of_flows(subject.found)}
-    names = [s.name for s in content.worst_first(subject) if s.name in known]
-    return (names or sorted(known))[: detail.flows]
+    known = streams_of_flows(subject.found)
+    names = [s.name for s in content.worst_first(subject) if base(s.name) in known]
+    return (names or [*map(name_of, known)])[: detail.flows]
 
 
 def _flows(subject: Subject, artist: _Artist, detail: Detail) -> Iterator[Figure]:
@@ -325,15 +335,21 @@ def _pointed(shown: Dependence) -> dict[str, Any]:
     rows = []
     for place, (seed, norms) in enumerate(zip(shown.seeds, shown.norms, strict=True)):
         largest = max(norms)
-        values = [f"{v / largest:.2e}" if largest > 0 else "0" for v in norms]
+        values = [10**power for power in decades(norms, largest)]
         reach = shown.reach(place)
-        text = (
-            f"The state at step {seed} depends on the {reach + 1} steps up to it; what "
-            f"lies before step {seed - reach} has less than a thousandth of the "
-            "largest influence."
-        )
-        rows.append({"seed": seed, "values": [float(v) for v in values], "text": text})
+        text = f"The state at step {seed} depends on {_steps_up_to(reach, seed)}."
+        shares = [float(f"{value:.2e}") for value in values]
+        rows.append({"seed": seed, "values": shares, "text": text})
     return {"length": shown.length, "rows": rows}
+
+
+def _steps_up_to(reach: int, seed: int) -> str:
+    """Return on how many steps the state of a seed depends, in words."""
+    if reach >= seed:
+        return f"all {seed + 1} steps up to it" if seed else "its own step"
+    less = "has less than a thousandth of the largest influence"
+    before = f"what lies before step {seed - reach} {less}"
+    return f"{counted(reach + 1, 'step')} up to it; {before}"
 
 
 def _beside(subjects: Sequence[Subject], artist: _Artist) -> list[Figure]:
@@ -368,6 +384,7 @@ def _page(sections: Sequence[Section], beside: Sequence[Figure]) -> str:
         sections=sections,
         beside=beside,
         content=content,
+        glossary=dict(row for one in sections for row in content.glossary(one.subject)),
         trust=trust,
         label=label,
         base=base,
@@ -390,5 +407,5 @@ def _shown(value: Any) -> Any:
 
 def _json(value: Any) -> str:
     """Return plain values as JSON that cannot end the element that it stands in."""
-    text = json.dumps(safe(value), separators=(",", ":"))
+    text = json.dumps(safe(value), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

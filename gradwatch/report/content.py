@@ -15,7 +15,17 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from gradwatch.metrics import CATALOGUE as METRICS
-from gradwatch.plot.columns import Columns, Series, base, columns, label, number, span
+from gradwatch.plot.columns import (
+    Columns,
+    Series,
+    base,
+    columns,
+    counted,
+    label,
+    not_finite,
+    number,
+    span,
+)
 from gradwatch.plot.numbers import WORDS, ordered
 from gradwatch.record import Incident, Stream
 from gradwatch.runs import Run
@@ -74,7 +84,10 @@ class Subject:
     def of(cls, run: Run, name: str = "") -> Subject:
         """Return a run with what is taken from its records in one pass."""
         return cls(
-            run, name or run.dir.name, columns(run.records), ordered(run.incidents)
+            run,
+            name or name_of_folder(run),
+            columns(run.records),
+            ordered(run.incidents),
         )
 
     @property
@@ -88,6 +101,11 @@ class Subject:
         return self.found.last - self.found.first + 1
 
 
+def name_of_folder(run: Run) -> str:
+    """Return what a run is called where nobody gave it a name."""
+    return run.dir.name or run.dir.resolve().name  # of "."
+
+
 # ---- the verdict
 
 
@@ -95,7 +113,7 @@ def verdict(subject: Subject) -> Note:
     """Return in a sentence or two what is to be known first."""
     if not subject.steps:
         return Note("warning", "Nothing was measured: no step was seen.")
-    steps, alarms = f"{subject.steps:,} steps", subject.alarms
+    steps, alarms = counted(subject.steps, "step"), subject.alarms
     if not alarms:
         return Note(*_without_alarm(subject, steps))
     first = min(alarms, key=lambda i: i.since)
@@ -119,7 +137,7 @@ def _in_short(incident: Incident) -> str:
 def _without_alarm(subject: Subject, steps: str) -> tuple[str, str]:
     notices = len(subject.incidents)
     text = f"No alarm in {steps}"
-    text += f", {notices} notice{'s' * (notices > 1)}." if notices else "."
+    text += f", {counted(notices, 'notice')}." if notices else "."
     odd = [fact for fact in glance(subject) if fact.sign in ("warning", "error")]
     if odd:
         return "notice", f"{text} But look at {'; '.join(map(_unusual, odd))}."
@@ -140,14 +158,13 @@ _ENOUGH: Final = 20
 def loss_fact(found: Columns) -> Fact:
     """Return how the loss went, beside that of the best constant output."""
     loss = found.run("loss")
-    ends = loss.ends()
+    ends, odd = loss.ends(), not_finite(loss)
+    if odd:
+        return Fact("loss", span(loss), f"not finite {odd}", "error")
     if ends is None:
         return Fact("loss", "not found", "what it does cannot be told", "notice")
     first, last = ends
     value = f"{number(first)} to {number(last)}"
-    odd = loss.steps[~np.isfinite(loss.values)]
-    if len(odd):
-        return Fact("loss", value, f"not finite from step {odd[0]} on", "error")
     constant = found.run("loss_constant").ends()
     if len(loss.values) < _ENOUGH:
         return Fact("loss", value, "too few steps to judge", "notice")
@@ -184,23 +201,23 @@ def glance(subject: Subject) -> Iterator[Fact]:
     yield from _extremes(found, streams)
     for name, rate in found.rates.items():
         several = f" of {name}" if len(found.rates) > 1 else ""
-        yield Fact(
-            f"learning rate{several}", span(rate) if _moves(rate) else _one(rate)
-        )
+        late = found.last - found.looked
+        at = f"at step {found.looked}, the last look" if late else ""
+        yield Fact(f"learning rate{several}", _rate(rate), at)
 
 
-def _one(series: Series) -> str:
-    return number(series.last())
-
-
-def _moves(series: Series) -> bool:
-    values = series.finite().values
-    return len(values) > 1 and bool(values.min() != values.max())
+def _rate(rate: Series) -> str:
+    """Return a learning rate, or the first and the last one."""
+    first, last = number(float(rate.values[0])), number(float(rate.values[-1]))
+    return first if first == last else f"{first} to {last}"
 
 
 def _norms(found: Columns) -> Iterator[Fact]:
     norm = found.run("grad_norm")
     ends = norm.ends()
+    bad = found.run("nonfinite")
+    if odd := not_finite(Series(bad.steps, np.where(bad.values > 0, np.nan, 0.0))):
+        yield Fact("gradients that are not finite", odd, "", "error")
     if ends is None:
         return
     finite = norm.finite()
@@ -214,11 +231,6 @@ def _norms(found: Columns) -> Iterator[Fact]:
     yield Fact(
         "gradient norm", f"{number(ends[0])} to {number(ends[1])}", largest, sign
     )
-    odd = found.run("nonfinite")
-    if bad := int((odd.values > 0).sum()):
-        first = int(odd.steps[odd.values > 0][0])
-        said = f"{bad} steps, from step {first} on" if bad > 1 else f"step {first}"
-        yield Fact("gradients that are not finite", said, "", "error")
     ratio = found.run("clip_ratio").finite().values
     if len(ratio) and (clipped := float((ratio < 0.999).mean())):
         half = number(float(np.median(ratio[ratio < 0.999])))
@@ -364,7 +376,8 @@ def configuration(subject: Subject) -> list[tuple[str, str]]:
     meta, found = subject.run.meta, subject.found
     rows: list[tuple[str, str]] = []
     for name, options in (found.facts.run.optimizers or {}).items():
-        said = ", ".join(f"{key} {_plain(value)}" for key, value in options.items())
+        given = {"lr": 0.0, **options}  # what is 0 is left out there
+        said = ", ".join(f"{key} {_plain(value)}" for key, value in given.items())
         rows.append((f"optimizer, {name}", said))
     for path, facts in list(found.facts.modules.items())[:8]:
         if facts.T is not None:
@@ -379,7 +392,7 @@ def configuration(subject: Subject) -> list[tuple[str, str]]:
     rows += [(f"version, {k}", _plain(v)) for k, v in meta.get("versions", {}).items()]
     if isinstance(started := meta.get("started"), int | float):
         rows.append(("started", _date(started)))
-    rows.append(("run folder", subject.run.dir.name))
+    rows.append(("run folder", name_of_folder(subject.run)))
     return rows
 
 

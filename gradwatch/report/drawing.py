@@ -62,11 +62,13 @@ def renderer() -> Any:
         ModuleNotFoundError: If it is not installed.
     """
     try:
+        import jinja2
         import vl_convert
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Pictures are drawn by vl-convert: pip install 'gradwatch[plot]'."
         ) from error
+    assert jinja2 is not None  # the page is laid out by it
     return vl_convert
 
 

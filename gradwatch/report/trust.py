@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from gradwatch.console import losses
+from gradwatch.plot.columns import counted
 from gradwatch.report.content import OK, Note, Subject
 
 
 def trust(subject: Subject) -> Iterator[Note]:
     """Yield what is missing in the record of a run, or that nothing is."""
     notes = [*_missing(subject)]
-    if not any(note.sign != OK for note in notes):
+    if not subject.steps:
+        yield Note("warning", "No step was recorded.")
+    elif not any(note.sign != OK for note in notes):
         yield Note(OK, "Every step was recorded, and nothing was lost.")
     yield from notes
 
@@ -27,6 +30,8 @@ def _missing(subject: Subject) -> Iterator[Note]:
             f"The run was not closed: what came after step {found.last} is lost.",
         )
     health = run.meta.get("health", {})
+    if health.get("state") == "on":
+        yield Note(OK, f"The run went on when this was written, at step {found.last}.")
     known = {"failed": health.get("failed", {}), "dropped": health.get("dropped", {})}
     if all(isinstance(part, dict) for part in known.values()):
         for line in losses(known):
@@ -34,8 +39,12 @@ def _missing(subject: Subject) -> Iterator[Note]:
     if run.skipped:
         first = ", ".join(run.skipped[:3])
         yield Note(
-            "warning", f"{len(run.skipped)} lines could not be read (first: {first})."
+            "warning",
+            f"{counted(len(run.skipped), 'line')} could not be read (first: {first}).",
         )
+    start = run.meta.get("settings", {}).get("start_step", 0)
+    if subject.steps and isinstance(start, int) and found.first > start:
+        yield Note("notice", f"The record begins at step {found.first:,}.")
     yield from _gaps(subject)
     yield from _thin(subject)
     if found.last >= found.first and not len(found.run("loss").steps):
@@ -66,7 +75,7 @@ def _cost(meta: Mapping[str, Any]) -> Iterator[Note]:
     said = (
         f"gradwatch used at least {share:.1%} of the time; its budget is {budget:.1%}"
     )
-    more = ", and steps are too short for it" if share > budget else ""
+    more = ": the run, or its steps, are too short for it" if share > budget else ""
     yield Note(sign, f"{said}{more}.")
 
 

@@ -238,7 +238,9 @@ class Wandb:
         """Send what is queued, for two seconds at most. Safe to call twice."""
         if self._closed or os.getpid() != self._pid:
             return
-        if self._report and self._page is not None and self._worker is not None:
+        rows = self._rows
+        alive = rows is not None and not finished(rows.run)
+        if self._report and self._page is not None and alive:
             self._written = self._page()
         self._end = time.monotonic() + _JOIN_S - _LEAST_S
         self.flush()
@@ -324,8 +326,10 @@ class Wandb:
             except Exception as error:
                 self._failed(error)
         self._shown = None
-        if self._media and "wandb" in sys.modules:  # else it is no run of wandb's
-            self._shown = Media(first.run, self._tell, commit=self._commit)
+        wanted = self._media or self._report
+        if wanted and "wandb" in sys.modules:  # else it is no run of wandb's
+            own = Media(first.run, self._tell, commit=self._commit, whole=self._media)
+            self._shown = own
         self._rows = Rows(
             first,
             keys=self._chosen,

@@ -30,19 +30,24 @@ class Media:
         run: The run.
         tell: Told once where no picture can be drawn.
         commit: Whether each thing is a row of its own.
+        whole: Whether it gets more than the report.
     """
 
-    def __init__(self, run: Any, tell: Callable[[str], None], *, commit: bool) -> None:
+    def __init__(
+        self, run: Any, tell: Callable[[str], None], *, commit: bool, whole: bool
+    ) -> None:
         self._run, self._commit = run, commit
-        self._pictures = Pictures(tell)
+        self._pictures = Pictures(tell) if whole else None
         self._rows: list[str] = []
         self._at = 0
         self._defined: set[str] = set()
 
     def take(self, part: StepRecord | Block, alarms: Sequence[Alert]) -> None:
         """Take in what came; log the table of alarms, and a picture that is ready."""
-        self._pictures.take(part, alarms)
         self._at = part.steps[-1] if isinstance(part, Block) else part.step
+        if self._pictures is None:
+            return
+        self._pictures.take(part, alarms)
         if alarms and len(self._rows) < _ROWS:
             self._rows += map(_row, alarms)
             self._log({ALARMS: self._html(_table(self._rows))}, self._at)
@@ -53,8 +58,9 @@ class Media:
         """Log the report where there is one, and the last picture if there is time."""
         if page is not None:
             self._log({REPORT: self._html(page)}, self._at)
-        for shown in self._pictures.last(seconds):
-            self._show(shown)
+        if self._pictures is not None:
+            for shown in self._pictures.last(seconds):
+                self._show(shown)
 
     def _show(self, shown: Shown) -> None:
         image = self._wandb.Image(shown.image, caption=printable(shown.title))
