@@ -7,6 +7,7 @@ steps alone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from gradwatch.depths import gradients
 from gradwatch.depths.finish import Memory, finish
 from gradwatch.depths.gradients import Plain
 from gradwatch.depths.measured import Measured
-from gradwatch.facts import STEP_SCOPE, Facts
+from gradwatch.facts import NO_FACTS, STEP_SCOPE, Facts
 from gradwatch.health import Health
 from gradwatch.pipeline import Pipeline
 from gradwatch.record import Alert, TrainingAlert
@@ -54,6 +55,7 @@ class Intake:
         self._since = 0
         self.bound = 0.0
         """A total norm below which a step is usual by now; 0 where it is not known."""
+        self._earlier: Facts = NO_FACTS
         self._handing_on = False
         self._alert: Alert | None = None
 
@@ -87,7 +89,7 @@ class Intake:
 
     def resume_from(self, memory: Memory) -> None:
         """Go on with what an earlier run remembered."""
-        self.memory = memory
+        self.memory, self._earlier = memory, memory.facts
 
     # ---- a step has closed
 
@@ -210,6 +212,7 @@ class Intake:
                     continue
                 began = time.perf_counter()
                 row, extras = finish(step, self.memory, self._guards)
+                extras = self._announced(extras)
                 self._note_costs(step, time.perf_counter() - began)
                 columns = step.parts.layout.columns
                 if block is None or block.columns is not columns:
@@ -221,6 +224,14 @@ class Intake:
                     self._to_pipeline(done, refused=True)
         finally:  # a step that fails takes no other with it
             self._to_pipeline(block)
+
+    def _announced(self, extras: Extras | None) -> Extras | None:
+        """Add what an earlier run knew, once: this one's folder has none of it."""
+        earlier, self._earlier = self._earlier, NO_FACTS
+        if not earlier:
+            return extras
+        extras = extras or Extras()
+        return dataclasses.replace(extras, facts=earlier.with_later(extras.facts))
 
     def _add_plain(self, block: Block | None, first: Plain) -> Block:
         """Finish a step of the quiet path, and those like it that wait behind it."""

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import torch
+from torch import nn
 
 import gradwatch
 from gradwatch.metrics import of, run_key
-from testbed.models import batches, lstm
+from testbed.models import Tagger, batches, lstm
 
 TRAIN = """
 import sys, torch, gradwatch
@@ -132,3 +133,24 @@ def plain_pairs(model):
 
 def _environment():
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "GRADWATCH_DIR")}
+
+
+def test_the_folder_of_a_resumed_run_begins_with_what_was_known(tmp_path):
+    def go_on(state, name):
+        with gradwatch.watch(model, dir=tmp_path, name=name, wandb=None) as watch:
+            if state is not None:
+                watch.load_state_dict(state)
+            for x in batches(3, length=9):
+                optimizer.zero_grad()
+                nn.functional.mse_loss(model(x), torch.zeros(x.shape[1], 3)).backward()
+                optimizer.step()
+            return watch.state_dict()
+
+    torch.manual_seed(0)
+    model = Tagger(nn.GRU(4, 8), 8)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    go_on(go_on(None, "first"), "second")
+    first = gradwatch.load(tmp_path / "second").records[0]
+    assert first.step == 3 and first.facts.run.loss_kind == "mse"
+    assert first.facts.run.optimizers["Adam"]["lr"] == 1e-3
+    assert first.facts.modules["rnn"].T == 9
