@@ -304,7 +304,10 @@ def test_profiles_of_a_sample_stand_for_the_batch():
     assert ratio.log().abs().max() < 0.3
 
 
-@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "make",
+    [nn.RNN, *(pytest.param(m, marks=pytest.mark.slow) for m in (nn.LSTM, nn.GRU))],
+)
 def test_seeds_are_sent_back_from_up_to_16_steps(make):
     torch.manual_seed(0)
     module, lengths = make(3, 6).double(), [100, 40]

@@ -45,6 +45,7 @@ def test_the_view_has_every_headline_metric_in_a_section(tmp_path):
     assert "gradwatch/media/flow" in text and "gradwatch/step" in text
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_is_told_in_a_sentence(tmp_path):
     pytest.importorskip("wandb_workspaces")
     with WandbServer() as server:
