@@ -128,6 +128,15 @@ def test_padding_is_marked_and_sequences_that_were_cut_have_all_their_steps():
     )
 
 
+def test_a_long_sequence_of_a_module_with_a_slash_has_all_its_steps():
+    facts = Facts(modules={"x/y": ModuleFacts(T=300)})
+    profiles = {"gradwatch/x/y/l0/adjoint": [1.0] * 128}
+    metrics = {"gradwatch/x/y/l0/horizon": 12.0}
+    made = [StepRecord(step=0, facts=facts, profiles=profiles, metrics=metrics)]
+    _, _, title = plot.flow_points(made, "x/y.l0")
+    assert title == "x/y.l0: gradients reach 12 of 300 time steps back"
+
+
 def test_a_line_keeps_the_smallest_and_the_largest_value_of_each_bin():
     import numpy as np
 

@@ -184,9 +184,6 @@ def span(series: Series) -> str:
     return first if first == last else f"{first} to {last}"
 
 
-# ---- the timeline
-
-
 def binned(profile: Sequence[float], points: int) -> list[float]:
     """Return at most so many values: the largest of each bin."""
     if len(profile) <= points:
@@ -205,9 +202,6 @@ def thinned(length: int, most: int) -> list[int]:
 def as_columns(records: Iterable[StepRecord] | Columns) -> Columns:
     """Return records by metric, unless they are so already."""
     return records if isinstance(records, Columns) else columns(records)
-
-
-# ---- a stream
 
 
 def label(key: str) -> str:

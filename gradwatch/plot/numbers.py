@@ -195,12 +195,9 @@ def _end_of_last(steps: Sequence[int], last: int) -> int:
 
 def length_of(found: Columns, key: str, points: int) -> int:
     """Return how many time steps the sequences of a stream have, by its last look."""
-    name = name_of(key)
-    for path in (name, name.rpartition(".")[0]):
-        facts = found.facts.modules.get(path)
-        if facts is not None and facts.T is not None and points <= facts.T:
-            return facts.T
-    return points
+    facts = _facts_of(found, key)
+    known = None if facts is None else facts.T
+    return known if known is not None and known >= points else points
 
 
 def padded(found: Columns, key: str) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from gradwatch._version import __version__
 from gradwatch.plot import charts, panels
-from gradwatch.plot.columns import Series, base, counted, label, span
+from gradwatch.plot.columns import Series, base, counted, span
 from gradwatch.plot.numbers import (
     Dependence,
     compare_title,
@@ -143,14 +143,11 @@ class _Artist:
         return Figure(title, svg(shown, title, f"c{self.drawn}", texts=texts))
 
 
-def report(
-    runs: Sequence[Run], *, names: Sequence[str] = (), say: Say = lambda line: None
-) -> str:
+def report(runs: Sequence[Run], *, say: Say = lambda line: None) -> str:
     """Return one run, or two side by side, as a page.
 
     Args:
         runs: One or two.
-        names: What they are called; else as their folders are.
         say: Told what is being done.
 
     Raises:
@@ -161,7 +158,7 @@ def report(
         raise ValueError(f"a report is of one run or two; there are {len(runs)}.")
     renderer()
     artist = _Artist(say)
-    called = _names([*names, *(name_of_folder(run) for run in runs[len(names) :])])
+    called = _names([name_of_folder(run) for run in runs])
     say("sorting the records")
     subjects = [Subject.of(run, name) for run, name in zip(runs, called, strict=True)]
     for detail in DETAILS:
@@ -386,8 +383,6 @@ def _page(sections: Sequence[Section], beside: Sequence[Figure]) -> str:
         content=content,
         glossary=dict(row for one in sections for row in content.glossary(one.subject)),
         trust=trust,
-        label=label,
-        base=base,
         version=__version__,
         script=Markup(script),  # ours, from the package
         style=Markup(style),

@@ -48,7 +48,7 @@ def incident_cards(subject: Subject) -> list[Card]:
             sign=WORDS[incident.severity],
             span=_span(incident),
             lines=_lines(_told(incident, subject.run.alerts), incident),
-            right=_right(incident.kind),
+            right=_right(incident),
         )
         for n, incident in enumerate(subject.incidents[:CARDS], 1)
     ]
@@ -99,11 +99,8 @@ def measured() -> Mapping[str, tuple[int, int]]:
     return {row["kind"]: (int(row["right"]), int(row["alarms"])) for row in rows}
 
 
-def _right(kind: str) -> str:
-    right, alarms = measured().get(kind, (0, 0))
-    if not alarms:
+def _right(incident: Incident) -> str:
+    right, alarms = measured().get(incident.kind, (0, 0))
+    if not alarms or incident.severity == "info":  # notices were not judged
         return ""
     return f"right in {right} of {alarms} labelled runs in which it was raised"
-
-
-# ---- the streams

@@ -298,7 +298,7 @@ def _extremes(found: Columns, streams: Sequence[Stream]) -> Iterator[Fact]:
         yield Fact(name, f"{number(first)} to {number(last)}", said, sign)
 
 
-# ---- can this record be trusted
+# ---- the streams
 
 
 class StreamRow(NamedTuple):

@@ -113,6 +113,3 @@ def _thin(subject: Subject) -> Iterator[Note]:
             f"At {partial:,} short steps the total norm was read, and not the rest of "
             "the gradients.",
         )
-
-
-# ---- incidents

@@ -238,12 +238,12 @@ class Wandb:
         """Send what is queued, for two seconds at most. Safe to call twice."""
         if self._closed or os.getpid() != self._pid:
             return
-        rows = self._rows
-        alive = rows is not None and not finished(rows.run)
+        self.flush()
+        rows = self._rows  # the worker has nothing left to do
+        alive = rows is not None and not finished(rows.run) and not self._stuck
         if self._report and self._page is not None and alive:
             self._written = self._page()
         self._end = time.monotonic() + _JOIN_S - _LEAST_S
-        self.flush()
         self._closed = True
         atexit.unregister(self._at_exit)
         worker, self._worker = self._worker, None
