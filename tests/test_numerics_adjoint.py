@@ -92,6 +92,7 @@ def test_vectors_start_where_they_are_told_to():
     torch.testing.assert_close(logs[:4, 0, 1], short[:, 0, 1])
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # once, in float32
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("kind", "make"),
