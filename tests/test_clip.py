@@ -3,10 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +16,7 @@ from gradwatch.clip import AGC, AutoClip, LogZClip, NormClip, ZClip
 from gradwatch.record import Incident
 from testbed import reference
 from testbed.models import Tagger
+from tests.support.ranks import on_ranks
 
 CLIPPERS = {
     "NormClip": NormClip,
@@ -725,12 +722,10 @@ def test_bad_parameters_are_named():
 
 
 SHARDED = """
-import math, os, sys, torch, torch.distributed as dist
+import math
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from gradwatch.clip import AGC, LogZClip, NormClip
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
 mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
 for make in (lambda: NormClip(0.1), LogZClip, AGC):
     torch.manual_seed(0)
@@ -757,8 +752,6 @@ for make in (lambda: NormClip(0.1), LogZClip, AGC):
     result = two.clip_(model.named_parameters())
     assert result.skipped and result.nonfinite == ("2.weight",), result
     assert all(p.grad is None for p in model.parameters())
-dist.destroy_process_group()
-os._exit(0)  # torch's own threads may abort the interpreter's exit
 """
 
 
@@ -766,16 +759,4 @@ os._exit(0)  # torch's own threads may abort the interpreter's exit
     torch.__version__ < "2.7", reason="fully_shard of torch 2.6 fails on a CPU"
 )
 def test_sharded_gradients_are_clipped_and_refused_on_every_rank(tmp_path):
-    address = f"file://{tmp_path / 'rendezvous'}"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARDED, address],
-            env={**environment, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], said
+    on_ranks(SHARDED, tmp_path)

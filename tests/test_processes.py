@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import gradwatch
 from testbed.models import batches, lstm
+from tests.support.ranks import on_ranks
 from tests.test_faults import ROOT
 from tests.test_watch import train
 
@@ -85,16 +86,14 @@ def _out_of_memory(grad):
 
 
 RANK = """
-import os, sys, torch, torch.distributed as dist, gradwatch
+import gradwatch
 from torch.nn.parallel import DistributedDataParallel
 from gradwatch.depths import reader
 from testbed.models import batches, lstm
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
 model = DistributedDataParallel(lstm())
-if sys.argv[2] != "bare":
+if sys.argv[1] != "bare":
     watch = gradwatch.watch(model, dir=None, wandb=None, on_alert="raise")
-    if rank == int(sys.argv[2]):
+    if rank == int(sys.argv[1]):
         def fail(*args):
             raise RuntimeError("this rank's watch is broken")
         reader.norms = fail
@@ -104,26 +103,13 @@ for group in batches(12).split(2):
     model(group[rank]).square().mean().backward()
     optimizer.step()
 print(torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist())
-dist.destroy_process_group()
 """
 
 
 def on_two_ranks(what, tmp_path):
-    address = f"file://{tmp_path / what}"
-    kept = {k: v for k, v in os.environ.items() if k != "RANK"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, address, what],
-            env={**kept, "RANK": str(rank), "GRADWATCH_STRICT": "0"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120) for process in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], said
+    folder = tmp_path / what
+    folder.mkdir()
+    said = on_ranks(RANK, folder, what, GRADWATCH_STRICT="0")
     return [out.splitlines()[-1] for out, _ in said]
 
 

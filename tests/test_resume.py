@@ -1,6 +1,5 @@
 """Resuming, and several processes."""
 
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ from torch import nn
 import gradwatch
 from gradwatch.metrics import of, run_key
 from testbed.models import Tagger, batches, lstm
+from tests.support.ranks import on_ranks
 
 TRAIN = """
 import sys, torch, gradwatch
@@ -65,14 +65,12 @@ def test_start_step_moves_the_axis():
 
 
 RANK = """
-import os, sys, torch, torch.distributed as dist, gradwatch
+import gradwatch
 from torch.nn.parallel import DistributedDataParallel
 from testbed.models import batches, lstm
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
 model = DistributedDataParallel(lstm())
 forbidden = []
-watch = gradwatch.watch(model, dir=sys.argv[2], name="ddp", every=1, budget=None)
+watch = gradwatch.watch(model, dir=sys.argv[1], name="ddp", every=1, budget=None)
 for name in ("all_reduce", "broadcast", "barrier", "all_gather", "reduce"):
     setattr(dist, name, lambda *a, name=name, **k: forbidden.append(name))
 optimizer = torch.optim.SGD(model.parameters(), 0.5)
@@ -83,23 +81,11 @@ for group in batches(12).split(2):
     optimizer.step()
 watch.close()
 assert not forbidden, forbidden
-dist.destroy_process_group()
 """
 
 
 def test_two_ranks_are_one_run(tmp_path):
-    address = f"file://{tmp_path / 'rendezvous'}"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, address, str(tmp_path / "runs")],
-            env={**_environment(), "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], said
+    said = [err for _, err in on_ranks(RANK, tmp_path, tmp_path / "runs")]
     assert [s.count("gradwatch:") for s in said] == [2, 0]
     assert [p.name for p in (tmp_path / "runs").iterdir() if p.is_dir()] == ["ddp"]
     run = gradwatch.load(tmp_path / "runs" / "ddp")
@@ -129,10 +115,6 @@ def plain_pairs(model):
         sum(model(x).square().mean() / 2 for x in group).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
-
-
-def _environment():
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "GRADWATCH_DIR")}
 
 
 def test_the_folder_of_a_resumed_run_begins_with_what_was_known(tmp_path):
