@@ -207,7 +207,7 @@ def _short(name: str, room: int) -> str:
     return name if len(name) <= room else f"..{name[2 - room :]}"
 
 
-def _incident(incident: Incident) -> str:
+def incident_line(incident: Incident) -> str:
     """Return a line on an incident: since when, where, why, and by which numbers."""
     until = "still open" if incident.until is None else f"until step {incident.until}"
     at = f" in {', '.join(incident.streams[:3])}" if incident.streams else ""
@@ -221,7 +221,7 @@ def _incident(incident: Incident) -> str:
     numbers = f": {shown_numbers}" if shown_numbers else ""
     back = f", came back {_count(incident.repeats, 'time')}" if incident.repeats else ""
     since = f"{incident.kind} since step {incident.since}"
-    return f"  {since}, {until}{back}{at}{cause}{numbers}"
+    return f"{since}, {until}{back}{at}{cause}{numbers}"
 
 
 def losses(health: Mapping[str, Any]) -> list[str]:
@@ -275,10 +275,10 @@ def verdict(
         if notices:
             head += f", {_count(notices, 'notice')}{_still(len(open_notices))}"
         head += f"; {where}"
-    lines = [head, *map(_incident, alarms[:_SHOWN])]
+    lines = [head, *(f"  {incident_line(i)}" for i in alarms[:_SHOWN])]
     if len(alarms) > _SHOWN:
         lines.append(f"  ... {len(alarms) - _SHOWN} more")
-    lines += [f"{_incident(i)} (notice)" for i in open_notices[:_SHOWN_NOTICES]]
+    lines += [f"  {incident_line(i)} (notice)" for i in open_notices[:_SHOWN_NOTICES]]
     lines += [f"  {line}" for line in lost[:2]]
     if alarms and folder:
         lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
@@ -74,18 +74,39 @@ def load(dir: str | os.PathLike[str]) -> Run:
         FileNotFoundError: If the folder holds no ``records.jsonl``; the message names
             the run folders inside it, where there are some.
     """
+    return _loaded(_checked(dir), _ascending)
+
+
+def outline(dir: str | os.PathLike[str]) -> Run:
+    """Read all of a run folder but its records: of those the first and the last.
+
+    Takes milliseconds however long the run is.
+
+    Args:
+        dir: The folder that ``watch.dir`` named.
+
+    Raises:
+        FileNotFoundError: As of :func:`load`.
+    """
+    return _loaded(_checked(dir), _ends)
+
+
+def _checked(dir: str | os.PathLike[str]) -> Path:
     folder = Path(dir)
-    records = folder / "records.jsonl"
-    if not os.path.lexists(records):
+    if not os.path.lexists(folder / "records.jsonl"):
         inside = sorted(p.parent.name for p in folder.glob("*/records.jsonl"))
         hint = f"; it holds the runs {', '.join(inside[-5:])}" if inside else ""
         raise FileNotFoundError(
             f"{folder} is no run folder (no records.jsonl){hint}. "
             "Pass the folder that watch.dir names."
         )
+    return folder
+
+
+def _loaded(folder: Path, reader: Callable[..., list[StepRecord]]) -> Run:
     skipped: list[str] = []
     meta, streams, old = _meta(folder / "meta.json", skipped)
-    rows = _ascending(records, skipped, old=old)
+    rows = reader(folder / "records.jsonl", skipped, old=old)
     alerts = _rows(Alert, folder / "alerts.jsonl", skipped)
     incidents: list[Incident] = []
     for path in _incident_files(folder / "incidents", skipped):
@@ -102,16 +123,18 @@ def load(dir: str | os.PathLike[str]) -> Run:
     )
 
 
-def latest(parent: str | os.PathLike[str] | None = None) -> Path:
-    """Return the run folder that was written to last.
+def parent() -> Path:
+    """Return where run folders are: ``GRADWATCH_DIR``, or ``gradwatch-runs``."""
+    return Path(os.environ.get("GRADWATCH_DIR") or DIR)
 
-    Args:
-        parent: Where run folders are; None: ``GRADWATCH_DIR``, or ``gradwatch-runs``.
+
+def latest() -> Path:
+    """Return the run folder that was written to last.
 
     Raises:
         FileNotFoundError: If there is none.
     """
-    folder = Path(parent or os.environ.get("GRADWATCH_DIR") or DIR)
+    folder = parent()
     found = [p for p in folder.glob("*/records.jsonl") if p.is_file()]
     if not found:
         raise FileNotFoundError(
@@ -162,6 +185,60 @@ def _ascending(path: Path, skipped: list[str], *, old: bool) -> list[StepRecord]
     odd += [f"{path.name}: line {number}" for number in rows.keys() - kept]
     skipped += sorted(odd, key=lambda line: int(line.rpartition(" ")[2]))
     return [row for number, row in rows.items() if number in kept]
+
+
+def _ends(path: Path, skipped: list[str], *, old: bool) -> list[StepRecord]:
+    """Return the first row that can be read, and the last one."""
+    tail = Tail(path, old=old)
+    rows = tail.read(_BLOCK)
+    tail.to_the_end()
+    rows += tail.read()
+    return rows if len(rows) < 2 else [rows[0], rows[-1]]
+
+
+class Tail:
+    """Follows the records of a run that goes on.
+
+    Args:
+        path: The ``records.jsonl``; it need not be there yet.
+        old: Whether its facts are those of format 1.
+    """
+
+    def __init__(self, path: Path, *, old: bool = False) -> None:
+        self._path, self._old = path, old
+        self._at = 0
+
+    def to_the_end(self) -> None:
+        """Leave out all but the last rows."""
+        try:
+            size = self._path.stat().st_size
+        except OSError:
+            return
+        self._at = max(self._at, size - _BLOCK)
+
+    def read(self, limit: int = -1) -> list[StepRecord]:
+        """Return the whole rows that were added since the last call.
+
+        Args:
+            limit: Bytes to read, at most; -1 for all there are.
+        """
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                raw = file.read(limit)
+        except OSError:
+            return []
+        whole = raw.rpartition(b"\n")[0]
+        self._at += len(whole) + 1 if whole else 0
+        found = []
+        for line in whole.splitlines():
+            value = _object(line)
+            if value is not None and self._old and isinstance(value.get("facts"), dict):
+                value["facts"] = from_format_1(value["facts"])
+            row = _parsed(StepRecord, value)
+            if row is not None:
+                found.append(row)
+        return found
 
 
 def _rising(steps: list[tuple[int, int]]) -> set[int]:

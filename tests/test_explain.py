@@ -26,7 +26,8 @@ def test_the_page_of_a_kind_is_printed(kind, capsys):
 def test_all_kinds_are_listed(capsys):
     assert main(["explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(CATALOGUE)
+    assert [x.split()[0] for x in lines if not x.startswith(" ")] == list(CATALOGUE)
+    assert max(map(len, lines)) < 100
 
 
 def test_an_unknown_kind_is_an_error_that_lists_what_exists(capsys):

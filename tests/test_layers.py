@@ -21,7 +21,8 @@ WINGS = {
     "pages": "runs plot report",
     "sinks": "sinks",
     "run": "settings folder pipeline intake quiet engine resume watcher",
-    "beside": "rules checkpoint inspection view cli __main__",
+    "beside": "rules checkpoint inspection view",
+    "shell": "shell cli __main__",
 }
 """Each wing with its rooms and folders, from the ground up."""
 MAY_IMPORT = {
@@ -40,6 +41,7 @@ MAY_IMPORT = {
     "run": "values clock numerics catalogue model house remedies hooks depths kinds "
     "pages sinks",
     "beside": "values numerics catalogue model house remedies kinds pages",
+    "shell": "values catalogue house remedies kinds pages run beside",
 }
 """What a wing may import beside itself. Down once, up never."""
 

@@ -463,14 +463,15 @@ def test_the_command_says_in_a_sentence_what_is_wrong(
     assert said.out == "" and told in said.err and said.err.count("\n") == 1
 
 
-def test_latest_is_the_run_that_was_written_last(tmp_path):
+def test_latest_is_the_run_that_was_written_last(tmp_path, monkeypatch):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "records.jsonl").write_text("")
     import os
 
     os.utime(tmp_path / "old" / "records.jsonl", (1, 1))
-    assert runs.latest(tmp_path).name == "new"
+    monkeypatch.setenv("GRADWATCH_DIR", str(tmp_path))
+    assert runs.latest().name == "new"
 
 
 def test_the_run_folder_of_an_unclosed_run_can_be_read(tmp_path):
