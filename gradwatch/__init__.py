@@ -10,15 +10,28 @@ One call attaches to every nn.RNN, nn.LSTM, nn.GRU and their cells in a model:
 from gradwatch import clip, init, parametrize, plot, rules, sinks
 from gradwatch._version import __version__
 from gradwatch.inspection import inspect
-from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, TrainingAlert
+from gradwatch.kinds.judge import Rule
+from gradwatch.record import (
+    Alert,
+    Incident,
+    Remedy,
+    StepRecord,
+    Stream,
+    TrainingAlert,
+)
+from gradwatch.records import Records
 from gradwatch.runs import Run, load
+from gradwatch.sinks import Sink
 from gradwatch.watcher import Watch, watch
 
 __all__ = [
     "Alert",
     "Incident",
     "Records",
+    "Remedy",
+    "Rule",
     "Run",
+    "Sink",
     "StepRecord",
     "Stream",
     "TrainingAlert",

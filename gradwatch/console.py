@@ -20,7 +20,19 @@ _ROWS: Final = 30
 _SHOWN: Final = 6
 _SHOWN_NOTICES: Final = 3
 """Incidents, and open notices, that the closing lines name."""
-_COLUMNS: Final = ("rho", "drift", "sigma'", "saturated", "grad_hh", "update")
+HEAD: Final = (
+    "stream",
+    "kind",
+    "size",
+    "horizon",
+    "rho",
+    "drift",
+    "sigma'",
+    "saturated",
+    "grad_hh",
+    "update",
+)
+"""The columns of the table of streams."""
 _LOST: Final = {
     "alerts.jsonl": "alerts",
     "incidents and meta.json": "files",
@@ -141,9 +153,8 @@ def table(
         notes: Stream -> what is not measured and why.
         seen: Path of a module -> its facts when last sampled.
     """
-    head = ("stream", "kind", "size", "horizon", *_COLUMNS)
-    rows = [head] + [_row(stream, latest, seen) for stream in streams[:_ROWS]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    rows = [HEAD] + [cells(stream, latest, seen) for stream in streams[:_ROWS]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     room = max(_WIDTH - sum(widths[1:]) - 2 * len(widths[1:]), _SHORTEST)
     rows = [(_short(row[0], room), *row[1:]) for row in rows]
     widths[0] = max(len(row[0]) for row in rows)
@@ -172,9 +183,11 @@ def table(
     return "\n".join(lines)
 
 
-def _row(
+def cells(
     stream: Stream, latest: Mapping[str, float], seen: Mapping[str, ModuleFacts]
 ) -> tuple[str, ...]:
+    """Return a stream's row of the table, as :data:`HEAD` names its columns."""
+
     def of(metric: str) -> float | None:
         return latest.get(stream_key(stream, metric))
 

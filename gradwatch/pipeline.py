@@ -15,7 +15,8 @@ from gradwatch.health import Health
 from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.kinds.incidents import Incidents
 from gradwatch.kinds.judge import Judge, Rule
-from gradwatch.record import Alert, Incident, Records, StepRecord
+from gradwatch.record import Alert, Incident, StepRecord
+from gradwatch.records import Records
 from gradwatch.settings import Settings
 from gradwatch.sinks import ByBlock, Holding, Seldom, Sink
 from gradwatch.sinks.jsonl import Jsonl

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
 from gradwatch.facts import from_format_1
-from gradwatch.record import Alert, Incident, Records, StepRecord, Stream, parse
+from gradwatch.record import Alert, Incident, StepRecord, Stream, parse
+from gradwatch.records import Records
 
 DIR: Final = "gradwatch-runs"
 """Where run folders are, unless it is said otherwise."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-from gradwatch import console
+from torch import Tensor
+
+from gradwatch.environment import BUDGET
 from gradwatch.kinds.judge import Rule
 from gradwatch.record import Alert
 from gradwatch.report.drawing import renderer
 from gradwatch.schedule import Schedule
 from gradwatch.sinks import ByBlock, Sink, Wandb
 
-_YES: Final = ("1", "true", "yes", "on")
-_NO: Final = ("", "0", "false", "no", "off")
-"""What ``GRADWATCH_DISABLED`` may say."""
 OnAlert = Callable[[Alert], object] | Literal["raise"] | None
 
 
@@ -34,7 +34,7 @@ class Settings:
     """
 
     every: int | Mapping[str, int] | None = None
-    budget: float | None = 0.03
+    budget: float | None = BUDGET
     flow_samples: int | None = 4
     rules: Sequence[Rule] | None = None
     mute: Iterable[str | tuple[str, str]] = ()
@@ -138,13 +138,23 @@ def _wandb_sink(given: Any) -> Wandb | None:
     return Wandb(given)
 
 
-def disabled() -> bool:
-    """Tell whether the environment turns every watch into one that does nothing."""
-    given = os.environ.get("GRADWATCH_DISABLED", "")
-    word = given.strip().lower()
-    if word not in (*_YES, *_NO):
-        console.report(
-            f"GRADWATCH_DISABLED is {given!r}; expected 1, true, yes or on, or 0, "
-            "false, no or off. The watch stays on."
-        )
-    return word in _YES
+def checked_loss(loss: Any) -> float | Tensor:
+    """Return a loss that somebody tells as a number, or a tensor of one element.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If the tensor has more than one element.
+    """
+    if isinstance(loss, Tensor):
+        if math.prod(loss.shape) != 1:
+            raise ValueError(
+                f"loss has shape {tuple(loss.shape)}; expected one number, such as "
+                "watch.log(loss=loss.mean())."
+            )
+        return loss
+    try:
+        return float(loss)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"loss is {loss!r}; expected a number or a tensor of one element."
+        ) from None

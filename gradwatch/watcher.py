@@ -9,7 +9,6 @@ of it.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gradwatch import console, remedies, resume
+from gradwatch import console, environment, remedies, resume
 from gradwatch.engine import Engine
 from gradwatch.folder import meta, open_folder
 from gradwatch.health import Health
@@ -32,13 +31,14 @@ from gradwatch.kinds.catalogue import default_rules
 from gradwatch.kinds.judge import Rule, check_mute
 from gradwatch.pipeline import Pipeline
 from gradwatch.processes import processes, rank
-from gradwatch.record import Alert, Incident, Latest, Records, Remedy, Stream
+from gradwatch.record import Alert, Incident, Remedy, Stream
+from gradwatch.records import Latest, Records
 from gradwatch.recurrent import Recurrence, recurrences
+from gradwatch.report import inline, save
 from gradwatch.report import report as page_of
-from gradwatch.report import save
 from gradwatch.rewrite import Optimizers, several
 from gradwatch.runs import DIR, Run, load
-from gradwatch.settings import OnAlert, Settings, disabled
+from gradwatch.settings import OnAlert, Settings, checked_loss
 from gradwatch.sinks import Sink
 from gradwatch.sinks.jsonl import Jsonl
 from gradwatch.sinks.wandb import destination
@@ -100,16 +100,16 @@ def watch(
             to be muted does not exist.
         ModuleNotFoundError: If ``report`` is wanted and nothing can draw its charts.
     """
-    if disabled():
+    if environment.disabled():
         return Watch(None, Settings())
     found = recurrences(model)
     settings = Settings(
         every=every,
-        budget=budget,
+        budget=environment.budget(budget),
         flow_samples=flow_samples,
         rules=rules,
         mute=mute,
-        on_alert=on_alert,
+        on_alert=environment.on_alert(on_alert),
         sinks=sinks,
         wandb=wandb,
         dir=dir,
@@ -119,7 +119,9 @@ def watch(
         report=report,
     )
     named = default_rules([]) if settings.rules is None else settings.rules
-    check_mute(settings.mute, named, [r.stream.name for r in found])
+    streams = [r.stream.name for r in found]
+    check_mute(settings.mute, named, streams)
+    settings.mute = [*settings.mute, *environment.muted(named, streams)]
     if (known := _watching(found)) is not None:
         console.report(
             "this model is watched already; the same watch is returned and the "
@@ -277,19 +279,7 @@ class Watch:
             TypeError: If it is no number.
             ValueError: If the tensor has more than one element.
         """
-        if isinstance(loss, Tensor):
-            if math.prod(loss.shape) != 1:
-                raise ValueError(
-                    f"loss has shape {tuple(loss.shape)}; expected one number, such as "
-                    "watch.log(loss=loss.mean())."
-                )
-        else:
-            try:
-                loss = float(loss)
-            except (TypeError, ValueError):
-                raise TypeError(
-                    f"loss is {loss!r}; expected a number or a tensor of one element."
-                ) from None
+        loss = checked_loss(loss)
         if self._engine is not None:
             self._engine.log(loss)
 
@@ -384,6 +374,9 @@ class Watch:
             run, known = load(self.dir), self.incidents
             content = {**run.meta, "health": self.health}
             return replace(run, meta=content, incidents=known, closed=True)
+        return self._as_run_in_memory()
+
+    def _as_run_in_memory(self) -> Run:
         return Run(
             dir=Path("in memory"),
             meta={**meta(self._settings, self._streams), "health": self.health},
@@ -475,6 +468,14 @@ class Watch:
         self._bring_up_to_date()
         seen, notes = self._engine.notes(begun=self._pipeline.steps > 0)
         return console.table(self._streams, self._pipeline.latest, notes, seen)
+
+    def _repr_html_(self) -> str:
+        """Return the table, with what was seen lately, for a notebook."""
+        if self._engine is None:
+            return inline.paragraph(repr(self))
+        self._bring_up_to_date()
+        seen, _ = self._engine.notes(begun=self._pipeline.steps > 0)
+        return inline.of_run(self._as_run_in_memory(), self._pipeline.latest, seen)
 
     def _watches(self, modules: int) -> bool:
         return self._engine is not None and self._engine.watches(modules)

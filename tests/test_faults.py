@@ -21,7 +21,8 @@ from gradwatch import console
 from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.kinds.incidents import Incidents
 from gradwatch.kinds.judge import Judge
-from gradwatch.record import Incident, Records, StepRecord, TrainingAlert
+from gradwatch.record import Incident, StepRecord, TrainingAlert
+from gradwatch.records import Records
 from gradwatch.rules import default_rules
 from gradwatch.sinks import lines as lines_module
 from gradwatch.sinks.jsonl import Jsonl

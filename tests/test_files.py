@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -15,13 +16,13 @@ from gradwatch.metrics import headline_keys
 from gradwatch.record import (
     Alert,
     Incident,
-    Records,
     Remedy,
     StepRecord,
     Stream,
     dump_line,
     parse,
 )
+from gradwatch.records import Records
 from gradwatch.sinks.fold import Fold
 from gradwatch.sinks.jsonl import Jsonl
 
@@ -192,3 +193,22 @@ def test_headline_keys_of_a_two_layer_bidirectional_lstm():
     keys = headline_keys(streams(4))
     assert len(keys) == len(set(keys)) == 33
     assert not [key for key in keys if "." in key]
+
+
+def test_records_as_a_table_of_pandas():
+    pytest.importorskip("pandas")
+    rows = [
+        StepRecord(step=2, time=5.0, metrics={"b": 1.0, "a": math.nan}),
+        StepRecord(step=7, time=6.0, metrics={"b": math.inf}),
+    ]
+    table = Records(rows).to_pandas()
+    assert list(table.columns) == ["time", "a", "b"] and table.index.name == "step"
+    assert table.index.tolist() == [2, 7] and table["b"].tolist() == [1.0, math.inf]
+    assert table["a"].isna().all() and {str(t) for t in table.dtypes} == {"float64"}
+    assert Records().to_pandas().empty
+
+
+def test_without_pandas_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"gradwatch\[pandas\]"):
+        Records().to_pandas()

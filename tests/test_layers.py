@@ -8,7 +8,7 @@ import gradwatch
 
 ROOT = Path(gradwatch.__file__).parent
 WINGS = {
-    "values": "_version _torch facts record block saved",
+    "values": "_version _torch facts record records block saved",
     "clock": "clock",
     "numerics": "numerics",
     "catalogue": "metrics",
@@ -20,7 +20,7 @@ WINGS = {
     "kinds": "kinds",
     "pages": "runs plot report",
     "sinks": "sinks",
-    "run": "settings folder pipeline intake quiet engine resume watcher",
+    "run": "environment settings folder pipeline intake quiet engine resume watcher",
     "beside": "rules checkpoint inspection view",
     "shell": "shell cli __main__",
 }

@@ -16,7 +16,8 @@ from gradwatch.cli import main
 from gradwatch.facts import NO_FACTS
 from gradwatch.kinds.catalogue import CATALOGUE
 from gradwatch.plot.columns import columns
-from gradwatch.record import Records, StepRecord, printable
+from gradwatch.record import StepRecord, printable
+from gradwatch.records import Records
 from gradwatch.report import MARK, cards, content, report, save
 from gradwatch.report.content import Subject
 from gradwatch.report.drawing import DrawingError, Picture, svg

@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 
-from gradwatch.record import Records, StepRecord
+from gradwatch.record import StepRecord
+from gradwatch.records import Records
 from gradwatch.report import save
 from tests.support.runs import record, run, stream
 from tests.test_report import HOSTILE

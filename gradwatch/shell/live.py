@@ -17,13 +17,13 @@ from typing import Any, Final
 from gradwatch.console import incident_line, number
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import (
-    KEPT_RECORDS,
     Incident,
     StepRecord,
     Stream,
     dump_line,
     printable,
 )
+from gradwatch.records import KEPT_RECORDS
 from gradwatch.runs import Run, Tail, outline
 from gradwatch.shell.verb import (
     RUN,

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from gradwatch.block import Block
-from gradwatch.record import Alert, Incident, Records, StepRecord, dump_line
+from gradwatch.record import Alert, Incident, StepRecord, dump_line
+from gradwatch.records import Records
 from gradwatch.sinks.fold import Fold
 from gradwatch.sinks.lines import Lines, SmallFiles
 

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 from gradwatch.facts import Facts, ModuleFacts, RunFacts
-from gradwatch.record import Alert, Incident, Records, StepRecord, Stream
+from gradwatch.record import Alert, Incident, StepRecord, Stream
+from gradwatch.records import Records
 from gradwatch.runs import Run
 
 MESSAGE = """{name} at step {step}: something in {stream}
