@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check bench docs clean
+.PHONY: help demo test slow check site bench docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 10
@@ -15,18 +15,21 @@ demo: $(VENV)/.demo ## train on handwritten digits under watch; an alarm goes of
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.dev ## run the tests
-	GRADWATCH_STRICT=1 $(BIN)/python -m pytest -m "not slow"
+	GRADWATCH_STRICT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 slow: $(VENV)/.dev ## run the long checks that make test leaves out
 	GRADWATCH_STRICT=1 $(BIN)/python -m pytest -m slow
 
-check: $(VENV)/.dev ## lint, types, and the docs' links and examples
+check: $(VENV)/.dev site ## lint, types, the docs' links and examples, and their site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/check.py
 	@command -v chromium >/dev/null || echo "note: the tests of reports in a browser are \
 	skipped; they need Chromium (apt-get install chromium) and '$(BIN)/pip install playwright'"
+
+site: $(VENV)/.dev ## build the site of the docs in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/.dev ## measure what a watch costs
 	$(BIN)/python -m benchmarks.overhead
@@ -35,7 +38,7 @@ docs: $(VENV)/.dev ## write the pages that come from the catalogues
 	$(BIN)/python docs/generate.py
 
 clean: ## remove the environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) build
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)

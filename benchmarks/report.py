@@ -26,7 +26,8 @@ from torch import nn
 
 import gradwatch
 from benchmarks.results import Results, spread
-from gradwatch.record import Records, StepRecord
+from gradwatch.record import StepRecord
+from gradwatch.records import Records
 from gradwatch.report import save
 from gradwatch.runs import Run
 from testbed.models import Tagger

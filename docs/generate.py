@@ -11,8 +11,10 @@ Tables of results, between their marks, are those that the benchmarks have kept 
 Run: make docs
 """
 
+import argparse
 import dataclasses
 import json
+import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Final
 
+import yaml
+
+from gradwatch.cli import parser
 from gradwatch.facts import ModuleFacts, RunFacts, StepFacts, StreamFacts
 from gradwatch.kinds.catalogue import CATALOGUE as KINDS
 from gradwatch.kinds.kind import Evidence, Kind
@@ -276,6 +281,15 @@ def facts_table() -> str:
     return f"{BEGIN}\n\n{table(head, rows)}\n{END}\n"
 
 
+def _tables() -> list[tuple[str, str]]:
+    """Return what is generated in the middle of a page, by page."""
+    return [
+        ("alerts.md", overview()),
+        ("files.md", facts_table()),
+        ("shell.md", f"{BEGIN}\n\n{verbs()}\n{END}\n"),
+    ]
+
+
 def due(docs: Path = DOCS) -> dict[Path, str]:
     """Return each page that is generated, or partly, as it should be.
 
@@ -283,7 +297,7 @@ def due(docs: Path = DOCS) -> dict[Path, str]:
     nothing by hand.
     """
     pages = {docs / "metrics.md": page()}
-    for name, made in (("alerts.md", overview()), ("files.md", facts_table())):
+    for name, made in _tables():
         before, _, rest = (docs / name).read_text("utf-8").partition(f"{BEGIN}\n")
         pages[docs / name] = before + made + rest.partition(f"{END}\n")[2]
     for name, kind in KINDS.items():
@@ -291,6 +305,7 @@ def due(docs: Path = DOCS) -> dict[Path, str]:
         pages[path] = alert_head(kind) + by_hand(path)
     if docs == DOCS:
         pages[RIGHT] = right(docs / "results")
+        pages[docs / "llms.txt"] = map_of_pages(docs)
     for path in sorted(docs.glob("*.md")):
         text = pages.get(path) or path.read_text(encoding="utf-8")
         if _RESULTS.search(text):
@@ -303,6 +318,60 @@ def right(results: Path) -> str:
     kept = json.loads((results / "detection.json").read_text(encoding="utf-8"))
     rows = ["kind,right,alarms", *map(",".join, kept["kinds"]["rows"])]
     return "\n".join(rows) + "\n"
+
+
+def verbs() -> str:
+    """Return the help of every verb of the command line."""
+    os.environ["COLUMNS"] = "90"  # argparse asks for the width of the terminal
+    [choices] = [
+        action.choices
+        for action in parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    ]
+    return "\n".join(
+        f"## {name}\n\n```text\n{verb.format_help().rstrip()}\n```\n"
+        for name, verb in choices.items()
+    )
+
+
+def map_of_pages(docs: Path) -> str:
+    """Return ``llms.txt``: what there is to read, for programs that read it."""
+    site = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))
+    lines = [f"# {site['site_name']}", "", f"> {_SUMMARY}", "", _HINTS]
+    for part in site["nav"]:
+        [(section, pages)] = part.items()
+        if isinstance(pages, str):
+            continue
+        lines += ["", f"## {section}", ""]
+        for item in pages:
+            [(name, path)] = item.items()
+            source = docs / path if (docs / path).exists() else docs.parent / path
+            about = first_sentence(source) if source.exists() else ""
+            lines.append(f"- [{name}]({path})" + (f": {about}" if about else ""))
+    lines += ["", "## Kinds of alert", ""]
+    lines += [f"- [{k.name}](alerts/{k.name}.md): {k.meaning}" for k in KINDS.values()]
+    return "\n".join(lines) + "\n"
+
+
+def first_sentence(page: Path) -> str:
+    """Return the first sentence of a page's first paragraph, without its links."""
+    parts = page.read_text(encoding="utf-8").split("\n\n")
+    plain = [p for p in parts if p[:1].isalnum() or re.match(r"`[^`]", p)]
+    text = re.sub(
+        r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(plain[:1]).replace("\n", " ")
+    )
+    return re.split(r"(?<=[.])\s", text, maxsplit=1)[0].rstrip(":")
+
+
+_SUMMARY: Final = (
+    "gradwatch watches nn.RNN, nn.LSTM, nn.GRU and their cells train in PyTorch: one "
+    "call, gradwatch.watch(model), measures gradients through time, spectral radii, "
+    "gates and the loss, and raises alarms with a cause and a line to paste."
+)
+_HINTS: Final = """\
+- The training loop stays as it is; `watch = gradwatch.watch(model)` before it is all.
+- Afterwards: `gradwatch check latest --json` in a shell, or `gradwatch.load(folder)`.
+- `gradwatch explain KIND|METRIC|CAUSE` prints what a name in an alert means."""
 
 
 def with_results(text: str, results: Path) -> str:

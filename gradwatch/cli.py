@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 where something went wrong; ``check`` has two more.
     """
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may be beyond its encoding
             stream.reconfigure(errors="backslashreplace")
@@ -65,14 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return answer.code
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    whole = argparse.ArgumentParser(
         prog="gradwatch", description=_ABOUT, formatter_class=raw
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in _VERBS:
+    whole.add_argument("--version", action="version", version=__version__)
+    verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
         own = verbs.add_parser(
             verb.name,
             help=verb.help,
@@ -82,10 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         verb.arguments(own)
         own.add_argument("--json", action="store_true", help="print one JSON object")
         own.set_defaults(answer=verb.answer)
-    return parser
+    return whole
 
 
-_VERBS: Final[Sequence[Verb]] = (
+VERBS: Final[Sequence[Verb]] = (
     DEMO,
     LIVE,
     RUNS,
@@ -94,5 +95,6 @@ _VERBS: Final[Sequence[Verb]] = (
     EXPLAIN,
     INSPECT,
     VIEW,
-    completion(_parser),
+    completion(parser),
 )
+"""In the order of the help."""

@@ -36,6 +36,7 @@ __all__ = [
     "identity_",
     "orthogonal_",
     "spectral_cap_",
+    "zero_bias_",
 ]
 
 Streams = str | Iterable[str] | None

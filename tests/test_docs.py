@@ -1,14 +1,19 @@
 """The pages that come from the catalogues, as docs/generate.py makes them."""
 
 import importlib.util
+import inspect
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+import gradwatch
 from gradwatch import remedies
 from gradwatch.kinds.catalogue import CATALOGUE
 
-SOURCE = Path(__file__).parent.parent / "docs" / "generate.py"
+DOCS = Path(__file__).parent.parent / "docs"
+SOURCE = DOCS / "generate.py"
 BY_HAND = "\n## What it means\n\nThis was written by hand.\n"
 
 
@@ -26,7 +31,7 @@ def generate():
 def docs(generate, tmp_path):
     """Pages as they should be, in a folder of their own."""
     (tmp_path / "alerts").mkdir()
-    for name in ("alerts.md", "files.md"):
+    for name in ("alerts.md", "files.md", "shell.md"):
         (tmp_path / name).write_text(
             f"# Above\n\n{generate.BEGIN}\n{generate.END}\n\nbelow\n", encoding="utf-8"
         )
@@ -90,3 +95,55 @@ def test_a_page_that_is_stale_missing_empty_or_of_no_kind_is_told_of(generate, d
     assert len(told) == 4
     for page in ("spike", "drift", "vanishing", "nothing"):
         assert any(f"alerts/{page}.md" in line for line in told)
+
+
+# ---- the site
+
+
+def test_the_api_page_has_all_that_is_public_and_nothing_else():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: gradwatch\.(\S+)$", page, re.M)
+    assert len(listed) == len(set(listed))
+    public = {name for name in gradwatch.__all__ if name != "__version__"}
+    modules = {n for n in public if inspect.ismodule(getattr(gradwatch, n))}
+    expected = public - modules
+    above = [getattr(gradwatch, name) for name in expected]
+    for module in modules:
+        own = getattr(gradwatch, module)
+        expected |= {
+            f"{module}.{name}"
+            for name in own.__all__
+            if not any(getattr(own, name) is there for there in above)
+        }
+    assert set(listed) == expected
+
+
+@pytest.mark.parametrize("module", ["clip", "init", "parametrize", "plot", "rules"])
+def test_what_a_module_names_is_there(module):
+    found = getattr(gradwatch, module)
+    assert sorted(found.__all__) == list(found.__all__)
+    for name in found.__all__:
+        assert getattr(found, name).__doc__
+
+
+def test_every_page_has_its_place_on_the_site():
+    site = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))
+    placed = [
+        path
+        for part in site["nav"]
+        for pages in part.values()
+        for item in (pages if isinstance(pages, list) else [{"": pages}])
+        for path in item.values()
+    ]
+    of_root = {"index.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md"}
+    assert len(placed) == len(set(placed))
+    assert {p.name for p in DOCS.glob("*.md")} == set(placed) - of_root
+
+
+def test_programs_that_read_are_given_a_map(generate):
+    text = (DOCS / "llms.txt").read_text(encoding="utf-8")
+    assert text.startswith("# gradwatch\n\n> ")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (DOCS / target).exists() or (DOCS.parent / target).exists()
+    for page in DOCS.glob("*.md"):
+        assert f"]({page.name})" in text

@@ -25,7 +25,7 @@ from testbed.models import batches, lstm
 from tests.support.ranks import ROOT
 from tests.support.runs import record, run, stream
 
-VERBS = [verb.name for verb in cli._VERBS]
+VERBS = [verb.name for verb in cli.VERBS]
 SCHEMA = json.loads(
     resources.files("gradwatch").joinpath("shell/schema.json").read_text("utf-8")
 )

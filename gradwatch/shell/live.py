@@ -48,6 +48,8 @@ _BLOCKS: Final = "▁▂▃▄▅▆▇█"
 _PLAIN: Final = "_.-:=+*#"
 """The same where the terminal's encoding has no blocks."""
 _POINTS: Final = 30
+_FLAT: Final = 0.1
+"""Share of the largest value that fills the height, at least; less looks flat."""
 _STREAMS: Final = 6
 _INCIDENTS: Final = 5
 _QUIET: Final = 30.0
@@ -72,7 +74,8 @@ def sparkline(values: Sequence[float], marks: str = _BLOCKS) -> str:
         ]
     known = [v for v in values if math.isfinite(v)]
     low, high = min(known, default=0.0), max(known, default=0.0)
-    step = (high - low) / (len(marks) - 1) or math.inf
+    span = max(high - low, _FLAT * max(abs(high), abs(low)))
+    step = span / (len(marks) - 1) or math.inf
     return "".join(
         marks[round((v - low) / step)] if math.isfinite(v) else "x" for v in values
     )
