@@ -9,6 +9,7 @@ One call attaches to every nn.RNN, nn.LSTM, nn.GRU and their cells in a model:
 
 from gradwatch import clip, init, parametrize, plot, rules, sinks
 from gradwatch._version import __version__
+from gradwatch.before import Preflight, preflight
 from gradwatch.inspection import inspect
 from gradwatch.kinds.judge import Rule
 from gradwatch.record import (
@@ -27,6 +28,7 @@ from gradwatch.watcher import Watch, watch
 __all__ = [
     "Alert",
     "Incident",
+    "Preflight",
     "Records",
     "Remedy",
     "Rule",
@@ -43,6 +45,7 @@ __all__ = [
     "load",
     "parametrize",
     "plot",
+    "preflight",
     "rules",
     "sinks",
     "watch",

@@ -22,6 +22,7 @@ from gradwatch.shell.demo import DEMO
 from gradwatch.shell.explain import EXPLAIN
 from gradwatch.shell.live import LIVE
 from gradwatch.shell.pages import INSPECT, REPORT, VIEW
+from gradwatch.shell.preflight import PREFLIGHT
 from gradwatch.shell.runs import RUNS
 from gradwatch.shell.verb import Answer, Verb
 
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 VERBS: Final[Sequence[Verb]] = (
     DEMO,
+    PREFLIGHT,
     LIVE,
     RUNS,
     CHECK,

@@ -25,6 +25,8 @@ class Settings:
     """The arguments of ``watch``, as its docstring has them.
 
     Attributes:
+        silent: Whether the first and the closing lines are left out; no argument of
+            ``watch``, but of whoever makes one for a moment.
         schedule: When each depth is measured; made from ``every`` and ``budget``.
 
     Raises:
@@ -46,6 +48,7 @@ class Settings:
     scaler: Any = None
     start_step: int = 0
     report: bool = False
+    silent: bool = False
     schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:

@@ -162,7 +162,7 @@ class Watch:
             with self._health.guard("attaching to the model"):
                 self._engine = self._attach(model, found)
         self._closed = self._engine is None
-        if self._loud and self._engine is not None:
+        if self._loud and self._engine is not None and not settings.silent:
             with self._health.guard("the first line"):
                 wandb = None if settings.wandb is None else destination()
                 console.greet(self._streams, self.dir, wandb)
@@ -415,7 +415,7 @@ class Watch:
                 save([self._as_run()])
 
     def _say_goodbye(self) -> None:
-        if not self._loud:
+        if not self._loud or self._settings.silent:
             return
         with self._health.guard("the closing lines"):
             health, pipeline = self.health, self._pipeline

@@ -114,6 +114,12 @@ class AxesMixed(Remembering[_State]):
         """Whether it still holds."""
         return self._state.raised
 
+    @property
+    def suspected(self) -> tuple[str, str] | None:
+        """The cause and what shows it, after however few looks; None for none."""
+        cause, shown = self._state.cause, self._state.shown
+        return (cause, shown) if cause else None
+
     def update_block(self, block: Block) -> bool:
         """Take in plain rows: no look is among them."""
         return not self._state.cause or self._state.raised

@@ -57,6 +57,12 @@ class OfLoss(Remembering[LossState], ABC):
         """Whether it still holds."""
         return self._state.raised
 
+    @property
+    def suspected(self) -> tuple[str, str] | None:
+        """The cause and what shows it, after however few looks; None for none."""
+        state = self._state
+        return None if state.cause is None else (state.cause, self._shown(state.run))
+
     @abstractmethod
     def _fault(self, run: RunFacts) -> str | None:
         """Return the cause of the fault; None where there is none."""

@@ -1,0 +1,288 @@
+"""Trying a model on a few batches without leaving a trace on it.
+
+What is tried is a copy of model and optimizers. Where they cannot be copied the model
+itself is used, and what it held is put back: parameters, buffers, gradients and modes.
+The states of all random number generators are put back in either case.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch.facts import NO_FACTS, Facts
+from gradwatch.metrics import stream_key
+from gradwatch.record import StepRecord, Stream
+from gradwatch.recurrent import recurrences
+from gradwatch.settings import Settings
+from gradwatch.watcher import Watch
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+_WRAPPERS: Final = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+@dataclass
+class Subject:
+    """A model that may be tried.
+
+    Attributes:
+        model: A copy, or the model itself.
+        optimizers: Copies that hold its parameters, or the optimizers themselves.
+        copied: Whether it is a copy.
+        why: Why it is none.
+    """
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    copied: bool = True
+    why: str = ""
+
+
+@dataclass
+class Seen:
+    """What a trial has seen.
+
+    Attributes:
+        streams: The recurrences of the model.
+        records: One for each batch.
+        losses: The loss of each.
+        with_gradient: Names of the parameters that had a gradient in some batch.
+        held: Names of the parameters that an optimizer holds; None without any.
+        trainable: Names of the parameters that can learn.
+    """
+
+    streams: Sequence[Stream]
+    records: list[StepRecord] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    with_gradient: set[str] = field(default_factory=set)
+    held: set[str] | None = None
+    trainable: set[str] = field(default_factory=set)
+
+    @property
+    def facts(self) -> Facts:
+        """All facts as they are after the last batch."""
+        found = NO_FACTS
+        for record in self.records:
+            found = found.with_later(record.facts)
+        return found
+
+    def metric(self, stream: Stream, name: str, gate: str = "") -> list[float]:
+        """Return a metric of a stream in each batch in which it was measured."""
+        key = stream_key(stream, name, gate)
+        return [r.metrics[key] for r in self.records if key in r.metrics]
+
+    def run(self, name: str) -> list[float]:
+        """Return a metric of the run in each batch in which it was measured."""
+        key = f"gradwatch/{name}"
+        return [r.metrics[key] for r in self.records if key in r.metrics]
+
+
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """Put the states of all random number generators back at the end."""
+    devices = list(range(torch.cuda.device_count())) if _cuda() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    """Take numbers below the smallest normal one as 0, as a slow CPU likes it."""
+    before = bool(torch.tensor(1e-310, dtype=torch.float64) * 1.0 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model behind DataParallel, DDP and torch.compile."""
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def subject(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Subject]:
+    """Yield what may be tried in place of a model, and put back what it was.
+
+    Args:
+        model: The model.
+        optimizers: Those that train it.
+    """
+    model = unwrapped(model)
+    try:
+        twin, theirs = copy.deepcopy((model, list(optimizers)))
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        with _put_back(model):
+            yield Subject(model, optimizers, copied=False, why=why)
+        return
+    for parameter in twin.parameters():
+        parameter.grad = None
+    yield Subject(twin, theirs)
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Put parameters, buffers, gradients and modes back as they are, bit for bit."""
+    values = [*model.parameters(), *model.buffers()]
+    kept = [value.detach().clone() for value in values]
+    grads = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    for parameter, _, _ in grads:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, was in zip(values, kept, strict=True):
+                if not torch.equal(value, was):
+                    value.copy_(was)
+        for parameter, grad, can_learn in grads:
+            parameter.requires_grad_(can_learn)
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training
+
+
+def tried(
+    given: Subject,
+    batches: Sequence[Any],
+    loss_fn: LossFn,
+    *,
+    flow: bool = True,
+) -> Seen:
+    """Run forward and backward of some batches under a watch of their own.
+
+    Args:
+        given: The model.
+        batches: Each is given to ``loss_fn``.
+        loss_fn: Returns the loss of a model on a batch.
+        flow: Whether everything is measured; False: states and the flow alone.
+
+    Raises:
+        ValueError: If ``loss_fn`` returns no loss that depends on the model.
+    """
+    model = given.model
+    every = 1 if flow else {"spectrum": 10**9, "state": 1, "flow": 1}
+    settings = Settings(every=every, budget=None, rules=[], wandb=None, silent=True)
+    found = recurrences(model)
+    seen = Seen([r.stream for r in found])
+    parameters = dict(model.named_parameters())
+    seen.trainable = {n for n, p in parameters.items() if p.requires_grad}
+    if given.optimizers:
+        ids = {
+            id(p) for o in given.optimizers for g in o.param_groups for p in g["params"]
+        }
+        seen.held = {n for n, p in parameters.items() if id(p) in ids}
+    watch = Watch(model, settings, found)
+    with ExitStack() as stack:
+        stack.callback(watch.close)
+        for batch in batches:
+            model.zero_grad()
+            loss = checked(loss_fn(model, batch))
+            loss.backward()
+            watch.step()
+            seen.losses.append(float(loss.detach()))
+            seen.with_gradient |= {
+                n for n, p in parameters.items() if p.grad is not None and p.grad.any()
+            }
+        watch.flush()
+        seen.records = list(watch.records)
+        model.zero_grad()
+    return seen
+
+
+def checked(loss: Any) -> Tensor:
+    """Return what a ``loss_fn`` gave, if it is a loss that backward can begin at."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn returned {type(loss).__name__}; expected the loss, a tensor of "
+            "one element."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}; expected one "
+            "number, such as loss.mean()."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss that loss_fn returned does not depend on the model by a graph; "
+            "expected loss_fn(model, batch) to use the model that it is given, without "
+            "torch.no_grad() and .item()."
+        )
+    return loss.reshape(())
+
+
+def trained(
+    given: Subject, batches: Sequence[Any], loss_fn: LossFn, steps: int
+) -> tuple[float, float]:
+    """Train a subject for real; return the mean losses of the first and last pass.
+
+    Args:
+        given: A copy, with its optimizers.
+        batches: Taken in turn.
+        loss_fn: Returns the loss of a model on a batch.
+        steps: How many.
+    """
+    losses = []
+    for step in range(steps):
+        for optimizer in given.optimizers:
+            optimizer.zero_grad()
+        loss = checked(loss_fn(given.model, batches[step % len(batches)]))
+        loss.backward()
+        for optimizer in given.optimizers:
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    window = min(len(batches), steps)
+    return float(np.mean(losses[:window])), float(np.mean(losses[-window:]))
+
+
+def parts_of(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch, whatever it is made of."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for value in batch.values() for t in parts_of(value)]
+    if isinstance(batch, (list, tuple)):
+        return [t for value in batch for t in parts_of(value)]
+    return []
+
+
+def replaced(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a batch with each of its tensors changed; the batch itself is not."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, nn.utils.rnn.PackedSequence):
+        return batch
+    if isinstance(batch, Mapping):
+        return {key: replaced(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(replaced(value, change) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(replaced(value, change) for value in batch)
+    return batch
