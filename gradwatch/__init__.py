@@ -21,6 +21,7 @@ from gradwatch.record import (
     TrainingAlert,
 )
 from gradwatch.records import Records
+from gradwatch.reproducing import Reproduction, reproduce
 from gradwatch.runs import Run, load
 from gradwatch.sinks import Sink
 from gradwatch.watcher import Watch, watch
@@ -31,6 +32,7 @@ __all__ = [
     "Preflight",
     "Records",
     "Remedy",
+    "Reproduction",
     "Rule",
     "Run",
     "Sink",
@@ -46,6 +48,7 @@ __all__ = [
     "parametrize",
     "plot",
     "preflight",
+    "reproduce",
     "rules",
     "sinks",
     "watch",

@@ -460,10 +460,10 @@ class Engine:
             self._advance(CountByHand())
         self._intake.raise_if_due()
 
-    def was_remade(self, streams: Sequence[str]) -> None:
-        """Note streams whose weights were re-initialised."""
+    def was_remade(self, *events: str) -> None:
+        """Note that weights were written for a reason, with the events that say why."""
         self._leave_quiet()
-        self._intake.note(*(f"reinit:{name}" for name in streams))
+        self._intake.note(*events)
         self._reader.was_remade()
 
     def resume_from(self, number: int, memory: Memory) -> None:

@@ -6,18 +6,22 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor
 
 from gradwatch.environment import BUDGET
 from gradwatch.kinds.judge import Rule
+from gradwatch.processes import processes
 from gradwatch.record import Alert
 from gradwatch.report.drawing import renderer
 from gradwatch.schedule import Schedule
 from gradwatch.sinks import ByBlock, Sink, Wandb
 
-OnAlert = Callable[[Alert], object] | Literal["raise"] | None
+_WORDS: Final = (None, "raise", "rollback")
+_OFTEN: Final = 100
+"""Steps between two states that are kept, where nothing else is said."""
+OnAlert = Callable[[Alert], object] | Literal["raise", "rollback"] | None
 
 
 @dataclass(kw_only=True)
@@ -48,6 +52,7 @@ class Settings:
     scaler: Any = None
     start_step: int = 0
     report: bool = False
+    recorder: int | None = None
     silent: bool = False
     schedule: Schedule = field(init=False)
 
@@ -58,12 +63,16 @@ class Settings:
         self.mute = _several("mute", self.mute)
         self.sinks = _several("sinks", self.sinks)
         self.rules = None if self.rules is None else _several("rules", self.rules)
-        if not (
-            self.on_alert is None or self.on_alert == "raise" or callable(self.on_alert)
-        ):
+        if not (self.on_alert in _WORDS or callable(self.on_alert)):
             raise TypeError(
-                f"on_alert is {self.on_alert!r}; expected a callable Alert -> None or "
-                '"raise".'
+                f"on_alert is {self.on_alert!r}; expected a callable Alert -> None, "
+                '"raise" or "rollback".'
+            )
+        self.recorder = _every(self.recorder, self.on_alert)
+        if self.on_alert == "rollback" and processes() > 1:
+            raise ValueError(
+                'on_alert="rollback" would put one of several processes back and not '
+                'the others; use on_alert="raise" and start again from a checkpoint.'
             )
         if not isinstance(self.start_step, int) or self.start_step < 0:
             raise ValueError(
@@ -114,6 +123,18 @@ class Settings:
     def patient(self) -> bool:
         """Whether steps may wait: nobody but gradwatch looks at each."""
         return self.rules is None and all(isinstance(s, ByBlock) for s in self.sinks)
+
+
+def _every(recorder: int | None, on_alert: OnAlert) -> int | None:
+    """Return how often a state is kept."""
+    if recorder is None:
+        return _OFTEN if on_alert == "rollback" else None
+    if isinstance(recorder, bool) or not isinstance(recorder, int) or recorder < 1:
+        raise ValueError(
+            f"recorder is {recorder!r}; expected the steps between two states that are "
+            "kept, at least 1, or None."
+        )
+    return recorder
 
 
 def _several(name: str, given: Any) -> tuple[Any, ...]:

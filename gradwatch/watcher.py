@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gradwatch import console, environment, remedies, resume
+from gradwatch import acting, console, environment, resume
 from gradwatch.engine import Engine
 from gradwatch.folder import meta, open_folder
 from gradwatch.health import Health
@@ -30,13 +30,14 @@ from gradwatch.intake import Intake
 from gradwatch.kinds.catalogue import default_rules
 from gradwatch.kinds.judge import Rule, check_mute
 from gradwatch.pipeline import Pipeline
-from gradwatch.processes import processes, rank
+from gradwatch.processes import rank
 from gradwatch.record import Alert, Incident, Remedy, Stream
+from gradwatch.recorder import Recorder
 from gradwatch.records import Latest, Records
 from gradwatch.recurrent import Recurrence, recurrences
 from gradwatch.report import inline, save
 from gradwatch.report import report as page_of
-from gradwatch.rewrite import Optimizers, several
+from gradwatch.rewrite import Optimizers
 from gradwatch.runs import DIR, Run, load
 from gradwatch.settings import OnAlert, Settings, checked_loss
 from gradwatch.sinks import Sink
@@ -62,6 +63,7 @@ def watch(
     scaler: Any = None,
     start_step: int = 0,
     report: bool = False,
+    recorder: int | None = None,
 ) -> Watch:
     """Attach to the recurrent modules of a model; the training loop stays as it is.
 
@@ -78,7 +80,8 @@ def watch(
         on_alert: Called with every warning and error; ``"raise"`` raises
             :class:`TrainingAlert` out of ``optimizer.step()`` on an error, for
             ``nonfinite`` before a weight has moved. On an accelerator ``"raise"``
-            costs one synchronisation a step.
+            costs one synchronisation a step. ``"rollback"``: where a gradient is not
+            finite, :meth:`Watch.rollback` in place of the step.
         sinks: More destinations: any object with the Sink protocol.
         wandb: ``"auto"``: the active run whenever there is one; a run; None; or a
             :class:`gradwatch.sinks.Wandb`.
@@ -89,6 +92,8 @@ def watch(
             ``scaler.step(optimizer)`` is used.
         start_step: Number of the first step.
         report: Whether :meth:`Watch.report` is called at close.
+        recorder: Steps between two states kept for :meth:`Watch.rollback`; a step that
+            is not finite is then written for :func:`gradwatch.reproduce`.
 
     Returns:
         The handle. It may be thrown away: the model keeps it alive.
@@ -117,6 +122,7 @@ def watch(
         scaler=scaler,
         start_step=start_step,
         report=report,
+        recorder=recorder,
     )
     named = default_rules([]) if settings.rules is None else settings.rules
     streams = [r.stream.name for r in found]
@@ -152,6 +158,7 @@ class Watch:
         self._loud = model is not None and rank() == 0
         self._folder: Jsonl | None = None
         self._engine: Engine | None = None
+        self._recorder: Recorder | None = None
         content: dict[str, Any] = {}
         with self._health.guard("the run folder"):
             content = meta(settings, self._streams)
@@ -161,6 +168,7 @@ class Watch:
         if model is not None and (self._loud or settings.raising):
             with self._health.guard("attaching to the model"):
                 self._engine = self._attach(model, found)
+                self._recorder = acting.recorder(self._engine, settings, self.dir)
         self._closed = self._engine is None
         if self._loud and self._engine is not None and not settings.silent:
             with self._health.guard("the first line"):
@@ -313,30 +321,20 @@ class Watch:
             RuntimeError: If the watch is closed or off, gradients wait for an
                 optimizer, or there are several processes.
         """
-        engine = self._engine
-        model = engine.model if engine is not None else None
-        if engine is None or model is None or self._closed:
-            raise RuntimeError("this watch is closed or off; nothing was applied.")
-        if processes() > 1:
-            raise RuntimeError(
-                "with several processes a remedy has to change every rank alike; call "
-                f"it yourself on each: {remedies.line(remedy)}"
-            )
-        given = several(optimizer) or engine.optimizers()
-        if not given:
-            raise ValueError(
-                "no optimizer has stepped yet, so pass it: "
-                "watch.apply(remedy, optimizer=optimizer)."
-            )
-        engine.settle()
-        if engine.open:
-            raise RuntimeError(
-                "there are gradients that no optimizer has used yet; apply a remedy "
-                "between optimizer.step() and the next backward()."
-            )
-        done = remedies.apply(remedy, model, given)
-        engine.was_remade(done.streams)
-        return done.answer
+        return acting.apply(self._engine, remedy, optimizer)
+
+    def rollback(self) -> int:
+        """Put model, optimizers, scaler and random numbers back to the last good state.
+
+        Gradients are dropped, steps counted on (event ``rollback``).
+
+        Returns:
+            The step before which that state was kept.
+
+        Raises:
+            RuntimeError: If there is none, the watch is closed, or it was done thrice.
+        """
+        return acting.roll_back(self._engine, self._recorder)
 
     def probe_now(self) -> None:
         """Have every probe group measured at the next step."""
@@ -401,6 +399,8 @@ class Watch:
             rest.callback(self._close_folder)
             rest.callback(self._pipeline.close)
             rest.callback(self._finalizer.detach)
+            if self._recorder is not None:
+                rest.callback(self._recorder.close)
             with self._health.guard("gradients"):
                 self._engine.close()
 

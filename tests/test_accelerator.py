@@ -339,3 +339,29 @@ def test_an_operation_across_devices_raises(there):
 def test_this_process_has_no_such_device():
     with pytest.raises(RuntimeError, match="device"):
         torch.empty(1, device=NAME)
+
+
+def recorded(device, folder):
+    """Train with a recorder and one bad batch; return its files and the steps."""
+    torch.manual_seed(0)
+    model = MODELS["LSTM"]().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    inputs = [x.to(device) for x in batches(STEPS)]
+    inputs[4] = inputs[4] * float("nan")
+    watch = gradwatch.watch(model, dir=folder, name="run", wandb=None, recorder=2)
+    steps = 0
+    for x in inputs:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        steps += 1
+    kept = watch._recorder.step
+    watch.close()
+    return sorted(p.name for p in watch.dir.rglob("*.pt")), steps, kept
+
+
+def test_a_flight_recorder_records_what_was_there(there, tmp_path):
+    files, steps, kept = there(recorded, NAME, tmp_path)
+    assert files == ["4-nonfinite.pt"] and steps == STEPS and kept == 2
+    found = gradwatch.reproduce(tmp_path / "run", model=MODELS["LSTM"]())
+    assert found.place == "input" and found.repeats

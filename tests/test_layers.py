@@ -16,13 +16,15 @@ WINGS = {
     "house": "health schedule console processes",
     "remedies": "rewrite init parametrize clip remedies",
     "hooks": "hooks",
+    "recorder": "recorder",
     "depths": "depths",
     "kinds": "kinds",
     "pages": "runs plot report",
     "sinks": "sinks",
-    "run": "environment settings folder pipeline intake quiet engine resume watcher",
+    "run": "environment settings folder pipeline intake quiet engine resume acting "
+    "watcher",
     "beside": "rules checkpoint inspection view",
-    "preflight": "before",
+    "preflight": "before reproducing",
     "shell": "shell cli __main__",
 }
 """Each wing with its rooms and folders, from the ground up."""
@@ -35,15 +37,16 @@ MAY_IMPORT = {
     "house": "values catalogue",
     "remedies": "values numerics model house",
     "hooks": "values numerics model house",
+    "recorder": "values house hooks",
     "depths": "values clock numerics catalogue model house hooks",
     "kinds": "values numerics catalogue remedies",
     "pages": "values catalogue house kinds",
     "sinks": "values catalogue house kinds pages",
-    "run": "values clock numerics catalogue model house remedies hooks depths kinds "
-    "pages sinks",
+    "run": "values clock numerics catalogue model house remedies hooks recorder depths "
+    "kinds pages sinks",
     "beside": "values numerics catalogue model house remedies kinds pages",
-    "preflight": "values catalogue model house remedies kinds run",
-    "shell": "preflight values catalogue house remedies kinds pages run beside",
+    "preflight": "values catalogue model house remedies recorder kinds run",
+    "shell": "preflight values catalogue house remedies kinds pages sinks run beside",
 }
 """What a wing may import beside itself. Down once, up never."""
 
@@ -106,13 +109,13 @@ def test_no_two_rooms_import_each_other_in_a_circle():
 
 
 def test_only_the_hooks_and_the_clippers_put_hooks_on_the_users_objects():
-    """And a preflight on its copy of the model, for as long as a forward takes."""
+    """And the recorder on outputs; what runs a copy of the model, on the copy."""
     found = {
         str(path.relative_to(ROOT).parent)
         for _, path in rooms()
         if re.search(r"\bregister_\w*hook\b", path.read_text(encoding="utf-8"))
     }
-    assert found == {"hooks", "clip", "before"}
+    assert found == {"hooks", "clip", "recorder", "before", "reproducing"}
 
 
 def test_no_room_is_too_large():
