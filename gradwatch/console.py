@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from gradwatch.facts import ModuleFacts
-from gradwatch.metrics import run_key, stream_key
+from gradwatch.metrics import PREFIX, run_key, stream_key
 from gradwatch.record import Incident, Stream, printable
 
 log: Final = logging.getLogger("gradwatch")
@@ -227,7 +227,7 @@ def incident_line(incident: Incident) -> str:
     named = incident.cause and incident.cause != incident.kind
     cause = f", cause {incident.cause}" if named else ""
     shown_numbers = ", ".join(
-        f"{key.rpartition('/')[2]} {number(value)}"
+        f"{_short_key(key)} {number(value)}"
         + ("" if threshold is None else f" (threshold {number(threshold)})")
         for key, (value, threshold) in list(incident.evidence.items())[:2]
     )
@@ -235,6 +235,11 @@ def incident_line(incident: Incident) -> str:
     back = f", came back {_count(incident.repeats, 'time')}" if incident.repeats else ""
     since = f"{incident.kind} since step {incident.since}"
     return f"{since}, {until}{back}{at}{cause}{numbers}"
+
+
+def _short_key(key: str) -> str:
+    """Return the last part of a key of ours; any other is somebody's own name."""
+    return key.rpartition("/")[2] if key.startswith(f"{PREFIX}/") else key
 
 
 def losses(health: Mapping[str, Any]) -> list[str]:

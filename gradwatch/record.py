@@ -153,6 +153,29 @@ class Alert:
     evidence: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
     remedy: Remedy | None = None
 
+    def __post_init__(self) -> None:
+        """Check what a rule of the user's own may get wrong.
+
+        Raises:
+            ValueError: If the severity is none.
+            TypeError: If a piece of evidence is no pair of a value and a threshold.
+        """
+        if self.severity not in get_args(Severity):
+            raise ValueError(
+                f"severity is {self.severity!r}; expected info, warning or error."
+            )
+        for key, pair in self.evidence.items():
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(
+                    f"the evidence of {key!r} is {pair!r}; expected a pair of a value "
+                    "and a threshold, or None for no threshold."
+                )
+        plain = {
+            key: (float(value), None if limit is None else float(limit))
+            for key, (value, limit) in self.evidence.items()
+        }
+        object.__setattr__(self, "evidence", plain)
+
     def _repr_html_(self) -> str:
         """Return the message for a notebook."""
         text = html.escape(printable(self.message[:4000], lines=True))

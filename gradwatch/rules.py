@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from gradwatch.kinds.catalogue import CATALOGUE, default_rules
-from gradwatch.kinds.incidents import Incidents
-from gradwatch.kinds.judge import Judge, Rule, check_mute
-from gradwatch.record import Alert, StepRecord, Stream
+from torch import nn
 
-__all__ = ["Rule", "default_rules", "replay"]
+from gradwatch.kinds import catalogue
+from gradwatch.kinds.catalogue import CATALOGUE
+from gradwatch.kinds.incidents import Incidents
+from gradwatch.kinds.judge import Judge, OfKind, Rule, check_mute
+from gradwatch.record import Alert, StepRecord, Stream
+from gradwatch.recurrent import recurrences
+
+__all__ = ["OfKind", "Rule", "default_rules", "replay"]
+
+
+def default_rules(of: nn.Module | Sequence[Stream]) -> list[Rule]:
+    """Return the catalogue's rules for one model, to be passed on with your own.
+
+    Args:
+        of: The model; or its streams, such as ``gradwatch.load(dir).streams``.
+
+    Raises:
+        ValueError: If the model has no recurrent module.
+    """
+    if isinstance(of, nn.Module):
+        of = [found.stream for found in recurrences(of)]
+    return catalogue.default_rules(of)
 
 
 def replay(

@@ -549,6 +549,10 @@ def sick():
 number = 3
 def wrong():
     return 3
+def breaks():
+    return 1 / 0
+def misnamed():
+    return {"model": Net(), "batches": [labelled()], "loss_fn": of_classes, "lagg": 9}
 """
 
 
@@ -560,6 +564,8 @@ def wrong():
         ("nothing", 2, "has no function 'nothing'"),
         ("number", 2, "has no function 'number'"),
         ("wrong", 2, "returned int"),
+        ("breaks", 2, "ZeroDivisionError"),
+        ("misnamed", 2, "is called 'lagg'; they are model, batches"),
         ("", 2, "names no function"),
     ],
 )

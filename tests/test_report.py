@@ -450,9 +450,9 @@ def test_the_command_writes_a_page_and_prints_its_path(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nowhere"], "is no run folder"),
+        (["nowhere"], "there is no run"),
         (["latest"], "holds no run"),
-        (["a", "b", "c"], "is no run folder"),
+        (["a", "b", "c"], "there is no run"),
     ],
 )
 def test_the_command_says_in_a_sentence_what_is_wrong(

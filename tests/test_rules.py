@@ -4,7 +4,9 @@ import json
 import math
 
 import pytest
+import torch
 
+import gradwatch
 from gradwatch.facts import NO_FACTS, Facts, StepFacts
 from gradwatch.kinds.catalogue import CATALOGUE, default_rules
 from gradwatch.kinds.exploding import Exploding
@@ -14,6 +16,7 @@ from gradwatch.kinds.nonfinite import Nonfinite
 from gradwatch.kinds.spike import Spike
 from gradwatch.metrics import run_key
 from gradwatch.record import Alert, StepRecord, Stream
+from testbed.models import batches, lstm
 
 STREAM = Stream(
     name="rnn.l0",
@@ -252,3 +255,77 @@ def test_states_are_plain_and_go_on_where_they_were():
     again.load_state_dict(incidents.state_dict())
     assert again.take(alert("nonfinite", step=9))[0] is None
     assert again.all()[0].alerts[0].kind == "nonfinite"
+
+
+# ---- what a rule of the user's own may get wrong
+
+
+class Nothing:
+    """Forgets its last return."""
+
+    def update(self, record):
+        return None
+
+
+class Alone:
+    def update(self, record):
+        return gradwatch.Alert(kind="k", severity="info", step=0, since=0, message="m")
+
+
+class Words:
+    def update(self, record):
+        return ["slow"]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (Nothing, "Nothing.update returned NoneType; expected a list"),
+        (Alone, "Alone.update returned Alert; expected a list"),
+        (Words, "Words.update returned str in a list; expected a list"),
+    ],
+)
+def test_a_rule_that_returns_no_alerts_is_off_alone(make, told, monkeypatch, caplog):
+    monkeypatch.setenv("GRADWATCH_STRICT", "0")
+    model = lstm()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rules = [*gradwatch.rules.default_rules(model), make()]
+    with gradwatch.watch(model, dir=None, wandb=None, rules=rules) as watch:
+        for number, x in enumerate(batches(12)):
+            optimizer.zero_grad()
+            (model(x).sum() * (float("nan") if number == 9 else 1.0)).backward()
+            optimizer.step()
+        watch.flush()
+        assert [a.kind for a in watch.alerts if a.severity == "error"] == ["nonfinite"]
+        assert [*watch.health["failed"]] == [f"rule {make.__name__}"]
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"severity": "critical"}, ValueError, "severity is 'critical'"),
+        ({"evidence": {"k": 3.0}}, TypeError, "evidence of 'k' is 3.0"),
+    ],
+)
+def test_an_alert_that_cannot_be_written_is_none(given, error, told):
+    whole = {"kind": "k", "severity": "info", "step": 0, "since": 0, "message": "m"}
+    with pytest.raises(error, match=told):
+        gradwatch.Alert(**{**whole, **given})
+    alert = gradwatch.Alert(**whole, evidence={"k": (torch.tensor(3.0), 2)})
+    assert alert.evidence == {"k": (3.0, 2.0)}
+
+
+def test_what_an_incident_has_taken_in_brings_no_remedy_of_its_own():
+    incidents = Incidents(CATALOGUE)
+
+    def alert(kind, remedy):
+        return gradwatch.Alert(
+            kind=kind, severity="warning", step=3, since=3, message=kind, remedy=remedy
+        )
+
+    incidents.take(alert("saturated", None))
+    other = gradwatch.Remedy(name="init.chrono_", args={"t_max": 9})
+    assert incidents.take(alert("vanishing", other))[0] is None
+    [incident] = incidents.all()
+    assert incident.kind == "saturated" and incident.remedy is None

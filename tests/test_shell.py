@@ -169,6 +169,44 @@ def test_the_exit_code_of_check(case, tmp_path, capsys):
     )
 
 
+def test_check_says_why_and_what_to_do_as_the_alert_did(tmp_path, capsys):
+    out = asked(capsys, "check", written(tmp_path))[1]
+    assert "         why: mine\n         do: mine()\n" in out
+    folder = written(tmp_path, name="own")
+    for path in [folder / "alerts.jsonl", *(folder / "incidents").iterdir()]:
+        path.write_text(
+            path.read_text()
+            .replace('"vanishing"', '"mine"')
+            .replace("why: ", "so: ")
+            .replace("gradwatch/rnn/l0/rho", "val/loss")
+        )
+    out = asked(capsys, "check", folder)[1]
+    assert "explain" not in out and "val/loss 1.3 (threshold 1.1)" in out
+
+
+def test_a_name_that_is_nearly_right(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GRADWATCH_DIR", str(tmp_path))
+    written(tmp_path, name="demo")
+    err = asked(capsys, "check", "dmo")[2]
+    assert "there is no run 'dmo'" in err and "near it: demo" in err
+
+
+def test_two_runs_leave_the_page_of_the_first(tmp_path, capsys):
+    pytest.importorskip("vl_convert")
+    one, two = written(tmp_path, name="one"), written(tmp_path, name="two")
+    assert asked(capsys, "report", one, two)[1] == f"{one}/report-with-two.html\n"
+    assert not (one / "report.html").exists()
+
+
+def test_live_names_what_cannot_be_read(tmp_path, capsys):
+    folder = written(tmp_path)
+    (folder / "alerts.jsonl").write_text("nonsense\n")
+    out = asked(capsys, "live", folder, "--once")[1]
+    assert "1 line cannot be read, first alerts.jsonl: line 1" in out
+    code, _, err = asked(capsys, "live", folder, "--every", 0)
+    assert code == 2 and "--every is 0.0" in err
+
+
 def test_what_was_lost_is_no_good_sign(tmp_path, capsys):
     folder = written(tmp_path, sick=False)
     meta = json.loads((folder / "meta.json").read_text())
@@ -430,6 +468,7 @@ def test_prune_deletes_what_is_ours_and_nothing_else(tmp_path, capsys, monkeypat
 @pytest.mark.parametrize(
     ("name", "told"),
     [
+        ("schedule", "<since>"),
         ("rho", "spectral radius of W_hh"),
         ("gradwatch/rnn/l0/rho", "spectral radius of W_hh"),
         ("gradwatch/rnn/l0/shut/f", "share of sigmoid gate values below .05"),

@@ -101,7 +101,7 @@ class Incidents:
             streams=tuple(dict.fromkeys((*known.streams, *alert.streams))),
             cause=known.cause or (alert.cause if alert.kind == known.kind else None),
             evidence={**known.evidence, **alert.evidence},
-            remedy=known.remedy or alert.remedy,
+            remedy=known.remedy or (alert.remedy if alert.kind == known.kind else None),
             alerts=(*known.alerts, alert) if rises else known.alerts,
         )
         self._open[known.kind] = grown

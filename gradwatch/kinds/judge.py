@@ -15,7 +15,9 @@ from gradwatch.record import Alert, Incident, StepRecord
 class Rule(Protocol):
     """Judges one record after the other.
 
-    What a rule may also have is in the protocols below.
+    An alert opens an incident, which is over with the next record; a rule that has
+    ``kind`` and ``active`` as well keeps it open while ``active`` is true
+    (:class:`gradwatch.rules.OfKind`).
     """
 
     def update(self, record: StepRecord) -> list[Alert]:
@@ -185,7 +187,7 @@ class Judge:
             try:
                 alerts = []
                 if busy is None or rule in busy:
-                    alerts = rule.update(record)
+                    alerts = _checked(rule, rule.update(record))
             except Exception as error:
                 self._failed(rule, error)
                 continue
@@ -250,6 +252,24 @@ class Judge:
             if saved is not None and isinstance(rule, Saved):
                 rule.load_state_dict(saved)
         self.incidents.load_state_dict(state["incidents"])
+
+
+def _checked(rule: Rule, returned: Any) -> list[Alert]:
+    """Return what a rule has returned, if it is alerts.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if type(returned) is list and all(isinstance(alert, Alert) for alert in returned):
+        return returned
+    odd = returned
+    if isinstance(returned, list):
+        odd = next(each for each in returned if not isinstance(each, Alert))
+    raise TypeError(
+        f"{type(rule).__name__}.update returned {type(odd).__name__}"
+        f"{' in a list' if odd is not returned else ''}; expected a list of "
+        "gradwatch.Alert, [] where there is nothing to report"
+    )
 
 
 def _part(rule: Rule) -> str:

@@ -16,7 +16,8 @@ from gradwatch.metrics import run_key, stream_key
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
 
 _NORMALISE: Final = (
-    "inputs = (inputs - inputs.mean()) / inputs.std()  # then train from the start"
+    "inputs = (inputs - inputs.mean((0, 1))) / inputs.std((0, 1))  # each feature of "
+    "(T, B, features); then train from the start"
 )
 
 SATURATED = Kind(

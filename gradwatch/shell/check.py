@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 from gradwatch.console import incident_line, losses
 from gradwatch.kinds.catalogue import CATALOGUE as KINDS
 from gradwatch.kinds.catalogue import title
+from gradwatch.plot.columns import counted
 from gradwatch.record import Incident, dump_line, printable
-from gradwatch.remedies import line
 from gradwatch.report.content import Subject, verdict
 from gradwatch.runs import Run, load
 from gradwatch.shell.verb import (
@@ -84,7 +84,8 @@ def inconclusive(run: Run) -> Iterator[str]:
     if all(isinstance(part, dict) for part in known.values()):
         yield from losses(known)
     if run.skipped:
-        yield f"{len(run.skipped)} lines cannot be read, first {run.skipped[0]}"
+        count = counted(len(run.skipped), "line")
+        yield f"{count} cannot be read, first {run.skipped[0]}"
 
 
 def _checked(given: argparse.Namespace) -> Answer:
@@ -115,7 +116,8 @@ def _checked(given: argparse.Namespace) -> Answer:
     lines = wrapped(f"{folder}: {plain['verdict']}")
     for incident in found:
         lines += wrapped(f"{incident.severity:7}  {incident_line(incident)}", 13)
-        lines += wrapped(f"         do: {_do(incident)}", 13)
+        for part in _told(incident):
+            lines += wrapped(f"         {part}", 13)
     for why in doubts:
         lines += wrapped(f"inconclusive: {why}", 14)
     if found:
@@ -123,14 +125,15 @@ def _checked(given: argparse.Namespace) -> Answer:
     return Answer("\n".join(lines), plain, code)
 
 
-def _do(incident: Incident) -> str:
-    """Return what to do against an incident: a line to paste, where there is one."""
-    if incident.remedy is not None:
-        return line(incident.remedy)
+def _told(incident: Incident) -> Iterator[str]:
+    """Yield why, and what to do, as the incident's alert had it."""
     message = plain_incident(incident)["message"] or ""
-    lines = [part.strip() for part in message.splitlines()]
-    said = [part.removeprefix("do: ") for part in lines if part.startswith("do: ")]
-    return said[-1] if said else f"gradwatch explain {incident.kind}"
+    parts = [part.strip() for part in message.splitlines()]
+    for name in ("why", "do"):
+        said = [part for part in parts if part.startswith(f"{name}: ")]
+        yield from said[-1:]
+    if incident.kind in KINDS and not any(p.startswith("why: ") for p in parts):
+        yield f"more: gradwatch explain {incident.kind}"
 
 
 def _github(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,8 @@ def _of_cause(name: str) -> Iterator[str]:
         cause = kind.causes.get(name)
         if cause is None or name == kind.name:
             continue
-        helps = cause.do or (f"gradwatch.{cause.remedy}(...)" if cause.remedy else "-")
+        named = f"gradwatch.{cause.remedy}(...)" if cause.remedy else "-"
+        helps = re.sub(r"\{(\w+)[^}]*\}", r"<\1>", cause.do) or named
         parts = ("told by", cause.known), ("why", cause.why), ("do", helps)
         yield "\n".join(
             [f"{name}: a cause of {kind.name}"]

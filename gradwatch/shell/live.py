@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from gradwatch.console import incident_line, number
 from gradwatch.metrics import run_key, stream_key
+from gradwatch.plot.columns import counted
 from gradwatch.record import (
     Incident,
     StepRecord,
@@ -33,6 +34,7 @@ from gradwatch.shell.verb import (
     plain_incident,
     run_folder,
     table,
+    wrapped,
 )
 
 _ABOUT: Final = """\
@@ -175,13 +177,16 @@ def screen(now: Following, marks: str = _BLOCKS, height: int = 24) -> list[str]:
     more = len(now.run.streams) - (len(rows) - 1)
     if rows and more > 0:
         lines.append(f"... {more} more streams")
-    lines += [""] + [
-        f"{i.severity:7}  {incident_line(i)}" for i in now.open[:_INCIDENTS]
-    ]
+    lines.append("")
+    for incident in now.open[:_INCIDENTS]:
+        lines += wrapped(f"{incident.severity:7}  {incident_line(incident)}", 9)
     if len(now.open) > _INCIDENTS:
         lines.append(f"... {len(now.open) - _INCIDENTS} more")
     if not now.open:
         lines.append("no alarm" if now.ended else "no alarm is open")
+    if now.run.skipped:
+        count = counted(len(now.run.skipped), "line")
+        lines.append(f"{count} cannot be read, first {now.run.skipped[0]}")
     if now.ended:
         folder = shlex.quote(str(now.folder))
         lines.append(f"to see all of it: gradwatch report {folder} --open")
@@ -226,7 +231,11 @@ def status(now: Following) -> str:
     """Return a run as one line."""
     if not now.rows:
         return "no step yet"
-    parts = [f"step {now.rows[-1].step}"]
+    kinds = ", ".join(i.kind for i in now.open if i.severity != "info")
+    state = f"open: {kinds}" if kinds else "no alarm is open"
+    if now.ended:
+        state = f"ended; alarms: {kinds}" if kinds else "ended; no alarm"
+    parts = [f"step {now.rows[-1].step}", state]
     for name, key in (("loss", "loss"), ("norm", "grad_norm")):
         if values := now.series(run_key(key)):
             parts.append(f"{name} {number(values[-1])}")
@@ -240,11 +249,6 @@ def status(now: Following) -> str:
             worst = (min if metric == "horizon" else max)(last, key=lambda s: last[s])
             value = _value(metric, [last[worst]], worst, now.lengths)
             parts.append(f"{name} {value} ({worst.name})")
-    kinds = ", ".join(i.kind for i in now.open if i.severity != "info")
-    if now.ended:
-        parts.append(f"ended; alarms: {kinds}" if kinds else "ended; no alarm")
-    else:
-        parts.append(f"open: {kinds}" if kinds else "no alarm is open")
     return cut("  ".join(parts))
 
 
@@ -252,6 +256,8 @@ def _followed(given: argparse.Namespace) -> Answer:
     now = Following(run_folder(given.run))
     on_screen = sys.stdout.isatty() and not given.json
     marks = _marks(sys.stdout.encoding)
+    if given.every is not None and not given.every > 0:
+        raise ValueError(f"--every is {given.every}; expected seconds above 0.")
     every = given.every or (1.0 if on_screen else 10.0)
     told, shown, began = 0, 0.0, time.monotonic()
     first = True

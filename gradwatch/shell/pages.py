@@ -12,6 +12,7 @@ from gradwatch import report, view
 from gradwatch.inspection import inspect
 from gradwatch.runs import load
 from gradwatch.shell.verb import Answer, Progress, Verb, run_folder
+from gradwatch.sinks.jsonl import safe_name
 
 _INSPECT: Final = """\
 Look at the recurrent weights of a checkpoint, before any training: spectral radius,
@@ -66,7 +67,10 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
         "run", nargs="+", metavar="RUN", help="one, or two side by side"
     )
     parser.add_argument(
-        "-o", "--output", help="the file (default: report.html in the run folder)"
+        "-o",
+        "--output",
+        help="the file (default: report.html in the run folder; of two runs "
+        "report-with-RUN2.html in the first)",
     )
     parser.add_argument("--open", action="store_true", help="show it in the browser")
 
@@ -79,7 +83,10 @@ def _reported(given: argparse.Namespace) -> Answer:
         progress.say(f"reading {folder}")
         runs.append(load(folder))
     try:
-        path = report.save(runs, given.output, say=progress.say)
+        output = given.output
+        if output is None and len(runs) > 1:  # the page of the first run alone stays
+            output = runs[0].dir / f"report-with-{safe_name(runs[1].dir.name)}.html"
+        path = report.save(runs, output, say=progress.say)
     finally:
         progress.end()
     if given.open:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -28,8 +30,26 @@ example: gradwatch preflight train:preflight_arguments
 """
 
 
+_KNOWN: Final = tuple(inspect.signature(inspected).parameters)
+
+
 def _tried(given: argparse.Namespace) -> Answer:
-    found = inspected(**_arguments_of(_called(given.function)))
+    try:
+        arguments = _arguments_of(_called(given.function))
+        odd = arguments.keys() - _KNOWN
+        if odd:
+            raise ValueError(
+                f"no argument of gradwatch.preflight is called {sorted(odd)[0]!r}; "
+                f"they are {', '.join(_KNOWN)}."
+            )
+        found = inspected(**arguments)
+    except ValueError:
+        raise
+    except Exception as error:  # of the user's own code: where it is, is told
+        traceback.print_exc()
+        raise ValueError(
+            f"{given.function} cannot be tried ({type(error).__name__}: {error})."
+        ) from error
     return Answer(str(found), plain(found), code=0 if found.ok else 1)
 
 

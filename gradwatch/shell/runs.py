@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from gradwatch.runs import Run, outline
 from gradwatch.runs import parent as default
-from gradwatch.shell.verb import Answer, Progress, Verb, table
+from gradwatch.shell.verb import Answer, Progress, Verb, cut, table
 
 _ABOUT: Final = """\
 List runs with their verdicts, the newest first.
@@ -115,7 +115,7 @@ def _listed(given: argparse.Namespace) -> Answer:
     rows = [("run", "written", "last step", "", "verdict")]
     rows += [
         (
-            one.folder.name[:40],
+            cut(one.folder.name, 32),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(one.written)),
             "-" if one.last is None else f"{one.last:,}",
             one.state,
@@ -193,6 +193,7 @@ def _ask(doomed: list[Path]) -> None:
 def _files(folder: Path) -> Iterator[Path]:
     """Yield the files of a run folder that gradwatch writes."""
     yield from (p for name in _OURS if (p := folder / name).is_file())
+    yield from folder.glob("report-with-*.html")
     incidents = folder / "incidents"
     if not incidents.is_symlink():
         yield from (p for p in incidents.glob("*.json") if p.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import textwrap
 import time
@@ -60,8 +61,15 @@ def run_folder(name: str) -> Path:
     """Return the run folder that is meant: a path, a run's name, or ``latest``."""
     if name == "latest":
         return latest()
+    if Path(name).exists():
+        return Path(name)
     by_name = parent() / name
-    return Path(name) if Path(name).exists() or not by_name.exists() else by_name
+    if by_name.exists():
+        return by_name
+    known = [path.parent.name for path in parent().glob("*/records.jsonl")]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"near it: {', '.join(near)}" if near else "gradwatch runs lists them"
+    raise FileNotFoundError(f"there is no run {name!r} here or in {parent()}; {hint}.")
 
 
 def plain_incident(incident: Incident) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()[:WIDTH]
+        cut("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
         for row in rows
     ]
 
