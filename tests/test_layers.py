@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import gradwatch
@@ -151,3 +153,16 @@ def test_tests_and_benchmarks_are_untied():
     for path in (HOME / "tests").rglob("*.py"):
         if str(path.relative_to(HOME)) not in ABOUT_BENCHMARKS:
             assert "benchmarks" not in set(roots(path)), path
+
+
+HEAVY = (
+    "wandb altair vl_convert jinja2 pandas lightning transformers shtab IPython yaml"
+)
+
+
+def test_the_import_is_light():
+    code = f"import sys, gradwatch; print({{*{HEAVY!r}.split()}} & {{*sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"

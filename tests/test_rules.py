@@ -329,3 +329,40 @@ def test_what_an_incident_has_taken_in_brings_no_remedy_of_its_own():
     assert incidents.take(alert("vanishing", other))[0] is None
     [incident] = incidents.all()
     assert incident.kind == "saturated" and incident.remedy is None
+
+
+def first_steps(rule, largest, losses, constant=2.3):
+    """Feed a run whose second update is the largest; return its alerts."""
+    found = []
+    for step, loss in enumerate(losses):
+        metrics = {UPDATE: largest if step == 1 else 0.02, run_key("loss"): loss}
+        if step == 0 and constant is not None:
+            metrics[run_key("loss_constant")] = constant
+        found += rule.update(record(step, 1.0, **metrics))
+    return found
+
+
+@pytest.mark.parametrize("constant", [2.3, None])
+def test_first_steps_that_leave_nothing_of_the_weights(constant):
+    stuck = [2.3] + [7.0] * 79
+    rule = LrTooHigh([STREAM])
+    [alert] = first_steps(rule, 1.5, stuck, constant)
+    assert (alert.cause, alert.since, alert.step) == ("lr", 1, 40)
+    assert alert.evidence == {UPDATE: (1.5, 1.0)} and rule.active
+    assert "the first steps were too large" in alert.message
+    learnt = [2.3, *(7.0 * 0.9**n for n in range(79))]
+    rule = LrTooHigh([STREAM])
+    assert first_steps(rule, 1.5, learnt, constant) == [] and not rule.active
+    assert first_steps(LrTooHigh([STREAM]), 0.9, stuck, constant) == []
+
+
+def test_it_is_over_once_the_net_learns():
+    rule = LrTooHigh([STREAM])
+    first_steps(rule, 1.5, [2.3] + [7.0] * 49)
+    assert rule.active
+    for step in range(50, 60):
+        rule.update(record(step, 1.0, **{UPDATE: 0.02, run_key("loss"): 0.5}))
+    assert not rule.active
+    again = LrTooHigh([STREAM])
+    again.load_state_dict(rule.state_dict())
+    assert not again.active

@@ -187,7 +187,9 @@ class Judge:
             try:
                 alerts = []
                 if busy is None or rule in busy:
-                    alerts = _checked(rule, rule.update(record))
+                    alerts = rule.update(record)
+                    if alerts or type(alerts) is not list:
+                        alerts = _checked(rule, alerts)
             except Exception as error:
                 self._failed(rule, error)
                 continue

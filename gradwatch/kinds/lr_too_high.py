@@ -49,6 +49,20 @@ LR_TOO_HIGH = Kind(
             0.1,
             "the cause is known: the clip was to hold such steps back",
         ),
+        "first": Evidence(
+            "`update_ratio`, once in the first 10 steps, and nothing learnt by step 40",
+            1.0,
+            None,
+            "the weights that there were are gone; of 198 families only those whose "
+            "rate is too high reach .4 there",
+        ),
+        "constant": Evidence(
+            "beside it: median of 5 losses over `loss_constant` or, where that is not "
+            "known, over the first loss",
+            0.97,
+            0.8,
+            "no better than a constant output",
+        ),
         "faster": Evidence(
             "beside either: times by which the update has grown more than the gradient",
             10.0,
@@ -64,8 +78,14 @@ LR_TOO_HIGH = Kind(
         ),
     },
     warm_up="10 steps, none where gradients are clipped after the step",
-    confirmed="by 4 consecutive such medians, by 2 jumps, or by one leap",
-    over="after 25 medians at .15 or below, after 100 where there was a jump",
+    confirmed=(
+        "by 4 consecutive such medians, by 2 jumps, or by one leap; of the first steps "
+        "at the 40th"
+    ),
+    over=(
+        "after 25 medians at .15 or below, after 100 where there was a jump; of the "
+        "first steps once the loss is below .8 of the constant's"
+    ),
     excused="a loss that has fallen by a fifth",
     causes={
         "schedule": Cause(
@@ -99,6 +119,11 @@ LR_TOO_HIGH = Kind(
             "steps before any is judged",
             "the first updates of an adaptive optimizer are its largest",
         ),
+        "settled": Number(
+            40,
+            "steps after which the first ones are judged",
+            "who learns at such a rate has begun to by then",
+        ),
         "hold": Number(4, "such medians, consecutive"),
         "jumps": Number(2, "jumps among the last updates", "one may be a batch's"),
         "back": Number(
@@ -121,7 +146,27 @@ _BACK_FROM_JUMP: Final = LR_TOO_HIGH.count("back_from_jump")
 _CALM: Final = LR_TOO_HIGH.clear("ratio")
 _LEAST_BACK: Final = LR_TOO_HIGH.count("least_back")
 _KEEPS: Final = LR_TOO_HIGH.number("keeps")
+_FIRST: Final = LR_TOO_HIGH.at("first")
+_NOTHING_LEARNT: Final = LR_TOO_HIGH.at("constant")
+_SETTLED: Final = LR_TOO_HIGH.count("settled")
+_LOSS: Final = run_key("loss")
 _NORM: Final = run_key("grad_norm")
+_CONSTANT: Final = run_key("loss_constant")
+
+
+@dataclass(slots=True)
+class _Early:
+    """A large update in the first steps.
+
+    Attributes:
+        since: The step of the largest.
+        ratio: Its size.
+        raised: Whether it was reported.
+    """
+
+    since: int
+    ratio: float
+    raised: bool = False
 
 
 @dataclass(slots=True)
@@ -136,6 +181,9 @@ class _State:
         taken: Steps so far.
         burst: The largest norm lately, fading.
         outside: What was done beside the steps.
+        early: Stream -> its largest update in the first steps, where that is large.
+        constant: What a constant output would have for a loss; until it is known, the
+            first loss.
     """
 
     ratios: dict[str, list[float]] = field(default_factory=dict)
@@ -145,6 +193,8 @@ class _State:
     taken: int = 0
     burst: float = 0.0
     outside: Outside = field(default_factory=Outside)
+    early: dict[str, _Early] = field(default_factory=dict)
+    constant: float = math.nan
 
 
 class LrTooHigh(Remembering[_State]):
@@ -163,10 +213,14 @@ class LrTooHigh(Remembering[_State]):
     def active(self) -> bool:
         """Whether updates are still too large somewhere."""
         each = self._state.running  # of streams that are no more, too, where resumed
+        if any(early.raised for early in self._state.early.values()):
+            return True
         return any(s.name in each and each[s.name].raised for s, _ in self._watched)
 
     def update_block(self, block: Block) -> bool:
         """Take in plain rows with usual updates of every stream."""
+        if self._state.early:
+            return False
         state, norms = self._state, block.whole(_NORM)
         before = block.read(_NORM)
         if norms is None or before is None:
@@ -199,6 +253,9 @@ class LrTooHigh(Remembering[_State]):
             self._state.ratios.pop(name, None)
         self._state.taken += 1
         found, norm = [], record.metrics.get(_NORM, math.nan)
+        if self._state.early or self._state.taken <= self._warm_up:
+            self._take_constant(record)
+            found = self._of_the_start(record)
         each = self._state.running
         if math.isfinite(norm):  # momentum keeps the update of one large gradient up
             self._state.burst = max(norm, _KEEPS * self._state.burst)
@@ -211,6 +268,10 @@ class LrTooHigh(Remembering[_State]):
                 if running.raised and not record.partial:
                     running.take(record.step, False, self._hold, _LEAST_BACK)
                 continue
+            if self._state.taken <= self._warm_up and ratio >= _FIRST:
+                known_early = self._state.early.get(stream.name)
+                if known_early is None or ratio > known_early.ratio:
+                    self._state.early[stream.name] = _Early(record.step, ratio)
             if 0 < ratio < _CALM:
                 self._take_usual(stream, ratio, norm)
             known = self._state.ratios.get(stream.name, [])
@@ -227,8 +288,64 @@ class LrTooHigh(Remembering[_State]):
             hold = running.steps + 1 if jumps else self._hold
             if running.take(record.step, there or jumps, hold, _LEAST_BACK):
                 size = max(last) if jumps else size
+                self._state.early.pop(stream.name, None)
                 found.append(self._alert(record, stream, key, size))
         return found
+
+    def _take_constant(self, record: StepRecord) -> None:
+        """Take in what a constant output would have; at first the first loss."""
+        known = record.metrics.get(_CONSTANT)
+        if known is None and math.isnan(self._state.constant):
+            known = record.metrics.get(_LOSS)
+        if known is not None and math.isfinite(known):
+            self._state.constant = known
+
+    def _of_the_start(self, record: StepRecord) -> list[Alert]:
+        """Judge the largest updates of the first steps, once it is known what came."""
+        state, found = self._state, []
+        if (
+            not state.early
+            or state.taken <= _SETTLED
+            or len(state.losses.last) < self._last
+        ):
+            return []
+        share = upper_median(state.losses.last[-self._last :]) / state.constant
+        for stream, key in self._watched:
+            early = state.early.get(stream.name)
+            if early is None:
+                continue
+            running = state.running.get(stream.name)
+            told = not early.raised and running is not None and running.raised
+            least = LR_TOO_HIGH.clear("constant") if early.raised else _NOTHING_LEARNT
+            if told or not share >= least:
+                del state.early[stream.name]
+            elif not early.raised:
+                early.raised = True
+                found.append(self._alert_early(record, stream, key, early, share))
+        return found
+
+    def _alert_early(
+        self,
+        record: StepRecord,
+        stream: Stream,
+        key: str,
+        early: _Early,
+        share: float,
+    ) -> Alert:
+        return text.alert(
+            LR_TOO_HIGH,
+            record,
+            since=early.since,
+            what=f"the first steps were too large for {stream.name}",
+            shown=(
+                f"update_ratio {early.ratio:.2g} at step {early.since} (alarm: "
+                f"{_FIRST:g} or more): little of the weights was left; the loss is "
+                f"{share:.2f} times that of a constant"
+            ),
+            cause="clip_order" if self._state.outside.late else "lr",
+            evidence={key: (early.ratio, _FIRST)},
+            stream=stream,
+        )
 
     def _jumps(self, stream: Stream, last: Sequence[float]) -> bool:
         """Tell whether an update leaves nothing of the weights, and not by its norm."""

@@ -13,6 +13,8 @@ from gradwatch.record import Alert, Remedy, Severity, StepRecord, Stream
 HIDDEN: Final = "clipping would hide that, not cure it"
 BREAKS: Final = ("nonfinite", "exploding", "lr_too_high")
 """Kinds after which little else that is seen is a fault of its own."""
+LOOP: Final = ("not_cleared", "not_updating")
+"""Mistakes of the loop, which keep a net from learning whatever gradients do."""
 CLIPPED_LATE: Final = (
     "the gradients are clipped after optimizer.step(), which has used them as they "
     "were: nothing is clipped"

@@ -211,7 +211,7 @@ VANISHING = Kind(
             70, "steps of a sequence that is long for a vanilla net, more than"
         ),
     },
-    explained_by=(*text.BREAKS, "dead_units", "gate_stuck", "saturated"),
+    explained_by=(*text.BREAKS, *text.LOOP, "dead_units", "gate_stuck", "saturated"),
 )
 
 _LOW: Final = VANISHING.at("reach")
