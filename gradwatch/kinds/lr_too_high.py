@@ -288,7 +288,8 @@ class LrTooHigh(Remembering[_State]):
             hold = running.steps + 1 if jumps else self._hold
             if running.take(record.step, there or jumps, hold, _LEAST_BACK):
                 size = max(last) if jumps else size
-                self._state.early.pop(stream.name, None)
+                if (early := self._state.early.get(stream.name)) is not None:
+                    early.raised = True  # it stays open until the net learns
                 found.append(self._alert(record, stream, key, size))
         return found
 
@@ -314,10 +315,8 @@ class LrTooHigh(Remembering[_State]):
             early = state.early.get(stream.name)
             if early is None:
                 continue
-            running = state.running.get(stream.name)
-            told = not early.raised and running is not None and running.raised
             least = LR_TOO_HIGH.clear("constant") if early.raised else _NOTHING_LEARNT
-            if told or not share >= least:
+            if not share >= least:
                 del state.early[stream.name]
             elif not early.raised:
                 early.raised = True
