@@ -419,6 +419,29 @@ def test_a_weight_without_gradient_in_every_batch():
     assert failed == {}  # nobody means to train the other
 
 
+def padded():
+    x, y = labelled()
+    for sequence, length in enumerate((T, 9, 7, 12, 15, 20)):
+        x[length:, sequence] = 0
+    return [(x, y)]
+
+
+def test_a_read_out_behind_padding_is_a_warning():
+    _, found = checks(Net(), batches=padded())
+    [warning] = found.warned
+    assert warning.name == "padding" and "pack_padded_sequence" in warning.do
+    assert "behind padding (50% of the" in warning.text
+    _, found = checks(Net(), batches=[labelled()])
+    assert found.warned == []
+
+    def each(model, batch):  # reads every step, so that the end is one of many
+        return model.head(model.rnn(batch[0])[0]).square().mean()
+
+    assert checks(Net(), each, padded())[1].warned == []
+    _, found = checks(Packed(), packed_loss, [with_lengths()])
+    assert found.warned == []
+
+
 class Mixing(Net):
     def forward(self, x):
         out = super().forward(x)

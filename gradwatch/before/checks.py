@@ -30,6 +30,10 @@ _SMALL: Final = 2.0**-9
 """The same, at most."""
 _EARLY: Final = 0.1
 """Share of a sequence that a direction has seen where it has seen hardly any."""
+_END: Final = 0.85
+"""The same, from which on only the end of a sequence is read."""
+_PADDED: Final = 0.25
+"""Share of padding that is told, at least: images have blank ends, up to .2."""
 _SHORTEST: Final = 8
 """Time steps of a sequence whose ends are told apart, at least."""
 
@@ -130,6 +134,49 @@ def finite(seen: Seen) -> Iterator[Check]:
         yield Check("finite", FAIL, what, "gradwatch explain nonfinite")
 
 
+def padding(seen: Seen) -> Iterator[Check]:
+    """Yield read-outs of the last step of sequences that end in padding."""
+    for stream in _uppermost(seen):
+        facts = seen.facts.modules.get(stream.module)
+        share = (facts.padding if facts is not None else None) or 0.0
+        read = _read_at(seen, stream)
+        if (
+            stream.direction == "forward"
+            and share >= _PADDED
+            and min(read, default=0) > _END
+        ):
+            yield Check(
+                "padding",
+                WARN,
+                f"{stream.name} is read at the end, behind padding ({share:.0%} of the "
+                "steps looked at)",
+                "nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False), "
+                "and read h_n",
+            )
+
+
+def _uppermost(seen: Seen) -> list[Stream]:
+    """Return the streams of the last layer of each module."""
+    last: dict[str, int] = {}
+    for stream in seen.streams:
+        last[stream.module] = max(stream.layer, last.get(stream.module, 0))
+    return [s for s in seen.streams if s.layer == last[s.module]]
+
+
+def _read_at(seen: Seen, stream: Stream) -> list[float]:
+    """Return where the loss reads a stream: 0 its first step, just below 1 its last.
+
+    Nothing where a sequence is too short for its ends to be told apart.
+    """
+    key = stream_key(stream, "direct")
+    profiles = [r.profiles[key] for r in seen.records if key in r.profiles]
+    if any(len(own) < _SHORTEST for own in profiles):
+        return []
+    return [
+        t / len(own) for own in profiles for t, value in enumerate(own) if value > 0
+    ]
+
+
 def gradients(seen: Seen) -> Iterator[Check]:
     """Yield streams that get no gradient, or are read where they begin.
 
@@ -175,16 +222,10 @@ def held(seen: Seen) -> Iterator[Check]:
 
 def _read_too_early(seen: Seen, stream: Stream) -> bool:
     """Tell whether a reverse direction is read before it has seen the sequence."""
-    last = max(s.layer for s in seen.streams if s.module == stream.module)
-    if stream.direction != "reverse" or stream.layer < last:
+    if stream.direction != "reverse" or stream not in _uppermost(seen):
         return False
-    key = stream_key(stream, "direct")
-    profiles = [r.profiles[key] for r in seen.records if key in r.profiles]
-    read = [
-        t / len(own) for own in profiles for t, value in enumerate(own) if value > 0
-    ]
-    long = all(len(own) >= _SHORTEST for own in profiles)
-    return bool(read) and long and max(read) < _EARLY
+    read = _read_at(seen, stream)
+    return bool(read) and max(read) < _EARLY
 
 
 _OF_LOSS: Final = (LossMismatch, TargetBroadcast, AxesMixed)
@@ -220,6 +261,7 @@ ALL: Final[Sequence[Callable[[Seen], Iterator[Check]]]] = (
     growth,
     gates,
     inputs,
+    padding,
     gradients,
     fits,
     held,

@@ -9,6 +9,7 @@ random numbers at its start. What fails in here is said, and the training goes o
 from __future__ import annotations
 
 import io
+import math
 import os
 import time
 import weakref
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 from gradwatch.hooks import calls, every_step
 from gradwatch.recorder.state import (
     State,
+    as_tensors,
     digest,
     moved_to_cpu,
     randomness,
@@ -191,15 +193,16 @@ class Recorder:
 
     def _finite(self) -> bool:
         """Tell whether all gradients are; one number is waited for on each device."""
-        devices: dict[torch.device, list[Tensor]] = {}
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in self._parameters:
             if (grad := parameter.grad) is not None:
                 grad = grad.coalesce().values() if grad.is_sparse else grad
-                devices.setdefault(grad.device, []).append(grad.detach())
-        for grads in devices.values():
-            norms = torch.stack([n.float() for n in torch._foreach_norm(grads)])
-            if not bool(norms.isfinite().all()):  # or the square was beyond the type
-                return all(bool(g.isfinite().all()) for g in grads)
+                alike.setdefault((grad.device, grad.dtype), []).append(grad)
+        with torch.no_grad():
+            for grads in alike.values():
+                total = torch.stack(torch._foreach_norm(grads)).sum().item()
+                if not math.isfinite(total):  # or the square was beyond the type
+                    return all(bool(g.isfinite().all()) for g in grads)
         return True
 
     # ---- the recording
@@ -221,7 +224,7 @@ class Recorder:
         seen = self._forward
         if seen is not None:
             content |= {
-                "randomness": dict(seen.randomness),
+                "randomness": as_tensors(seen.randomness),
                 "autocast": dict(seen.autocast),
                 "training": dict(seen.training),
                 "grads": moved_to_cpu(seen.grads),

@@ -76,15 +76,20 @@ def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def randomness() -> dict[str, Any]:
     """Return the states of the random number generators that a forward may use."""
-    kind, keys, *rest = np.random.get_state()
     found: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.array(keys, np.int64)), *rest),
+        "numpy": np.random.get_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.get_rng_state_all()
     return found
+
+
+def as_tensors(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return such states as a file holds them: with tensors in place of arrays."""
+    kind, keys, *rest = known["numpy"]
+    return {**known, "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest)}
 
 
 def set_randomness(known: Mapping[str, Any]) -> None:
@@ -93,7 +98,7 @@ def set_randomness(known: Mapping[str, Any]) -> None:
     version, numbers, gauss = known["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = known["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
     if "cuda" in known and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(known["cuda"])
 
