@@ -128,7 +128,7 @@ def main() -> None:
     ):
         saved = gradwatch.load(watch.dir)
         print(
-            f"{title}: {len(saved.records)} records and {len(saved.alerts)} alerts "
+            f"{title}: {len(saved.records)} records, alerts: {len(saved.alerts)}, "
             f"in {watch.dir}\n"
             f"  read them:     gradwatch.load({str(watch.dir)!r}).records.keys()\n"
             f"  show the run:  wandb sync {Path(run.dir).parent}"

@@ -10,7 +10,7 @@ import gradwatch
 
 ROOT = Path(gradwatch.__file__).parent
 WINGS = {
-    "values": "_version _torch facts record records block saved",
+    "values": "_version _torch facts record records block saved trees",
     "clock": "clock",
     "numerics": "numerics",
     "catalogue": "metrics",

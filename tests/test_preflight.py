@@ -458,6 +458,18 @@ def test_samples_that_mix_and_an_axis_that_is_declared():
     assert "axes" in failed
 
 
+def test_of_packed_batches_no_axis_is_told():
+    x, y, lengths = with_lengths()
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+
+    class Reads(Net):
+        def forward(self, sequences):
+            return self.head(self.rnn(sequences)[1][0][-1])
+
+    failed, found = checks(Reads(), batches=[(packed, y)])
+    assert failed == {} and "samples" not in str(found)
+
+
 def test_steps_that_do_not_move_the_loss():
     torch.manual_seed(0)
     model = Net()

@@ -18,6 +18,7 @@ from torch import nn
 import gradwatch
 from gradwatch.recorder import MOST, Recorder
 from gradwatch.recorder.state import State, digest, moved_to_cpu
+from gradwatch.trees import mapped
 from testbed.models import batches, lstm
 from tests.support.ranks import ROOT
 
@@ -536,6 +537,10 @@ def test_tensors_are_copied_wherever_they_are():
     given = {"a": [x, (x, 3)], "b": "c"}
     made = moved_to_cpu(given)
     x += 1
+    sizes = torch.tensor([2, 1])
+    packed = nn.utils.rnn.pack_padded_sequence(torch.ones(2, 2, 1), sizes)
+    there = mapped(packed, lambda t: t.to("meta"))
+    assert there.data.is_meta and not there.batch_sizes.is_meta
     assert made["a"][0].tolist() == [1, 1] and made["a"][1][1] == 3 and made["b"] == "c"
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from gradwatch.before.trial import LossFn, Subject, parts_of, replaced
+from gradwatch.before.trial import LossFn, Subject
+from gradwatch.trees import mapped, tensors_in
 
 
 class Apart(NamedTuple):
@@ -76,9 +78,12 @@ def _same(one: Tensor, two: Tensor) -> bool:
 def _changed(batch: Any, axis: int) -> Any:
     """Return a batch whose one sample is another one; None where that cannot be.
 
-    Whole numbers in one row are left alone: they are lengths, or targets.
+    Whole numbers in one row are left alone: they are lengths, or targets. In a packed
+    sequence samples have no axis of their own.
     """
-    sizes = {t.shape[axis] for t in parts_of(batch) if _is_input(t, axis)}
+    if _packed(batch):
+        return None
+    sizes = {t.shape[axis] for t in tensors_in(batch) if _is_input(t, axis)}
     wide = [size for size in sizes if size > 1]
     if not wide:
         return None
@@ -97,7 +102,15 @@ def _changed(batch: Any, axis: int) -> Any:
             part.copy_(tensor.select(axis, (place + 1) % size))
         return new
 
-    return replaced(batch, change)
+    return mapped(batch, change)
+
+
+def _packed(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_packed, value.values()))
+    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+        return any(map(_packed, value))
+    return isinstance(value, PackedSequence)
 
 
 def _is_input(tensor: Tensor, axis: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -260,29 +260,3 @@ def trained(
         losses.append(float(loss.detach()))
     window = min(len(batches), steps)
     return float(np.mean(losses[:window])), float(np.mean(losses[-window:]))
-
-
-def parts_of(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch, whatever it is made of."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        return [t for value in batch.values() for t in parts_of(value)]
-    if isinstance(batch, (list, tuple)):
-        return [t for value in batch for t in parts_of(value)]
-    return []
-
-
-def replaced(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a batch with each of its tensors changed; the batch itself is not."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, nn.utils.rnn.PackedSequence):
-        return batch
-    if isinstance(batch, Mapping):
-        return {key: replaced(value, change) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(replaced(value, change) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(replaced(value, change) for value in batch)
-    return batch

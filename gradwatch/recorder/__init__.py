@@ -30,8 +30,8 @@ from gradwatch.recorder.state import (
     moved_to_cpu,
     randomness,
     size_of,
-    tensors_in,
 )
+from gradwatch.trees import tensors_in
 
 FORMAT: Final = 1
 """Version of a recording."""

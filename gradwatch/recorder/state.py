@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.trees import mapped, tensors_in
+
 
 @dataclass(frozen=True)
 class State:
@@ -103,28 +105,9 @@ def set_randomness(known: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(known["cuda"])
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in what a forward takes or gives, whatever it is made of."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for part in value.values() for t in tensors_in(part)]
-    if isinstance(value, (list, tuple)):
-        return [t for part in value for t in tensors_in(part)]
-    return []
-
-
 def moved_to_cpu(value: Any) -> Any:
     """Return the same with every tensor copied to the CPU, without its graph."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: moved_to_cpu(part) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(moved_to_cpu, value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(moved_to_cpu, value))
-    return value
+    return mapped(value, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import PackedSequence
 from gradwatch import console
 from gradwatch.before.trial import same_randomness, subject
 from gradwatch.recorder import FORMAT
-from gradwatch.recorder.state import digest, set_randomness, tensors_in
+from gradwatch.recorder.state import digest, set_randomness
 from gradwatch.reproducing.tracing import Traced, backward_of, tracing
+from gradwatch.trees import mapped, tensors_in
 
 LossFn = Callable[..., Tensor]
 _TRUSTED: Final[list[Any]] = [PackedSequence]
@@ -157,7 +158,7 @@ def _once(
         for name, module in net.named_modules():
             module.training = content["training"].get(name, module.training)
         device = next(net.parameters()).device
-        args, kwargs = _moved(content["arguments"], device)
+        args, kwargs = mapped(content["arguments"], lambda t: t.to(device))
         set_randomness(content["randomness"])
         for kind, dtype in content["autocast"].items():
             stack.enter_context(torch.autocast(kind, dtype=dtype))
@@ -207,20 +208,6 @@ def _judged(
     if all(bool(g.isfinite().all()) for g in named.values()):
         return ("nothing", "everything is finite this time"), exact
     return ("backward", "gradients that add up beyond what the type holds"), exact
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(part, device) for key, part in value.items()}
-    if isinstance(value, PackedSequence):
-        return value.to(device)  # type: ignore[arg-type] # typed for a dtype alone
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(part, device) for part in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(part, device) for part in value)
-    return value
 
 
 def _in_tensors(name: str, args: Any, kwargs: Any) -> str:
