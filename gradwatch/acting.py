@@ -76,6 +76,11 @@ def roll_back(engine: Engine | None, kept: Recorder | None) -> int:
     """Put a training back to its last good state; see ``Watch.rollback``."""
     if engine is None or engine.closed:
         raise RuntimeError("this watch is closed or off; nothing was rolled back.")
+    if processes() > 1:
+        raise RuntimeError(
+            "with several processes a rollback would put this one back and not the "
+            "others; start all of them again from a checkpoint."
+        )
     if kept is None:
         raise RuntimeError(
             "this watch keeps no state; gradwatch.watch(model, recorder=100) does."

@@ -15,7 +15,7 @@ from gradwatch import console
 from gradwatch.kinds.judge import Rule, check_mute
 
 BUDGET: Final = 0.03
-"""The budget where nothing else is said."""
+"""The budget, unless another one is given."""
 _YES: Final = ("1", "true", "yes", "on")
 _NO: Final = ("", "0", "false", "no", "off")
 

@@ -20,7 +20,7 @@ from gradwatch.sinks import ByBlock, Sink, Wandb
 
 _WORDS: Final = (None, "raise", "rollback")
 _OFTEN: Final = 100
-"""Steps between two states that are kept, where nothing else is said."""
+"""Steps between two states that are kept, unless another number is given."""
 OnAlert = Callable[[Alert], object] | Literal["raise", "rollback"] | None
 
 

@@ -155,7 +155,7 @@ class Watch:
         self._pid = os.getpid()
         self._health = Health(console.report)
         self._undelivered = console.undelivered()
-        self._loud = model is not None and rank() == 0
+        self._loud = model is not None and (settings.silent or rank() == 0)
         self._folder: Jsonl | None = None
         self._engine: Engine | None = None
         self._recorder: Recorder | None = None

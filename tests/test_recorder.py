@@ -324,6 +324,28 @@ def test_it_is_said_what_it_costs(tmp_path, caplog):
     assert "one synchronisation a step" in caplog.text
 
 
+def test_an_evaluation_is_not_taken_for_the_step(tmp_path):
+    model = Net()
+    kept = []
+
+    def evaluated(watch, step):
+        with torch.no_grad():
+            model(torch.full((2, 3, 4), 7.0))
+        kept.append(watch._recorder._forward.args[0])
+
+    feed = list(data(3))
+    trained(model, tmp_path, feed=feed, watched=evaluated)
+    assert all(a is b for a, b in zip(kept, feed, strict=True))
+
+
+def test_one_of_several_processes_is_not_rolled_back(monkeypatch):
+    model = lstm()
+    with gradwatch.watch(model, dir=None, wandb=None, recorder=2) as watch:
+        monkeypatch.setattr(gradwatch.acting, "processes", lambda: 2)
+        with pytest.raises(RuntimeError, match="with several processes"):
+            watch.rollback()
+
+
 def test_what_is_kept_is_bounded(tmp_path):
     model = Net()
     seen = []

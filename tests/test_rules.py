@@ -366,3 +366,7 @@ def test_it_is_over_once_the_net_learns():
     again = LrTooHigh([STREAM])
     again.load_state_dict(rule.state_dict())
     assert not again.active
+
+
+def test_a_constant_that_loses_nothing_is_no_measure():
+    assert first_steps(LrTooHigh([STREAM]), 1.5, [0.0] * 60, 0.0) == []

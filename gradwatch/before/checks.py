@@ -90,7 +90,8 @@ def gates(seen: Seen) -> Iterator[Check]:
             odd = True
             text = f"{min(flat):.0%} of the activations of {stream.name} are saturated"
             yield Check("units", FAIL, text, "gradwatch explain saturated")
-    if not odd:
+    looked = any(seen.metric(stream, "act_deriv") for stream in seen.streams)
+    if looked and not odd:
         yield Check("units", OK, "no gate is stuck, no layer dead or saturated")
 
 
@@ -117,7 +118,7 @@ def inputs(seen: Seen) -> Iterator[Check]:
         if facts.padding:
             text += f"; {facts.padding:.0%} of its steps are padding"
         if scale >= _SCALE or 0 < scale <= _SMALL:
-            do = "inputs = (inputs - inputs.mean()) / inputs.std()"
+            do = SATURATED.causes["inputs"].do
             yield Check("inputs", FAIL, f"{text}, far from 1", do)
         else:
             yield Check("inputs", OK, text)

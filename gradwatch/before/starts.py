@@ -107,7 +107,7 @@ def starts(
     for name, line, act in candidates(seen.streams, lag):
         with same_randomness(), subject(model, optimizers) as given:
             act(given.model)
-            trial = tried(given, batches[:1], loss_fn, flow=False)
+            trial = tried(given, batches[:1], loss_fn, whole=False)
             found.append(Start(name, line, *reached(trial)))
     return found
 

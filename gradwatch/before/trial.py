@@ -8,7 +8,6 @@ The states of all random number generators are put back in either case.
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from gradwatch.facts import NO_FACTS, Facts
 from gradwatch.metrics import stream_key
 from gradwatch.record import StepRecord, Stream
+from gradwatch.recorder.state import randomness, set_randomness
 from gradwatch.recurrent import recurrences
 from gradwatch.settings import Settings
 from gradwatch.watcher import Watch
@@ -89,18 +89,11 @@ class Seen:
 @contextmanager
 def same_randomness() -> Iterator[None]:
     """Put the states of all random number generators back at the end."""
-    devices = list(range(torch.cuda.device_count())) if _cuda() else []
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    known = randomness()
+    try:
+        yield
+    finally:
+        set_randomness(known)
 
 
 @contextmanager
@@ -174,7 +167,7 @@ def tried(
     batches: Sequence[Any],
     loss_fn: LossFn,
     *,
-    flow: bool = True,
+    whole: bool = True,
 ) -> Seen:
     """Run forward and backward of some batches under a watch of their own.
 
@@ -182,13 +175,13 @@ def tried(
         given: The model.
         batches: Each is given to ``loss_fn``.
         loss_fn: Returns the loss of a model on a batch.
-        flow: Whether everything is measured; False: states and the flow alone.
+        whole: Whether everything is measured; False: states and the flow alone.
 
     Raises:
         ValueError: If ``loss_fn`` returns no loss that depends on the model.
     """
     model = given.model
-    every = 1 if flow else {"spectrum": 10**9, "state": 1, "flow": 1}
+    every = 1 if whole else {"spectrum": 10**9, "state": 1, "flow": 1}
     settings = Settings(every=every, budget=None, rules=[], wandb=None, silent=True)
     found = recurrences(model)
     seen = Seen([r.stream for r in found])

@@ -308,6 +308,7 @@ class LrTooHigh(Remembering[_State]):
             not state.early
             or state.taken <= _SETTLED
             or len(state.losses.last) < self._last
+            or not state.constant > 0  # no share of it means anything
         ):
             return []
         share = upper_median(state.losses.last[-self._last :]) / state.constant

@@ -3,7 +3,7 @@
 Before an optimizer moves anything its gradients are looked at. Where all are finite,
 the state is kept every so many steps; where one is not, what that step was made of is
 written beside the incident: weights, the arguments of the model's forward, and the
-random numbers at its start. What fails in here is said, and the training goes on.
+random numbers at its start. A failure in here is reported; the training goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -102,7 +101,6 @@ class Recorder:
         self._written = self.times = 0
         self._bad_step, self._good = -1, True
         self._failed = 0
-        self.seconds = 0.0
         self.sees = True  # each call, as calls.Seeing has it
         calls.attach(model, self)
         every_step.add(self)
@@ -128,8 +126,9 @@ class Recorder:
     # ---- what the model does
 
     def before_forward(self, module: nn.Module) -> None:
-        """The model's forward begins."""
-        self._absorbing(self._begins, module)
+        """The model's forward begins; an evaluation is left out."""
+        if torch.is_grad_enabled():
+            self._absorbing(self._begins, module)
 
     def _begins(self, module: nn.Module) -> None:
         autocast = {
@@ -162,9 +161,7 @@ class Recorder:
 
     def begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to move the weights."""
-        began = time.perf_counter()
         self._absorbing(self._looked_at, optimizer)
-        self.seconds += time.perf_counter() - began
 
     def ended(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer has stepped."""
@@ -287,7 +284,7 @@ class Recorder:
         return self._state.step
 
     def _absorbing(self, act: Callable[..., None], *args: Any) -> None:
-        """Do something; what it raises is said, and after three times it is off."""
+        """Do something; report what it raises, and after three times do no more."""
         if self._failed >= MOST:
             return
         try:

@@ -47,7 +47,7 @@ def incident_cards(subject: Subject) -> list[Card]:
             incident=incident,
             sign=WORDS[incident.severity],
             span=_span(incident),
-            lines=_lines(_told(incident, subject.run.alerts), incident),
+            lines=_lines(told(incident, subject.run.alerts), incident),
             right=_right(incident),
         )
         for n, incident in enumerate(subject.incidents[:CARDS], 1)
@@ -60,7 +60,7 @@ def _span(incident: Incident) -> str:
     return f"from step {incident.since}, {until}{back}"
 
 
-def _told(incident: Incident, alerts: Sequence[Alert]) -> Alert | None:
+def told(incident: Incident, alerts: Sequence[Alert]) -> Alert | None:
     """Return the alert that says most about an incident: the last one with a cause."""
     own = [*incident.alerts]
     if not own:

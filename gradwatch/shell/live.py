@@ -92,12 +92,12 @@ class Following:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._stamps = [*self._files()]
         self.run: Run = outline(folder)
         self.rows: deque[StepRecord] = deque(maxlen=KEPT_RECORDS)
         self.lengths: dict[str, int] = {}
         self._tail = Tail(folder / "records.jsonl")
         self._tail.to_the_end()
-        self._stamps: object = None
         self.written = 0.0
 
     def look(self) -> list[StepRecord]:
@@ -210,7 +210,7 @@ def _streams(now: Following, marks: str, most: int) -> Iterator[tuple[str, ...]]
     for stream in chosen:
         cells = [cut(stream.name, 24)]
         for metric, _ in _METRICS:
-            values = now.series(stream_key(stream, metric))[-KEPT_RECORDS:]
+            values = now.series(stream_key(stream, metric))
             cells += [_value(metric, values, stream, now.lengths)]
             cells += [sparkline(values, marks)[-14:]]
         yield tuple(cells)
@@ -280,9 +280,7 @@ def _followed(given: argparse.Namespace) -> Answer:
             first = False
             if now.ended or given.once:
                 break
-            idle = time.time() - max(
-                now.written, time.time() - time.monotonic() + began
-            )
+            idle = min(time.time() - now.written, time.monotonic() - began)
             if given.idle is not None and idle > given.idle:
                 break
             time.sleep(min(every, 1.0))

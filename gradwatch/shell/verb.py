@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from gradwatch.record import Incident, printable
 from gradwatch.remedies import line
+from gradwatch.report.cards import told
 from gradwatch.runs import latest, parent
 
 RUN: Final = (
@@ -74,9 +75,7 @@ def run_folder(name: str) -> Path:
 
 def plain_incident(incident: Incident) -> dict[str, Any]:
     """Return an incident as plain values: what it is, and what was said of it."""
-    told = next(
-        (a for a in reversed(incident.alerts) if a.cause == incident.cause), None
-    )
+    alert = told(incident, incident.alerts)
     return {
         "kind": incident.kind,
         "severity": incident.severity,
@@ -85,7 +84,7 @@ def plain_incident(incident: Incident) -> dict[str, Any]:
         "since": incident.since,
         "until": incident.until,
         "repeats": incident.repeats,
-        "message": told.message if told else None,
+        "message": alert.message if alert else None,
         "remedy": line(incident.remedy) if incident.remedy else None,
     }
 
