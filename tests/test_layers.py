@@ -28,6 +28,7 @@ WINGS = {
     "beside": "rules checkpoint inspection view",
     "preflight": "before reproducing",
     "shell": "shell cli __main__",
+    "frameworks": "integrations",
 }
 """Each wing with its rooms and folders, from the ground up."""
 MAY_IMPORT = {
@@ -49,6 +50,7 @@ MAY_IMPORT = {
     "beside": "values numerics catalogue model house remedies kinds pages",
     "preflight": "values catalogue model house remedies recorder kinds run",
     "shell": "preflight values catalogue house remedies kinds pages sinks run beside",
+    "frameworks": "sinks",
 }
 """What a wing may import beside itself. Down once, up never."""
 

@@ -12,10 +12,11 @@ from typing import Protocol, runtime_checkable
 
 from gradwatch.block import Block
 from gradwatch.record import Alert, StepRecord
+from gradwatch.sinks.scalars import Scalars
 from gradwatch.sinks.tensorboard import TensorBoard
 from gradwatch.sinks.wandb import Wandb
 
-__all__ = ["Sink", "TensorBoard", "Wandb"]
+__all__ = ["Scalars", "Sink", "TensorBoard", "Wandb"]
 
 
 @runtime_checkable
