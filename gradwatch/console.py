@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from gradwatch.facts import ModuleFacts
 from gradwatch.metrics import PREFIX, run_key, stream_key
-from gradwatch.record import Incident, Stream, printable
+from gradwatch.record import CELL, Incident, Stream, printable
 
 log: Final = logging.getLogger("gradwatch")
 
@@ -191,7 +191,8 @@ def cells(
     def of(metric: str) -> float | None:
         return latest.get(stream_key(stream, metric))
 
-    rho, drift = number(of("rho")), derived(of("rho_drift"), of("rho"))
+    radius = of("rho_step" if stream.kind == CELL else "rho")
+    rho, drift = number(radius), derived(of("rho_drift"), of("rho"))
     rho += "?" * (of("rho_certified") == 0.0 and rho != "-")
     drift += "?" * (of("rho_drift_reliable") == 0.0 and drift != "-")
     slope = of("act_deriv")
@@ -205,7 +206,7 @@ def cells(
     return (
         printable(stream.name),
         stream.kind.lower(),
-        f"{stream.input_size}->{stream.hidden_size}",
+        f"{stream.input_size}->{stream.hidden_size}" if stream.hidden_size else "-",
         horizon,
         rho,
         drift,

@@ -185,6 +185,9 @@ class StreamFacts:
     )
     lr: float | None = _fact("its learning rate, as the nearest power of 2")
     drive: str | None = _fact("what drives its units: `input`, `state`, or `both`")
+    state_size: int | None = _fact(
+        "entries of the state of a cell of your own, all its tensors together"
+    )
 
 
 _Scope = TypeVar("_Scope", StepFacts, RunFacts, ModuleFacts, StreamFacts)

@@ -60,11 +60,12 @@ def _read() -> Mapping[str, Metric]:
 CATALOGUE: Final[Mapping[str, Metric]] = _read()
 
 _KINDS: Final = {
-    "all": {"RNN_TANH", "RNN_RELU", "LSTM", "GRU"},
+    "all": {"RNN_TANH", "RNN_RELU", "LSTM", "GRU", "CELL"},
+    "cell": {"CELL"},
     "vanilla": {"RNN_TANH", "RNN_RELU"},
     "gated": {"LSTM", "GRU"},
     "lstm": {"LSTM"},
-    "tanh": {"RNN_TANH", "LSTM", "GRU"},
+    "tanh": {"RNN_TANH", "LSTM", "GRU", "CELL"},
     "relu": {"RNN_RELU"},
 }
 

@@ -52,6 +52,10 @@ def printable(text: object, *, lines: bool = False) -> str:
     )
 
 
+CELL: Final = "CELL"
+"""The kind of a stream whose module is a cell of the user's own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
     """One recurrence: one direction of one layer of one module.
@@ -60,7 +64,9 @@ class Stream:
         name: ``<module path>.l<k>`` or ``<module path>.l<k>_reverse``, PyTorch's own
             suffixes; a cell is its module path alone.
         module: Path of the module inside the watched model, wrappers left out.
-        kind: PyTorch's mode: ``RNN_TANH``, ``RNN_RELU``, ``LSTM`` or ``GRU``.
+        kind: PyTorch's mode: ``RNN_TANH``, ``RNN_RELU``, ``LSTM`` or ``GRU``; ``CELL``
+            for a cell of the user's own, whose sizes are 0 unless it has them as
+            ``input_size`` and ``hidden_size``.
         layer: Index of the layer, from 0.
         direction: ``forward`` or ``reverse``.
         input_size: Features that this layer reads.

@@ -6,6 +6,7 @@ without running a parametrization: some of them change at every read.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gradwatch import _torch
-from gradwatch.record import Stream
+from gradwatch.record import CELL, Stream
 
 WEIGHTS: Final = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 RECURRENT: Final = (nn.RNNBase, nn.RNNCellBase)
@@ -24,6 +25,7 @@ GATES: Final[Mapping[str, tuple[str, ...]]] = {
     "RNN_RELU": (),
     "LSTM": ("i", "f", "g", "o"),
     "GRU": ("r", "z", "n"),
+    CELL: (),
 }
 KEEPS: Final[Mapping[str, str]] = {"LSTM": "f", "GRU": "z"}
 """The gate that keeps the state; in PyTorch's GRU z keeps."""
@@ -38,7 +40,7 @@ class Recurrence:
 
     Attributes:
         stream: What is known of it without the module.
-        module: The nn.RNNBase or nn.RNNCellBase.
+        module: The nn.RNNBase or nn.RNNCellBase, or a cell of the user's own.
         suffix: End of its weights' names: ``_l0``, ``_l1_reverse``; empty for a cell.
     """
 
@@ -47,27 +49,37 @@ class Recurrence:
     suffix: str
 
 
-def recurrences(model: nn.Module) -> list[Recurrence]:
+Cells = Iterable[type[nn.Module] | nn.Module]
+"""Cells of the user's own: classes, all instances of which count, or modules."""
+
+
+def recurrences(model: nn.Module, cells: Cells = ()) -> list[Recurrence]:
     """Return every recurrence of a model, in the order of its modules.
 
     Args:
         model: A recurrent module, or any module that contains some.
+        cells: What counts as one beside PyTorch's own.
 
     Returns:
         At least one recurrence. A module that is registered twice counts once.
 
     Raises:
-        TypeError: If ``model`` is no ``nn.Module``.
-        ValueError: If it contains no recurrent module, or one on the device ``meta``.
+        TypeError: If ``model`` is no ``nn.Module``, or a cell neither a class of
+            modules nor a module.
+        ValueError: If it contains no recurrent module, one on the device ``meta``, or
+            not one of the cells.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"the model is {_of_type(model)}; expected an nn.Module that is or "
             "contains an nn.RNN, nn.LSTM, nn.GRU or one of their cells."
         )
+    own = _own_cells(model, cells)
     found: list[Recurrence] = []
     for path, module in model.named_modules():
-        if isinstance(module, RECURRENT):
+        if id(module) in own:
+            found.append(_of_cell(clean_path(path), module))
+        elif isinstance(module, RECURRENT):
             found.extend(_of_module(clean_path(path), module))
     if not found:
         raise ValueError(_nothing_found(model))
@@ -117,6 +129,36 @@ def clean_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
+def _own_cells(model: nn.Module, cells: Cells) -> set[int]:
+    """Return the ids of the modules that count as cells of the user's own."""
+    if not isinstance(cells, Iterable) or isinstance(cells, nn.Module):
+        raise TypeError(f"cells is {_of_type(cells)}; expected a list: cells=[MyCell].")
+    modules, found = list(model.modules()), set[int]()
+    for cell in cells:
+        if isinstance(cell, type) and issubclass(cell, nn.Module):
+            own, name = [m for m in modules if isinstance(m, cell)], cell.__name__
+        elif isinstance(cell, nn.Module):
+            own, name = [m for m in modules if m is cell], f"this {type(cell).__name__}"
+        else:
+            raise TypeError(
+                f"cells holds {_of_type(cell)}; expected classes of modules, or "
+                "modules: cells=[MyCell]."
+            )
+        if not own:
+            kinds = sorted({type(m).__name__ for m in modules})
+            raise ValueError(
+                f"cells names {name}, which the model does not contain; it contains "
+                f"{', '.join(kinds[:20])}."
+            )
+        found |= set(map(id, own))
+    return found
+
+
+def _of_cell(path: str, module: nn.Module) -> Recurrence:
+    path = path or type(module).__name__.lower()
+    return Recurrence(_stream(path, path, CELL, 0, 0, module), module, "")
+
+
 def _of_module(path: str, module: nn.Module) -> Iterator[Recurrence]:
     path = path or parametrize.type_before_parametrizations(module).__name__.lower()
     if isinstance(module, nn.RNNCellBase):
@@ -136,9 +178,9 @@ def _of_module(path: str, module: nn.Module) -> Iterator[Recurrence]:
 def _stream(
     name: str, path: str, kind: str, layer: int, direction: int, module: nn.Module
 ) -> Stream:
-    proj = int(getattr(module, "proj_size", 0))
-    hidden = int(getattr(module, "hidden_size", 0))
-    reads = int(getattr(module, "input_size", 0))
+    proj, hidden, reads = (
+        _size(module, name) for name in ("proj_size", "hidden_size", "input_size")
+    )
     if layer:
         reads = (proj or hidden) * (2 if getattr(module, "bidirectional", False) else 1)
     way: Literal["forward", "reverse"] = "reverse" if direction else "forward"
@@ -153,6 +195,12 @@ def _stream(
         proj_size=proj,
         gates=GATES[kind],
     )
+
+
+def _size(module: nn.Module, name: str) -> int:
+    """Return a size that a module has under a name; 0 where it has none."""
+    value = getattr(module, name, 0)
+    return value if isinstance(value, int) else 0
 
 
 def _cell_kind(cell: nn.RNNCellBase) -> str:
@@ -254,9 +302,12 @@ def parameter_names(recurrence: Recurrence) -> dict[str, list[str]]:
     Returns:
         ``{"hh": [...], "ih": [...], "bias": [...]}``: names as the module's own
         ``named_parameters`` gives them. A parametrised weight has the parameters
-        behind it, such as ``parametrizations.weight_hh_l0.original0``.
+        behind it, such as ``parametrizations.weight_hh_l0.original0``. Of a cell of the
+        user's own all are in the first group.
     """
     own = [name for name, _ in recurrence.module.named_parameters()]
+    if recurrence.stream.kind == CELL:
+        return {"hh": own}
     groups = {"hh": ["weight_hh"], "ih": ["weight_ih"], "bias": ["bias_ih", "bias_hh"]}
     return {
         group: [
@@ -271,7 +322,13 @@ def parameter_names(recurrence: Recurrence) -> dict[str, list[str]]:
 
 
 def plain_weight(recurrence: Recurrence) -> nn.Parameter | None:
-    """Return W_hh where it is the parameter itself; None where it is parametrised."""
+    """Return W_hh where it is the parameter itself; None where it is parametrised.
+
+    Of a cell of the user's own it is the largest parameter: nobody knows which is W_hh.
+    """
+    if recurrence.stream.kind == CELL:
+        own = recurrence.module.parameters()
+        return max(own, key=lambda weight: weight.numel(), default=None)
     return recurrence.module._parameters.get("weight_hh" + recurrence.suffix)
 
 
@@ -310,10 +367,34 @@ def _nothing_found(model: nn.Module) -> str:
             "not in model.parameters(), and no optimizer is given them. Keep them in "
             "an nn.ModuleList."
         )
+    stepped = _stepped(model)
+    if stepped:
+        names = ", ".join(dict.fromkeys(type(module).__name__ for _, module in stepped))
+        return (
+            f"{told} {' and '.join(path for path, _ in stepped[:3])} takes a state, it "
+            f"seems: to watch it, pass gradwatch.watch(model, cells=[{names}])."
+        )
     return (
-        f"{told} Give the module that does the recurrence; for one written by hand "
-        "there is gradwatch.numerics.spectral.spectral_radius(weight)."
+        f"{told} Where one of these is called once a time step with the state that it "
+        "returned, name it: gradwatch.watch(model, cells=[ItsClass])."
     )
+
+
+_STATES: Final = frozenset(
+    ("h", "hx", "c", "cx", "hidden", "hidden_state", "state", "states", "carry")
+)
+
+
+def _stepped(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules whose forward takes a state, by the names of its arguments."""
+    found = []
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn."):
+            continue
+        names = list(inspect.signature(module.forward).parameters)
+        if _STATES & {name.rstrip("_t0123456789") or name for name in names[1:]}:
+            found.append((f"model.{path}" if path else "the model", module))
+    return found
 
 
 def shape_of(module: nn.Module, given: object) -> tuple[int, int] | None:

@@ -26,6 +26,7 @@ from gradwatch.folder import meta, open_folder
 from gradwatch.health import Health
 from gradwatch.hooks import calls
 from gradwatch.hooks.probe import Probe
+from gradwatch.hooks.stepped import Stepped
 from gradwatch.intake import Intake
 from gradwatch.kinds.catalogue import default_rules
 from gradwatch.kinds.judge import Rule, check_mute
@@ -34,7 +35,7 @@ from gradwatch.processes import rank
 from gradwatch.record import Alert, Incident, Remedy, Stream
 from gradwatch.recorder import Recorder
 from gradwatch.records import Latest, Records
-from gradwatch.recurrent import Recurrence, recurrences
+from gradwatch.recurrent import Cells, Recurrence, recurrences
 from gradwatch.report import inline, save
 from gradwatch.report import report as page_of
 from gradwatch.rewrite import Optimizers
@@ -50,6 +51,7 @@ _T = TypeVar("_T")
 def watch(
     model: nn.Module,
     *,
+    cells: Cells = (),
     every: int | Mapping[str, int] | None = None,
     budget: float | None = 0.03,
     flow_samples: int | None = 4,
@@ -70,6 +72,7 @@ def watch(
     Args:
         model: A bare nn.RNN, nn.LSTM, nn.GRU or cell, or any module, wrapped or not,
             that contains some.
+        cells: Classes, or modules, of your own that are called once a time step.
         every: Steps between two measurements: one int for state, spectrum and flow,
             or a mapping from probe group to steps. None: the defaults of each.
         budget: Share of the training time that measuring may take; None fixes the
@@ -100,14 +103,13 @@ def watch(
 
     Raises:
         TypeError: If ``model`` is no nn.Module, or another argument cannot be used.
-        ValueError: If the model has no recurrent module or holds no values, a cadence,
-            the budget or ``start_step`` is out of range, or a kind or a stream that is
-            to be muted does not exist.
+        ValueError: If the model has no recurrent module, lacks a cell or holds no
+            values, a number is out of range, or what is to be muted does not exist.
         ModuleNotFoundError: If ``report`` is wanted and nothing can draw its charts.
     """
     if environment.disabled():
         return Watch(None, Settings())
-    found = recurrences(model)
+    found = recurrences(model, cells)
     settings = Settings(
         every=every,
         budget=environment.budget(budget),
@@ -492,7 +494,7 @@ def _watching(found: Sequence[Recurrence]) -> Watch | None:
     modules = {id(r.module): r.module for r in found}
     owners = set()
     for module in modules.values():
-        probes = [p for p in calls.seeing(module) if isinstance(p, Probe)]
+        probes = [p for p in calls.seeing(module) if isinstance(p, Probe | Stepped)]
         owners.add(frozenset(probe.owner for probe in probes if not probe.closed))
     for owner in owners.pop() if len(owners) == 1 else ():
         if isinstance(owner, Watch) and owner._watches(len(modules)):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradwatch.depths.drain import Host, Numbers
 from gradwatch.depths.trajectory import Trajectory
+from gradwatch.hooks.stepped import VECTORS, Chain
 from gradwatch.metrics import stream_key
 from gradwatch.numerics.adjoint import (
     Adjoint,
@@ -26,12 +27,12 @@ from gradwatch.numerics.adjoint import (
     linearised,
     pulled_back,
 )
+from gradwatch.numerics.krylov import ritz_radius
 from gradwatch.numerics.streaming import median
 from gradwatch.numerics.through_time import turned
 from gradwatch.record import Stream
 from gradwatch.recurrent import Recurrence
 
-VECTORS: Final = 4
 READ: Final = 1e-3
 """Share of its largest value from which on a gradient counts."""
 SEEDS: Final = 16
@@ -91,6 +92,14 @@ class Flow:
                 self.numbers[member.stream.name, "adjoint_from"] = each
             self.streams.append(member.stream)
             self.shares.append((first.x.shape[1], first.batch))
+
+    def add_stepped(self, stream: Stream, chain: Chain) -> None:
+        """Take what the backward pass has shown of a cell of the user's own."""
+        if (found := _of_chain(chain)) is None:
+            return
+        self.numbers |= {(stream.name, name): value for name, value in found.items()}
+        self.streams.append(stream)
+        self.shares.append((1, 1))  # all sequences were looked at
 
 
 class _Seen(NamedTuple):
@@ -202,21 +211,14 @@ def _measured(
     layer: Linear, back: Adjoint, lengths: Tensor | None
 ) -> dict[str, Tensor]:
     """Return the values of NAMES, by ``values``, and the profiles."""
-    steps = len(back.h)
-    device = back.h.device
     ends = _ends(back, lengths)
     total_h, total = _sizes(back.h, back.c)
     direct_h, direct = _sizes(back.direct_h, back.direct_c)
-    aligned = _aligned(total, ends).sum(1).sqrt()
-    values = [(total[0].sum().sqrt() / aligned.amax()).log10()]
-    read = (direct > READ**2 * direct.amax(0)) & (direct > 0)
-    counted = read.sum(0).to(direct.dtype)
-    share = (counted / ends).where(counted > 0, math.nan)
-    values += [_middle(share), direct.sum(0).sqrt().mean()]
-    steps_read = torch.arange(1, steps + 1, device=device)[:, None]
-    last = (read * steps_read).amax(0) - 1
+    share, last = _read(direct, ends)
     logs = _reaches(layer, back, ends, last)
-    values.append(_horizon(logs[:, VECTORS], last))
+    aligned = _aligned(total, ends).sum(1).sqrt()
+    values = [(total[0].sum().sqrt() / aligned.amax()).log10(), share]
+    values += [_put_in(direct), _horizon(logs[:, VECTORS], last)]
     values += _gains(logs[:, :VECTORS], ends)
     found = {"values": torch.stack([value.to(values[0]) for value in values])}
     found["adjoint"] = _aligned(total_h, ends).sum(1).sqrt()
@@ -225,6 +227,51 @@ def _measured(
         found["adjoint_cell"] = _aligned(cells, ends).sum(1).sqrt()
     found["direct"] = _aligned(direct_h, ends).sum(1).sqrt()
     return found
+
+
+def _of_chain(chain: Chain) -> dict[str, Tensor] | None:
+    """Return the same of the calls of a cell of the user's own; None for nothing.
+
+    Nothing is known of the state before the first one: the way back ends there.
+    """
+    logs, reach = chain.logs, chain.reach
+    if logs is None or reach is None or chain.radii is None:
+        return None
+    nothing = logs.new_zeros(logs.shape[2])
+    total = torch.stack([nothing if t is None else t for t in chain.totals])
+    direct = torch.stack([nothing if t is None else t for t in chain.direct])
+    steps = torch.full_like(nothing, len(total), dtype=torch.int64)
+    share, last = _read(direct, steps)
+    last = last.where(last == chain.last, -1)  # others were not followed
+    along = total.sum(1).sqrt()
+    values = [(along[0] / along.amax()).log10(), share]
+    values += [_put_in(direct), _horizon(reach[:, 0], last)]
+    values += _gains(logs, steps - 1)
+    return {
+        "values": torch.stack([value.to(values[0]) for value in values]),
+        "adjoint": along,
+        "direct": direct.sum(1).sqrt(),
+        "radii": chain.radii,
+    }
+
+
+def _read(direct: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the share of steps that are read directly, and the last one of each.
+
+    Args:
+        direct: Squared norms of what the loss puts in, shape ``(T, K)``.
+        ends: How many steps each sequence has, shape ``(K,)``.
+    """
+    read = (direct > READ**2 * direct.amax(0)) & (direct > 0)
+    counted = read.sum(0).to(direct.dtype)
+    share = (counted / ends).where(counted > 0, math.nan)
+    steps = torch.arange(1, len(direct) + 1, device=direct.device)[:, None]
+    return _middle(share), (read * steps).amax(0) - 1
+
+
+def _put_in(direct: Tensor) -> Tensor:
+    """Return what the loss puts into a sequence, the mean over them."""
+    return direct.sum(0).sqrt().mean()
 
 
 def _ends(back: Adjoint, lengths: Tensor | None) -> Tensor:
@@ -398,6 +445,10 @@ def finish(
             if block is not None:
                 key = stream_key(stream, profile)
                 profiles[key] = _cut(np.asarray(block, np.float64) * factor)
+        if (radii := host.get((stream.name, "radii"))) is not None:
+            rho = ritz_radius(np.asarray(radii, np.float64))
+            if rho is not None:
+                metrics[stream_key(stream, "rho_step")] = rho
         if (each := host.get((stream.name, "adjoint_from"))) is not None:
             key, steps = stream_key(stream, "adjoint_from"), seed_steps(each.shape[1])
             rows = _cut(np.asarray(each, np.float64), _POINTS // 2)

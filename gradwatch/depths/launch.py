@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -13,7 +14,7 @@ from gradwatch.depths import parts, readout
 from gradwatch.depths.flow import Flow
 from gradwatch.depths.measured import Sampled
 from gradwatch.depths.parts import Updated
-from gradwatch.depths.sampled_facts import of_calls, of_stream, reach_of
+from gradwatch.depths.sampled_facts import of_calls, of_cell, of_stream, reach_of
 from gradwatch.depths.spectrum import Recurrent, Spectrum, too_large
 from gradwatch.depths.state import State
 from gradwatch.depths.trajectory import Trajectory, trajectory
@@ -22,6 +23,7 @@ from gradwatch.health import Health
 from gradwatch.hooks.modules import Chains, ModuleHooks
 from gradwatch.hooks.optimizers import Training
 from gradwatch.hooks.probe import NOTHING, Wanted
+from gradwatch.hooks.stepped import Chain
 from gradwatch.recurrent import plain_weight
 from gradwatch.schedule import Schedule
 
@@ -101,19 +103,27 @@ class Launcher:
         known, found = sampled.chains, self._modules.take()
         new = {key: chain for key, chain in found.items() if key not in known}
         known.update(new)
+        cells = self._modules.take_stepped()
+        cells = {key: c for key, c in cells.items() if key not in sampled.stepped}
+        sampled.stepped |= cells
         self._note_calls(sampled, called)
         if "spectrum" in due and new:
             with self._whole("spectrum", sampled):
                 self._launch_spectrum(sampled, new)
         replays: dict[int, Trajectory] = {}
         with torch.no_grad():
-            if due & {"state", "flow"} and new:
+            if due & {"state", "flow"} and (new or cells):
                 with self._whole("state", sampled):
                     measured = "state" in due
                     replays = self._launch_replays(sampled, new, measured=measured)
+                    if measured:
+                        self._launch_cells(sampled, cells, "state")
             if "flow" in due and replays:
                 with self._whole("flow", sampled):
                     self._launch_flow(step, sampled, replays)
+            if "flow" in due and cells:
+                with self._whole("flow", sampled):
+                    self._launch_cells(sampled, cells, "flow")
             if "state" in due and sampled.state is not None:
                 with self._whole("state", sampled):
                     sampled.state.add_gates(self._modules.alive())
@@ -140,9 +150,11 @@ class Launcher:
         for stream in self._modules.streams:
             key, known = paths.get(stream.module), self.module_facts.get(stream.module)
             chain = [] if key is None else sampled.chains.get(key, [])
+            cell = None if key is None else sampled.stepped.get(key)
+            told = of_calls(chain) if cell is None else of_cell(cell)
             self.module_facts[stream.module] = reach_of(
-                of_calls(chain) or known,
-                reached=bool(chain),
+                told or known,
+                reached=bool(chain) or cell is not None,
                 called=key in called,
                 alive=key is not None,
             )
@@ -187,6 +199,24 @@ class Launcher:
         sampled.add("state", run, began)
         return replays
 
+    def _launch_cells(
+        self, sampled: Sampled, cells: Mapping[int, Chain], depth: str
+    ) -> None:
+        """Take what backward has shown of cells of the user's own."""
+        began = time.perf_counter()
+        run = sampled.runs.get(depth) or (State() if depth == "state" else Flow())
+        for module, own in self._modules.members().items():
+            if (chain := cells.get(module)) is not None and not isinstance(
+                run, Spectrum
+            ):
+                stream = own[0].stream
+                run.add_stepped(stream, chain)
+                known = self._stream_facts.get(stream.name) or StreamFacts()
+                size = chain.shape[2] or None
+                self._stream_facts[stream.name] = replace(known, state_size=size)
+                began -= chain.seconds if depth == "flow" else 0.0
+        sampled.add(depth, run, began)
+
     def _launch_flow(
         self, step: int, sampled: Sampled, replays: Mapping[int, Trajectory]
     ) -> None:
@@ -194,7 +224,8 @@ class Launcher:
         began = time.perf_counter()
         run = sampled.flow or Flow(seeded=self._schedule.seeds_due(step))
         for module, own in self._modules.members().items():
-            if (replayed := replays.get(module)) is not None:
+            replayed = replays.get(module)
+            if replayed is not None and len(replayed.x) > 1:  # else no way back
                 run.add(own[0].stream.module, own, replayed)
         if run.seeded:
             self._schedule.seeded(step)

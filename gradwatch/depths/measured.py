@@ -19,6 +19,7 @@ from gradwatch.depths.state import State
 from gradwatch.facts import RUN_SCOPE, ModuleFacts, RunFacts, StreamFacts
 from gradwatch.hooks.modules import Chains
 from gradwatch.hooks.roots import Loss
+from gradwatch.hooks.stepped import Chain
 
 Run = Spectrum | State | Flow
 
@@ -29,6 +30,7 @@ class Sampled:
 
     Attributes:
         chains: The calls that gradients have reached, by module.
+        stepped: The same of cells of the user's own.
         runs: What was launched, by depth, its numbers still on the device.
         seconds: What that cost on the host's clock, by depth.
         modules: Facts of the modules, by path.
@@ -41,6 +43,7 @@ class Sampled:
     """
 
     chains: Chains = field(default_factory=dict)
+    stepped: dict[int, Chain] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     modules: dict[str, ModuleFacts] = field(default_factory=dict)

@@ -11,6 +11,8 @@ from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.hooks.capture import Capture
 from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.hooks.optimizers import Training
+from gradwatch.hooks.stepped import Chain
+from gradwatch.record import CELL
 from gradwatch.recurrent import Recurrence, plain_weight
 
 
@@ -28,6 +30,17 @@ def of_calls(chain: Sequence[Capture]) -> ModuleFacts | None:
         cut=_steps_cut_off(chain[0]) or None,
         evaluating=any(call.evaluating for call in chain) or None,
         graph_kept=chain[0].graph_kept or None,
+    )
+
+
+def of_cell(chain: Chain) -> ModuleFacts:
+    """Return the facts of a cell of the user's own, from a chain of its calls."""
+    steps, batch, _ = chain.shape
+    return ModuleFacts(
+        T=steps or None,
+        B=batch or None,
+        dtype=chain.dtype or None,
+        evaluating=chain.evaluating or None,
     )
 
 
@@ -102,18 +115,20 @@ def notes_of(
 def _note(
     recurrence: Recurrence, facts: ModuleFacts, lost: int, begun: bool
 ) -> str | None:
-    weight = plain_weight(recurrence)
+    weight, cell = plain_weight(recurrence), recurrence.stream.kind == CELL
     if begun and facts.T is None:
         hidden = "compiled code hides its calls, or " if _torch.compiles() else ""
         return (
-            f"rho is not measured: {hidden}no gradient has come back through the "
-            "module (call module(x), not module.forward(x))"
+            f"{'it' if cell else 'rho'} is not measured: {hidden}no gradient has come "
+            "back through the module (call module(x), not module.forward(x))"
         )
     if facts.replay is not None:
         times = f"left out ({lost} times)"
         return f"states {facts.replay.replace('left out', times)}"
     if facts.state_detached:
         return f"its state is detached every {facts.T} steps"
+    if cell:
+        return None
     if weight is None:
         return "W_hh is parametrised: no update_ratio"
     return None if weight.requires_grad else "W_hh is frozen: no gradient norms"

@@ -15,8 +15,14 @@ from torch.nn.functional import linear
 from gradwatch.depths.drain import Host, Numbers
 from gradwatch.depths.trajectory import Trajectory
 from gradwatch.facts import ModuleFacts
+from gradwatch.hooks.stepped import Chain
 from gradwatch.metrics import run_key, stream_key
-from gradwatch.numerics.activation import Statistics, mean_field_gain, statistics
+from gradwatch.numerics.activation import (
+    Statistics,
+    mean_field_gain,
+    statistics,
+    statistics_of_states,
+)
 from gradwatch.numerics.norms import norms
 from gradwatch.record import Stream
 from gradwatch.recurrent import Recurrence, plain_weight
@@ -86,6 +92,16 @@ class State:
                 drive = _drive(replayed, *divmod(number, each))
                 self.numbers[member.stream.name, "drive"] = drive
             self.streams.append((member.stream, names))
+
+    def add_stepped(self, stream: Stream, chain: Chain) -> None:
+        """Measure the states of a cell of the user's own."""
+        if chain.h is None:
+            if chain.why:
+                self.left_out[stream.module] = chain.why
+            return
+        found = statistics_of_states(chain.h)
+        self.numbers[stream.name, "statistics"] = torch.stack([v for _, v in found])
+        self.streams.append((stream, tuple(name for (name,), _ in found)))
 
     def add_gates(self, members: Sequence[Recurrence]) -> None:
         """Measure the gradient norm of each gate's part of W_hh, as it is now."""
@@ -358,6 +374,8 @@ def _of_stream(stream: Stream, values: Mapping[str, float]) -> dict[str, float]:
     metrics = {run_key(f"{stream.key}/{name}"): v for name, v in values.items()}
     if math.isnan(values["h_growth"]):  # no two states to draw a line through
         del metrics[stream_key(stream, "h_growth")]
+    if math.isnan(values.get("saturated", 0.0)):  # states that no tanh has made
+        del metrics[stream_key(stream, "saturated")]
     if not stream.gates:
         return metrics
     for name in _TANH_GATE:

@@ -12,7 +12,8 @@ from gradwatch.health import Health
 from gradwatch.hooks.capture import Capture
 from gradwatch.hooks.probe import NOTHING, Probe, Wanted
 from gradwatch.hooks.readout import Readout
-from gradwatch.record import Stream
+from gradwatch.hooks.stepped import Chain, Stepped
+from gradwatch.record import CELL, Stream
 from gradwatch.recurrent import Recurrence
 
 Chains = dict[int, list[Capture]]
@@ -39,7 +40,7 @@ class ModuleHooks:
         samples: int | None,
         health: Health,
     ) -> None:
-        self.probes: list[Probe] = []
+        self.probes: list[Probe | Stepped] = []
         self.readout = Readout(model, health.guard("readout"))
         """Sees what the loss reads."""
         self.wanted = NOTHING
@@ -48,8 +49,9 @@ class ModuleHooks:
         guard = health.guard("probe", self._recover)
         self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
         try:  # a failure half-way undoes what came before
-            for module in {id(r.module): r.module for r in found}.values():
-                probe = Probe(module, owner, samples=samples, guard=guard)
+            for one in {id(r.module): r for r in found}.values():
+                kind = Stepped if one.stream.kind == CELL else Probe
+                probe = kind(one.module, owner, samples=samples, guard=guard)
                 self.probes.append(probe)
         except BaseException:
             self.close()
@@ -93,8 +95,15 @@ class ModuleHooks:
 
     def take(self) -> Chains:
         """Return the calls that gradients have reached since the last time."""
-        chains = {id(probe.module()): probe.take() for probe in self.probes}
+        own = [probe for probe in self.probes if isinstance(probe, Probe)]
+        chains = {id(probe.module()): probe.take() for probe in own}
         return {key: chain for key, chain in chains.items() if chain}
+
+    def take_stepped(self) -> dict[int, Chain]:
+        """Return the same of cells of the user's own."""
+        own = [probe for probe in self.probes if isinstance(probe, Stepped)]
+        chains = {id(probe.module()): probe.take() for probe in own}
+        return {key: chain for key, chain in chains.items() if chain is not None}
 
     def expect(self, wanted: Wanted) -> None:
         """Have the forwards from now on show what is wanted."""

@@ -303,7 +303,7 @@ class Probe:
         names = "hc" if isinstance(module, nn.RNNCellBase) else "yhc"
         for name, head in zip(names, returned, strict=False):
             if head.requires_grad and not head.is_leaf:
-                head.register_hook(_OnGrad(self, capture, name))
+                head.register_hook(OnGrad(self, capture, name))
 
     def _captured(
         self,
@@ -458,18 +458,19 @@ def _identity(states: tuple[Tensor, ...]) -> _States:
     return tuple((s.data_ptr(), s._version, s.shape) for s in states)
 
 
-class _OnGrad:
+class OnGrad:
     """A tensor hook; the graph that holds it may outlive the probe."""
 
-    __slots__ = ("capture", "name", "probe")
+    __slots__ = ("call", "name", "probe")
     __torch_unserializable__ = True
     """Saving a tensor leaves this hook out, and is not warned of."""
 
-    def __init__(self, probe: Probe, capture: Capture, name: str) -> None:
+    def __init__(self, probe: Any, call: Any, name: Any) -> None:
         self.probe = probe
-        self.capture = capture
+        self.call = call
         self.name = name
 
     def __call__(self, grad: Tensor | None) -> None:
+        """Pass a gradient on."""
         if grad is not None:  # None: backward passes by, and nothing comes here
-            self.probe.on_grad(self.capture, self.name, grad)
+            self.probe.on_grad(self.call, self.name, grad)

@@ -16,7 +16,7 @@ from gradwatch.kinds.seen import Seen, SeenState
 from gradwatch.kinds.text import BEFORE, HIDDEN, LOWER_RATE
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import Window, largest_median, median, push
-from gradwatch.record import Alert, Remedy, StepRecord, Stream, reinitialised
+from gradwatch.record import CELL, Alert, Remedy, StepRecord, Stream, reinitialised
 
 EXPLODING = Kind(
     name="exploding",
@@ -78,6 +78,12 @@ EXPLODING = Kind(
             "rho has grown by a tenth since the start",
             "rho has grown by a tenth or more since the start; " + HIDDEN,
             remedy="parametrize.orthogonal",
+        ),
+        "expansion": Cause(
+            "a cell of your own",
+            "steps of the cell enlarge the gradient of its state; " + HIDDEN,
+            "nn.init.orthogonal_ for the cell's recurrent weight, or a bounded state; "
+            "then train from the start",
         ),
         "nonnormal": Cause(
             "rho is below 1, in a ReLU net three quarters of the units are on",
@@ -455,6 +461,8 @@ def growth_cause(stream: Stream, seen: Mapping[str, float]) -> str:
         stream: The stream that shows growth.
         seen: Metric -> its last value; of :data:`CONTEXT`, as far as it was measured.
     """
+    if stream.kind == CELL:
+        return "expansion"
     if stream.gates:
         return "large_recurrent_weights"
     if seen.get("rho_total_drift", 0.0) > GROWN:

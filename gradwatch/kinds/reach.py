@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradwatch.kinds.kind import Kind
 from gradwatch.kinds.seen import Seen
-from gradwatch.record import Stream
+from gradwatch.record import CELL, Stream
 
 
 def cause_of(row: Kind, seen: Seen, stream: Stream, length: int) -> str:
@@ -21,6 +21,8 @@ def cause_of(row: Kind, seen: Seen, stream: Stream, length: int) -> str:
         return "truncation"
     if (module.padding or 0.0) >= row.number("padded"):
         return "padding"
+    if stream.kind == CELL:
+        return "saturation" if own.get("saturated", 0.0) > 1 / 2 else "contraction"
     slope = own.get("act_deriv", 1.0)
     if stream.kind != "RNN_RELU" and slope < row.number("saturated"):
         drive = seen.stream(stream).drive or ""

@@ -122,7 +122,8 @@ VANISHING = Kind(
             remedy="init.orthogonal_",
         ),
         "saturation": Cause(
-            "the same, and neither is",
+            "the same, and neither is; or in a cell of your own half of the state is "
+            "within .025 of 1 or -1",
             "the activations are saturated: their slope is below .35",
             "inputs = 0.1 * inputs  # or normalise them; then train from the start",
         ),
@@ -145,6 +146,12 @@ VANISHING = Kind(
             "a gated net; or more than 70 steps with rho above .5",
             "the sequence is longer than what the cell remembers",
             remedy="init.chrono_",
+        ),
+        "contraction": Cause(
+            "a cell of your own whose state is not saturated",
+            "each step of the cell shrinks the gradient of its state",
+            "let the cell keep more of its state (forget bias 1, a residual path), "
+            "or nn.init.orthogonal_(its recurrent weight); then train from the start",
         ),
         "small_radius": Cause(
             "none of these",

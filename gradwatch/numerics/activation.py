@@ -97,6 +97,25 @@ def _tanh(kind: str, layer: Layer, mask: Tensor | None) -> Statistics:
     return found
 
 
+def statistics_of_states(h: Tensor) -> Statistics:
+    """Return what can be told of states whose cell is not known.
+
+    ``h_norm`` and ``h_growth`` as of :func:`statistics`; ``saturated``: share of the
+    values above .9747 in size, as those of a tanh whose slope is below .05; NaN where
+    any exceeds 1, which no tanh has made.
+
+    Args:
+        h: Shape ``(T, B, S)``.
+    """
+    norms, size = torch.linalg.vector_norm(h, dim=2), h.abs()
+    flat = (1 - size.square() < FLAT).to(h.dtype).mean()
+    return [
+        (("h_norm",), _mean(norms, None) / math.sqrt(h.shape[2])),
+        (("h_growth",), _growth(norms, None)),
+        (("saturated",), flat.where(size.amax() <= 1, math.nan)),
+    ]
+
+
 def _sigmoids(kind: str, values: Tensor, mask: Tensor | None) -> Statistics:
     slope = values - values.square()
     each = {

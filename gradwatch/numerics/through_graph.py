@@ -1,0 +1,140 @@
+r"""Vectors pulled back over single steps of a recurrence, along autograd's own graph.
+
+For a cell whose formulas nobody knows. A step's state is one tensor or several, such as
+h and c; they count as independent, whichever of them the cell has made from another.
+With J the Jacobian of a step at the state that was visited, :func:`back` returns
+:math:`J^\top v`. It includes whatever else leads from one state to the next, such as an
+output that is fed back through other modules. The graph is left as it is.
+
+Axes: B sequences, S entries of a state (of all its tensors together), V vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+State = Sequence[Tensor]
+"""The tensors of one state, in autograd's graph, each of shape ``(B, ...)``."""
+_TINY: Final = 1e-30
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the tensors of a state, or of its gradient, as one of shape ``(B, S)``."""
+    return torch.cat([part.detach().flatten(1) for part in parts], 1)
+
+
+def parted(vector: Tensor, like: State) -> list[Tensor]:
+    """Return a vector of shape ``(B, S)`` as tensors shaped like those of a state."""
+    sizes = [part[:1].numel() for part in like]
+    pieces = vector.split(sizes, 1)
+    return [p.reshape(part.shape) for p, part in zip(pieces, like, strict=True)]
+
+
+def pull(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """Return what a gradient of some tensors is for others that they were made from.
+
+    Returns:
+        One gradient an input, 0 where none leads there; None where none leads to any.
+    """
+    found = torch.autograd.grad(
+        outputs, inputs, grads, retain_graph=True, allow_unused=True
+    )
+    if all(grad is None for grad in found):
+        return None
+    pairs = zip(found, inputs, strict=True)
+    return [torch.zeros_like(x) if grad is None else grad for grad, x in pairs]
+
+
+def order_of(state: State) -> list[int]:
+    """Return the places of a state's tensors, each before those it was made from."""
+    made_from = [
+        [
+            j
+            for j, other in enumerate(state)
+            if j != i and pull([own], [other], [torch.zeros_like(own)]) is not None
+        ]
+        for i, own in enumerate(state)
+    ]
+    return sorted(range(len(state)), key=lambda i: -len(made_from[i]))
+
+
+def independent(
+    state: State, order: Sequence[int], grads: list[Tensor]
+) -> list[Tensor]:
+    """Take from the gradient of each tensor what comes through the others.
+
+    Args:
+        state: The tensors.
+        order: :func:`order_of` them.
+        grads: Their total gradients, as autograd has them.
+
+    Returns:
+        What is left, as if each had been made on its own.
+    """
+    found = [*grads]
+    for place, i in enumerate(order):
+        rest = order[place + 1 :]
+        if not rest:
+            break
+        through = pull([state[i]], [state[j] for j in rest], [found[i]])
+        for j, part in zip(rest, through or (), strict=bool(through)):
+            found[j] = found[j] - part
+    return found
+
+
+def back(
+    later: State, earlier: State, order: Sequence[int], vector: Tensor
+) -> Tensor | None:
+    """Pull a vector back over one step.
+
+    Args:
+        later: The state behind the step.
+        earlier: The one before.
+        order: :func:`order_of` its tensors.
+        vector: Shape ``(B, S)``, of the later state.
+
+    Returns:
+        Shape ``(B, S)``, of the earlier state; None where nothing leads there.
+    """
+    grads = pull(later, earlier, parted(vector, later))
+    return None if grads is None else joined(independent(earlier, order, grads))
+
+
+def pulled_back(
+    states: Sequence[State],
+    order: Sequence[int],
+    vectors: Tensor,
+    start: int,
+) -> Tensor:
+    """Return how the norms of vectors change on their way back.
+
+    Args:
+        states: The states of a chain of calls, in their order.
+        order: :func:`order_of` each.
+        vectors: Shape ``(V, B, S)``.
+        start: The step at which they start.
+
+    Returns:
+        ln of the norm over that at the start, by lag, shape ``(T, V, B)``: 0 at lag 0,
+        -Inf where nothing is left, NaN for lags that lie before the first state.
+    """
+    steps = len(states)
+    logs = vectors.new_full((steps, *vectors.shape[:2]), float("nan"))
+    for v, vector in enumerate(vectors):
+        size = torch.linalg.vector_norm(vector, dim=-1)
+        moving = vector / size.clamp_min(_TINY)[:, None]
+        sizes = [torch.zeros_like(size)]
+        for t in range(start, 0, -1):
+            pulled = back(states[t], states[t - 1], order, moving)
+            moving = torch.zeros_like(moving) if pulled is None else pulled
+            size = torch.linalg.vector_norm(moving, dim=-1)
+            moving = moving / size.clamp_min(_TINY)[:, None]
+            sizes.append(size.log())
+        logs[: len(sizes), v] = torch.stack(sizes).cumsum(0)
+    return logs

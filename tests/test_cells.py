@@ -1,0 +1,381 @@
+"""Cells of the user's own: measured along autograd's graph, without running them."""
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
+from torch.utils.checkpoint import checkpoint
+
+import gradwatch
+from gradwatch.numerics import krylov
+from testbed.cells import CELLS, GRU, LSTM, RNN, Stepped, start
+
+T, B, INPUTS, UNITS = 20, 6, 5, 12
+OFF = {"dir": None, "wandb": None}
+
+
+def batch(seed=1, dtype=torch.float64, steps=T):
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(steps, B, INPUTS, generator=source, dtype=dtype)
+    return x, torch.randint(0, 4, (steps, B), generator=source)
+
+
+READS = {
+    "last": lambda s, y: cross_entropy(s[-1], y[-1]),
+    "each": lambda s, y: cross_entropy(s.flatten(0, 1), y.flatten()),
+    "third": lambda s, y: cross_entropy(s[:-1:3].flatten(0, 1), y[:-1:3].flatten()),
+}
+
+
+class Fused(nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn, self.head = rnn, nn.Linear(UNITS, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+def twins(fused, cell):
+    """Return a net with a fused module, and one with a cell of the same weights."""
+    torch.manual_seed(0)
+    known = Fused(fused(INPUTS, UNITS)).double()
+    own = Stepped(cell(INPUTS, UNITS), UNITS, 4).double()
+    pairs = zip(
+        (own.cell.w.weight, own.cell.u.weight, own.cell.w.bias, own.cell.u.bias),
+        known.rnn.parameters(),
+        strict=True,
+    )
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+    own.head = copy.deepcopy(known.head)
+    return known, own
+
+
+def train(model, reads, steps=3, dtype=torch.float64, lr=0.1, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    options = {"every": 1, "budget": None, "flow_samples": None, **OFF, **options}
+    with gradwatch.watch(model, **options) as watch:
+        for step in range(steps):
+            x, y = batch(step, dtype)
+            loss = reads(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert not watch.health["failed"]
+    return watch
+
+
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize(
+    ("fused", "cell"), [(nn.LSTM, LSTM), (nn.GRU, GRU), (nn.RNN, RNN)]
+)
+def test_it_is_what_a_fused_module_of_the_same_weights_is(fused, cell, reads):
+    known, own = twins(fused, cell)
+    one = train(known, READS[reads])
+    two = train(own, READS[reads], cells=[cell])
+    for a, b in zip(one.records, two.records, strict=True):
+        for name in ("horizon", "growth_log10", "adjoint_log10", "demand", "signal"):
+            theirs = a.metrics[f"gradwatch/rnn/l0/{name}"]
+            mine = b.metrics[f"gradwatch/cell/{name}"]
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-9)
+        adjoint = np.square(a.profiles["gradwatch/rnn/l0/adjoint"])
+        cells = a.profiles.get("gradwatch/rnn/l0/adjoint_cell", np.zeros(T))
+        theirs = np.sqrt(adjoint + np.square(cells))
+        assert b.profiles["gradwatch/cell/adjoint"] == pytest.approx(theirs, rel=1e-5)
+        theirs = a.profiles["gradwatch/rnn/l0/direct"]
+        mine = b.profiles["gradwatch/cell/direct"]
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_radius_of_a_step_is_that_of_its_jacobian(name):
+    torch.manual_seed(0)
+    net = Stepped(CELLS[name](INPUTS, UNITS), UNITS, 4).double()
+    radii = []
+    x, _ = batch(0)
+    state = start(net.cell, B, UNITS, x)
+    for t in range(T):
+        before, state = state, net.cell(x[t], state)
+        if t not in (1, T // 2, T - 1):
+            continue
+        for i in range(B):
+            row = tuple(part[i : i + 1].detach() for part in before)
+            jacobian = torch.autograd.functional.jacobian(
+                lambda *parts, t=t, i=i: net.cell(x[t, i : i + 1], parts), row
+            )
+            blocks = [torch.cat([p[0, :, 0] for p in line], 1) for line in jacobian]
+            radii.append(torch.linalg.eigvals(torch.cat(blocks)).abs().max())
+    watch = train(net, READS["last"], steps=1, cells=[CELLS[name]])
+    rho = watch.latest["gradwatch/cell/rho_step"]
+    assert rho == pytest.approx(torch.stack(radii).median().item(), rel=0.02)
+    exact = np.median([radius.item() for radius in radii])
+    assert rho == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_training_is_bitwise_what_it_was(name):
+    def run(watched):
+        torch.manual_seed(3)
+        net = Stepped(CELLS[name](INPUTS, UNITS), UNITS, 4)
+        net.head = nn.Sequential(nn.Dropout(0.3), net.head)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        watch = None
+        if watched:
+            options = {"every": 2, "budget": None, **OFF}
+            watch = gradwatch.watch(net, cells=[CELLS[name]], **options)
+        losses = []
+        for step in range(6):
+            x, y = batch(step, torch.float32)
+            loss = READS["each"](net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        if watch is not None:
+            watch.close()
+            assert not watch.health["failed"]
+            assert "gradwatch/cell/horizon" in watch.latest
+        return losses, net.state_dict(), torch.get_rng_state()
+
+    plain, watched = run(False), run(True)
+    assert plain[0] == watched[0]
+    assert all(torch.equal(watched[1][k], v) for k, v in plain[1].items())
+    assert torch.equal(plain[2], watched[2])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_healthy_cell_is_left_in_peace(name):
+    torch.manual_seed(0)
+    net = Stepped(CELLS[name](4, UNITS), UNITS, 4)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    source = torch.Generator().manual_seed(0)
+    with gradwatch.watch(net, cells=[CELLS[name]], budget=None, **OFF) as watch:
+        for _ in range(150):
+            y = torch.randint(0, 4, (8, 16), generator=source)
+            loss = READS["each"](net(one_hot(y, 4).float()), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert [a for a in watch.alerts if a.severity != "info"] == []
+    assert loss.item() < 0.7
+
+
+@pytest.mark.parametrize("name", ["rnn", "cfc", "leaky"])
+def test_a_cell_whose_steps_expand_is_named(name):
+    torch.manual_seed(0)
+    net = Stepped(CELLS[name](INPUTS, 32), 32, 4)
+    with torch.no_grad():
+        for weight in net.cell.parameters():
+            weight.mul_(8 if weight.dim() == 2 else 1)
+    options = {"steps": 8, "dtype": torch.float32, "lr": 1e-6}
+    watch = train(net, READS["last"], cells=[CELLS[name]], **options)
+    [alert] = [a for a in watch.alerts if a.kind == "exploding"]
+    assert (alert.cause, alert.stream) == ("expansion", "cell")
+    assert "nn.init.orthogonal_" in alert.message
+
+
+def test_a_state_may_pass_through_other_modules():
+    class Masked(nn.Module):
+        """Masks the state between calls, and feeds the output back as input."""
+
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = RNN(INPUTS, UNITS), nn.Linear(UNITS, INPUTS)
+
+        def forward(self, steps):
+            x, (h,) = torch.ones(B, INPUTS), (torch.zeros(B, UNITS),)
+            for _ in range(steps):
+                (h,) = self.cell(x, (0.5 * h,))
+                x = self.head(h)
+            return x
+
+    torch.manual_seed(0)
+    model = Masked()
+    with gradwatch.watch(model, cells=[RNN], every=1, budget=None, **OFF) as watch:
+        loss = model(7).square().mean()
+        loss.backward()
+        watch.flush()
+    adjoint = watch.records[0].profiles["gradwatch/cell/adjoint"]
+
+    states, x, h = [], torch.ones(B, INPUTS), torch.zeros(B, UNITS)
+    for _ in range(7):
+        (h,) = model.cell(x, (0.5 * h,))
+        states.append(h)
+        x = model.head(h)
+    grads = torch.autograd.grad(x.square().mean(), states)
+    assert adjoint == pytest.approx([g.norm().item() for g in grads], rel=1e-5)
+
+
+def test_layers_that_share_a_cell_and_cut_states_are_chains_of_their_own():
+    cell = RNN(UNITS, UNITS)
+    model = nn.ModuleDict({"cell": cell})
+    with gradwatch.watch(model, cells=[cell], every=1, budget=None, **OFF) as watch:
+        x, low, high = (
+            torch.randn(B, UNITS),
+            torch.zeros(B, UNITS),
+            torch.zeros(B, UNITS),
+        )
+        for t in range(6):
+            if t == 2:
+                low, high = low.detach(), high.detach()
+            (low,) = cell(x, (low,))
+            (high,) = cell(low, (high,))
+        high.sum().backward()
+        watch.flush()
+    assert watch.records[0].facts.modules["cell"].T == 4
+    assert len(watch.records[0].profiles["gradwatch/cell/adjoint"]) == 4
+
+
+def test_the_graph_is_let_go_of():
+    net = Stepped(LSTM(INPUTS, UNITS), UNITS, 4)
+    seen = []
+    handle = net.cell.register_forward_hook(
+        lambda module, given, out: seen.append(weakref.ref(out[0]))
+    )
+    watch = gradwatch.watch(net, cells=[LSTM], every=1, budget=None, **OFF)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(2):
+        x, y = batch(step, torch.float32)
+        net(x)  # nobody trains on this one
+        loss = READS["last"](net(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    del loss
+    gc.collect()
+    assert not [ref for ref in seen if ref() is not None]
+    handle.remove()
+    watch.close()
+
+
+def left_out(model, forward, cells):
+    with gradwatch.watch(model, cells=cells, every=1, budget=None, **OFF) as watch:
+        forward().sum().backward()
+        watch.flush()
+        assert not watch.health["failed"]
+        return watch.records[0], repr(watch)
+
+
+def test_hooks_of_the_users_own_are_not_called_once_more():
+    cell, seen = RNN(INPUTS, UNITS), []
+
+    def forward():
+        h = torch.zeros(B, UNITS)
+        for _ in range(4):
+            (h,) = cell(torch.ones(B, INPUTS), (h,))
+            h.register_hook(lambda grad: seen.append(1))
+        return h
+
+    record, shown = left_out(nn.ModuleList([cell]), forward, [RNN])
+    assert len(seen) == 4
+    assert "gradwatch/0/horizon" not in record.metrics
+    assert "hooks of your own" in shown
+
+
+def test_states_that_change_their_shape_are_said_to_be_left_out():
+    cell = RNN(INPUTS, UNITS)
+
+    def forward():
+        h = torch.zeros(B, UNITS)
+        for _ in range(3):
+            (h,) = cell(torch.ones(len(h), INPUTS), (h,))
+            h = h[:-1]
+        return h
+
+    record, shown = left_out(nn.ModuleList([cell]), forward, [RNN])
+    assert "gradwatch/0/h_norm" not in record.metrics
+    assert "its state changes its shape" in shown
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_steps_do_no_harm(reentrant):
+    def run(watched):
+        torch.manual_seed(0)
+        cell, h = RNN(INPUTS, UNITS), torch.zeros(B, UNITS, requires_grad=True)
+        model = nn.ModuleList([cell])
+
+        def step(h):
+            return cell(torch.ones(B, INPUTS), (h,))[0]
+
+        watch = None
+        if watched:
+            options = {"every": 1, "budget": None, **OFF}
+            watch = gradwatch.watch(model, cells=[RNN], **options)
+        for _ in range(4):
+            h = checkpoint(step, h, use_reentrant=reentrant)
+        h.sum().backward()
+        if watch is not None:
+            watch.close()
+        return [p.grad for p in cell.parameters()]
+
+    plain, watched = run(False), run(True)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+def test_a_cell_beside_a_fused_module():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(INPUTS, UNITS)
+            self.own = Stepped(LSTM(UNITS, UNITS), UNITS, 4)
+
+        def forward(self, x):
+            return self.own(self.rnn(x)[0])
+
+    watch = train(Both().double(), READS["last"], cells=[LSTM])
+    assert [s.kind for s in watch.streams] == ["GRU", "CELL"]
+    assert {"gradwatch/rnn/l0/horizon", "gradwatch/own/cell/horizon"} <= {*watch.latest}
+    facts = watch.records[0].facts
+    assert facts.modules["own.cell"].T == T
+    assert facts.streams["own.cell"].state_size == 2 * UNITS
+
+
+def test_the_same_model_is_watched_once():
+    net = Stepped(LSTM(INPUTS, UNITS), UNITS, 4)
+    with gradwatch.watch(net, cells=[LSTM], **OFF) as watch:
+        assert gradwatch.watch(net, cells=[LSTM], **OFF) is watch
+
+
+def test_what_no_cell_is_is_refused():
+    net = Stepped(LSTM(INPUTS, UNITS), UNITS, 4)
+    with pytest.raises(TypeError, match=r"cells is .*LSTM; expected a list"):
+        gradwatch.watch(net, cells=net.cell)
+    with pytest.raises(TypeError, match=r"cells holds a str"):
+        gradwatch.watch(net, cells=["LSTM"])
+    with pytest.raises(ValueError, match="cells names GRU, which the model does not"):
+        gradwatch.watch(net, cells=[GRU])
+    with pytest.raises(ValueError, match=r"model\.cell takes a state.*cells=\[LSTM\]"):
+        gradwatch.watch(net)
+    with pytest.raises(ValueError, match=r"cells=\[ItsClass\]"):
+        gradwatch.watch(nn.Linear(2, 2))
+
+
+def test_arnoldi_is_exact_once_it_spans_the_space():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 8, 8, dtype=torch.float64)
+    start_at = torch.randn(3, 8, dtype=torch.float64)
+    found = krylov.arnoldi(
+        lambda v: torch.einsum("bij,bj->bi", matrices, v), start_at, most=20
+    )
+    assert found.shape == (3, 9, 8)
+    exact = torch.linalg.eigvals(matrices).abs().amax(1).median().item()
+    assert krylov.ritz_radius(found.numpy()) == pytest.approx(exact, rel=1e-9)
+
+
+def test_a_radius_that_has_not_converged_is_none():
+    torch.manual_seed(0)
+    matrix = torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64))[0][None]
+    found = krylov.arnoldi(
+        lambda v: torch.einsum("bij,bj->bi", matrix, v), torch.randn(1, 200).double(), 6
+    )
+    assert krylov.ritz_radius(found.numpy()) is None
+    assert krylov.ritz_radius(np.full((1, 3, 2), np.nan)) is None
+    nothing = krylov.arnoldi(torch.zeros_like, torch.ones(1, 4), 3)
+    assert krylov.ritz_radius(nothing.numpy()) == 0
