@@ -24,9 +24,7 @@ from gradwatch import acting, console, environment, resume
 from gradwatch.engine import Engine
 from gradwatch.folder import meta, open_folder
 from gradwatch.health import Health
-from gradwatch.hooks import calls
-from gradwatch.hooks.probe import Probe
-from gradwatch.hooks.stepped import Stepped
+from gradwatch.hooks.modules import owners
 from gradwatch.intake import Intake
 from gradwatch.kinds.catalogue import default_rules
 from gradwatch.kinds.judge import Rule, check_mute
@@ -492,11 +490,7 @@ def _call(watch_ref: weakref.ref[Watch], method: Callable[[Watch], _T]) -> _T | 
 def _watching(found: Sequence[Recurrence]) -> Watch | None:
     """Return the watch that looks at just these modules, if there is one."""
     modules = {id(r.module): r.module for r in found}
-    owners = set()
-    for module in modules.values():
-        probes = [p for p in calls.seeing(module) if isinstance(p, Probe | Stepped)]
-        owners.add(frozenset(probe.owner for probe in probes if not probe.closed))
-    for owner in owners.pop() if len(owners) == 1 else ():
+    for owner in owners(modules.values()):
         if isinstance(owner, Watch) and owner._watches(len(modules)):
             return owner
     return None

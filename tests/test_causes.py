@@ -39,7 +39,8 @@ def alarms(alerts):
 def test_a_cause_is_told(name):
     case = CASES[name]
     run = built(case, sick=True)
-    streams = {r.stream.name: r.stream for r in recurrences(run.model)}
+    found = recurrences(run.model, run.cells)
+    streams = {r.stream.name: r.stream for r in found}
     watch = trained(run)
     alerts = watch.alerts
     assert replay(watch.records, watch.streams) == alerts
@@ -85,13 +86,14 @@ def test_every_cause_of_the_catalogue_has_a_case():
 def test_every_sort_of_net_has_a_case():
     sorts = Counter()
     for case in CASES.values():
-        for recurrence in recurrences(built(case, sick=True).model):
+        run = built(case, sick=True)
+        for recurrence in recurrences(run.model, run.cells):
             stream = recurrence.stream
             if stream.name == case.stream:
                 cell = stream.name == stream.module
                 sorts[stream.kind, cell, stream.layer > 0, stream.direction] += 1
     kinds = {"RNN_TANH", "RNN_RELU", "LSTM", "GRU"}
     assert {kind for kind, cell, *_ in sorts if not cell} == kinds
-    assert {kind for kind, cell, *_ in sorts if cell} == kinds
+    assert {kind for kind, cell, *_ in sorts if cell} == kinds | {"CELL"}
     upper, reverse = ({s[i] for s in sorts} for i in (2, 3))
     assert upper == {False, True} and reverse == {"forward", "reverse"}

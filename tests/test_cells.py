@@ -167,7 +167,7 @@ def test_a_healthy_cell_is_left_in_peace(name):
     assert loss.item() < 0.7
 
 
-@pytest.mark.parametrize("name", ["rnn", "cfc", "leaky"])
+@pytest.mark.parametrize("name", ["cfc", "leaky"])
 def test_a_cell_whose_steps_expand_is_named(name):
     torch.manual_seed(0)
     net = Stepped(CELLS[name](INPUTS, 32), 32, 4)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 from torch import nn
 
 from gradwatch.health import Health
+from gradwatch.hooks import calls
 from gradwatch.hooks.capture import Capture
 from gradwatch.hooks.probe import NOTHING, Probe, Wanted
 from gradwatch.hooks.readout import Readout
@@ -18,6 +19,15 @@ from gradwatch.recurrent import Recurrence
 
 Chains = dict[int, list[Capture]]
 """Id of a module -> the longest chain of its calls that gradients have reached."""
+
+
+def owners(modules: Iterable[nn.Module]) -> frozenset[object]:
+    """Return whoever sees the calls of each of some modules, if it is the same."""
+    found = set()
+    for module in modules:
+        probes = [p for p in calls.seeing(module) if isinstance(p, Probe | Stepped)]
+        found.add(frozenset(probe.owner for probe in probes if not probe.closed))
+    return found.pop() if len(found) == 1 else frozenset()
 
 
 class ModuleHooks:

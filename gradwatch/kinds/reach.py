@@ -1,9 +1,12 @@
-"""Why a gradient does not reach the first steps."""
+"""Why a gradient does not reach the first steps, and what is remembered of that."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 from gradwatch.kinds.kind import Kind
-from gradwatch.kinds.seen import Seen
+from gradwatch.kinds.seen import Losses, Seen, SeenState
 from gradwatch.record import CELL, Stream
 
 
@@ -22,7 +25,11 @@ def cause_of(row: Kind, seen: Seen, stream: Stream, length: int) -> str:
     if (module.padding or 0.0) >= row.number("padded"):
         return "padding"
     if stream.kind == CELL:
-        return "saturation" if own.get("saturated", 0.0) > 1 / 2 else "contraction"
+        return (
+            "saturation"
+            if own.get("saturated", 0.0) > row.number("flat")
+            else "contraction"
+        )
     slope = own.get("act_deriv", 1.0)
     if stream.kind != "RNN_RELU" and slope < row.number("saturated"):
         drive = seen.stream(stream).drive or ""
@@ -39,3 +46,30 @@ def cause_of(row: Kind, seen: Seen, stream: Stream, length: int) -> str:
     if stream.gates or (length > row.count("long_sequence") and lasts):
         return "horizon_too_long"
     return "small_radius"
+
+
+@dataclass(slots=True)
+class Reached:
+    """What the rule of ``vanishing`` remembers.
+
+    Attributes:
+        seen: What was last seen of every stream.
+        losses: The losses so far.
+        constant: What a constant output would have for a loss; 0 if unknown.
+        open: Stream -> its open incident.
+        past: Stream -> its last probes.
+        reached: Stream -> whether a gradient had reached the first steps.
+        learnt: Stream -> whether the task was learnt.
+        probed: When any was last measured.
+        doubts: Streams that may have fallen.
+    """
+
+    seen: SeenState = field(default_factory=SeenState)
+    losses: Losses = field(default_factory=Losses)
+    constant: float = 0.0
+    open: dict[str, dict[str, Any]] = field(default_factory=dict)
+    past: dict[str, list[float]] = field(default_factory=dict)
+    reached: dict[str, bool] = field(default_factory=dict)
+    learnt: dict[str, bool] = field(default_factory=dict)
+    probed: int = 0
+    doubts: dict[str, bool] = field(default_factory=dict)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from gradwatch.block import Block
 from gradwatch.kinds import text
 from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
-from gradwatch.kinds.reach import cause_of
+from gradwatch.kinds.reach import Reached, cause_of
 from gradwatch.kinds.remembering import Remembering
-from gradwatch.kinds.seen import Losses, Seen, SeenState, add_travel
+from gradwatch.kinds.seen import Seen, add_travel
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.streaming import upper_median
 from gradwatch.record import Alert, StepRecord, Stream, reinitialised
@@ -191,6 +190,9 @@ VANISHING = Kind(
         "often_for": Number(1000, "steps for which they are as frequent"),
         "seldom": Number(100, "steps between probes later", "as without an incident"),
         "saturated": Number(0.35, "mean slope of the tanh that is the cause"),
+        "flat": Number(
+            0.5, "share of the state of a cell of your own that is saturated, more than"
+        ),
         "for_good": Number(0.2, "mean slope that does not go away by itself"),
         "shut": Number(
             0.9,
@@ -228,38 +230,18 @@ _PROBES: Final = VANISHING.count("probes")
 _HOLD: Final = VANISHING.count("hold")
 _CONSTANT: Final = run_key("loss_constant")
 _LASTING: Final = ("forget_gate", "update_gate", "truncation")
-_CONTEXT: Final = ("act_deriv", "rho", "rho_total_drift", "shut/f", "shut/z")
+_CONTEXT: Final = (
+    "act_deriv",
+    "rho",
+    "rho_total_drift",
+    "shut/f",
+    "shut/z",
+    "saturated",
+)
 _METRICS: Final = ("adjoint_log10", "demand", "signal", "horizon", "update_ratio")
 
 
-@dataclass(slots=True)
-class _State:
-    """What the rule remembers.
-
-    Attributes:
-        seen: What was last seen of every stream.
-        losses: The losses so far.
-        constant: What a constant output would have for a loss; 0 if unknown.
-        open: Stream -> its open incident.
-        past: Stream -> its last probes.
-        reached: Stream -> whether a gradient had reached the first steps.
-        learnt: Stream -> whether the task was learnt.
-        probed: When any was last measured.
-        doubts: Streams that may have fallen.
-    """
-
-    seen: SeenState = field(default_factory=SeenState)
-    losses: Losses = field(default_factory=Losses)
-    constant: float = 0.0
-    open: dict[str, dict[str, Any]] = field(default_factory=dict)
-    past: dict[str, list[float]] = field(default_factory=dict)
-    reached: dict[str, bool] = field(default_factory=dict)
-    learnt: dict[str, bool] = field(default_factory=dict)
-    probed: int = 0
-    doubts: dict[str, bool] = field(default_factory=dict)
-
-
-class Vanishing(Remembering[_State]):
+class Vanishing(Remembering[Reached]):
     """No gradient reaches the first steps, for long, and nothing is learnt without.
 
     At the first probe that is a notice: many nets open by themselves. It is an alarm
@@ -275,7 +257,7 @@ class Vanishing(Remembering[_State]):
             (s, {name: stream_key(s, name) for name in _METRICS}) for s in streams
         ]
         self._seen = Seen(streams, _CONTEXT)
-        super().__init__(_State(seen=self._seen.state))
+        super().__init__(Reached(seen=self._seen.state))
 
     @property
     def active(self) -> bool:

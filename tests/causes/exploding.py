@@ -2,13 +2,16 @@
 
 import torch
 from torch import nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
+from testbed.cells import RNN
+from testbed.cells import Stepped as Own
 from testbed.weights import F, bias, orthogonal, recurrent
 from tests.causes.run import (
     HELD,
     HIDDEN,
     ORTHOGONAL,
+    SYMBOLS,
     Case,
     Run,
     adam,
@@ -91,6 +94,15 @@ def relu_cell(sick):
     return clipped(model, 1e-4)
 
 
+def expanding(sick):
+    """The same, in a cell written by hand."""
+    model = Own(RNN(SYMBOLS, HIDDEN), HIDDEN, SYMBOLS)
+    nn.init.orthogonal_(model.cell.u.weight, gain=4.0 if sick else 1.0)
+    run = clipped(model)
+    run.cells, run.loss = (RNN,), lambda m, b: cross_entropy(m(b[0])[-1], b[1])
+    return run
+
+
 def chaotic(sick):
     model = net(nn.RNN)
     orthogonal(model.layer)
@@ -168,6 +180,9 @@ CASES = {
     ),
     "a tanh net of gain 4": Case(
         "exploding", "chaos", chaotic, stream="rnn.l0", remedy=ORTHOGONAL
+    ),
+    "a tanh cell of one's own of gain 4": Case(
+        "exploding", "expansion", expanding, stream="cell"
     ),
     "targets in another unit": Case(
         "exploding", None, other_unit, stream=None, onset=30, remedy="clip.NormClip"

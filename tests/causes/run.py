@@ -22,6 +22,7 @@ class Run:
 
     Attributes:
         steps: How many.
+        cells: Of the user's own.
         known: Whether the loss can be found; else backward is called on two numbers.
         clears: Whether gradients are cleared before each backward.
         clip_scaled: Whether the clip comes before the gradients are unscaled.
@@ -38,6 +39,7 @@ class Run:
     clip: float | None = None
     scaler: torch.amp.GradScaler | None = None
     clip_scaled: bool = False
+    cells: tuple[type[nn.Module], ...] = ()
     clears: bool = True
     before: Callable[[int], object] = lambda step: None
     after: Callable[[int], object] = lambda step: None
@@ -66,7 +68,8 @@ class Case(NamedTuple):
 def trained(run: Run, folder: Path | None = None) -> gradwatch.Watch:
     """Train under a watch; return it, closed, with the alerts that it gave."""
     model, optimizer = run.model, run.optimizer
-    with gradwatch.watch(model, dir=folder, wandb=None, budget=None) as watch:
+    options: dict[str, Any] = {"dir": folder, "wandb": None, "budget": None}
+    with gradwatch.watch(model, cells=run.cells, **options) as watch:
         for step in range(run.steps):
             run.before(step)
             if run.clears:

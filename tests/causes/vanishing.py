@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss, pad
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from testbed.cells import RNN
+from testbed.cells import Stepped as Own
 from testbed.nets import classes
 from testbed.weights import F, I, Z, bias, bias_of, orthogonal, recurrent, remembering
 from tests.causes.run import (
@@ -14,6 +16,7 @@ from tests.causes.run import (
     HELD,
     HIDDEN,
     ORTHOGONAL,
+    SYMBOLS,
     Case,
     Run,
     adam,
@@ -199,7 +202,21 @@ def wandering(sick):
     )
 
 
+def forgetting(sick):
+    """A tanh cell written by hand, with recurrent weights near 0 and at 1."""
+    model = Own(RNN(SYMBOLS, HIDDEN), HIDDEN, SYMBOLS)
+    nn.init.orthogonal_(model.cell.u.weight, gain=0.4 if sick else 1.0)
+
+    def loss(model, batch):
+        return cross_entropy(model(batch[0])[-1], batch[1])
+
+    return far(model, loss=loss, cells=(RNN,), steps=660, batches=symbols(20))
+
+
 CASES = {
+    "a tanh cell of one's own that forgets": Case(
+        "vanishing", "contraction", forgetting, stream="cell"
+    ),
     "a sequence in pieces": Case("vanishing", "truncation", in_pieces, stream="rnn.l0"),
     "a state read behind the padding": Case(
         "vanishing", "padding", padded, stream="rnn.l0"
