@@ -109,6 +109,8 @@ class Intake:
             return False
         if step.events or read.scale is not None:
             return False
+        if read.cleared is False and self.memory.facts.run.cleared is not False:
+            return False  # the steps that come are to be looked at for it
         if (
             loss is not None
             and not isinstance(loss, Tensor)

@@ -1,7 +1,8 @@
 """The quiet path: steps at which all is as usual, followed at a fraction of the cost.
 
-Usual is: one backward pass, then one optimizer, the same as ever; gradients on the CPU
-whose total norm is below what was usual; nothing else due soon. Whatever is otherwise
+Usual is: one backward pass, then one optimizer, the same as ever, or one that runs the
+backward itself, by a closure; gradients on the CPU whose total norm is below what was
+usual; nothing else due soon. Whatever is otherwise
 ends the path in mid-step: the engine then goes on as if it had followed the step from
 its start, with what was seen of it so far (:meth:`Quiet.leave`).
 
@@ -12,21 +13,21 @@ read, and at every second, fourth or eighth step all the rest.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import hypot, inf, isfinite
 from operator import attrgetter, call, is_
 from threading import get_ident
 from time import perf_counter, time
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch import _torch, clock
 from gradwatch.block import ROWS
 from gradwatch.clock import BackwardBegins, BackwardEnds, ClockState, OptimizerBegins
-from gradwatch.depths.gradients import Layout, Plain, Read
+from gradwatch.depths.gradients import Plain, Read
 from gradwatch.depths.openstep import OpenStep
 from gradwatch.depths.reader import Reader
 from gradwatch.health import Health
@@ -35,11 +36,11 @@ from gradwatch.hooks.optimizers import Held, OptimizerHooks
 from gradwatch.hooks.parameters import ParameterHooks
 from gradwatch.hooks.roots import Roots
 from gradwatch.intake import Intake
+from gradwatch.usual import Usual, read
 
 _GRAD: Final = attrgetter("grad")
 _VERSION: Final = attrgetter("_version")
 _ITEM: Final = Tensor.item
-_DTYPES: Final = (torch.float32, torch.float64)
 _FLATTEN: Final = 1 << 16
 """Up to this many entries copying them together costs less than a norm of each."""
 _flattened, _norm = _torch.flattened, torch.linalg.vector_norm
@@ -47,32 +48,6 @@ _flattened, _norm = _torch.flattened, torch.linalg.vector_norm
 
 OFF, BETWEEN, BEGUN, ENDED, USED = range(5)
 """How far a quiet step is: not on the path, between two steps, or in one."""
-
-
-class Usual(NamedTuple):
-    """What a step has to be like to stay on the path.
-
-    Attributes:
-        held: What the one optimizer holds.
-        names: Names of the parameters; another list once they have changed.
-        layout: Which numbers are behind which key.
-        live: Places of the parameters that have a gradient.
-        params: These parameters.
-        without: The others.
-        first: The first parameter that the optimizer holds.
-        place: Its place.
-        small: Whether copying the gradients together costs less than a norm of each.
-    """
-
-    held: Held
-    names: Sequence[str]
-    layout: Layout
-    live: list[int]
-    params: list[nn.Parameter]
-    without: list[nn.Parameter]
-    first: nn.Parameter
-    place: int
-    small: bool
 
 
 class Quiet:
@@ -108,6 +83,7 @@ class Quiet:
         self._rows: list[Plain] = []
         self._until = self._not_before = 0
         self._every, self._full, self._suspicious = 1, True, False
+        self._within = False  # the open step's backward runs inside its optimizer's
         self._norm = 0.0
         self._bound = 0.0
         self._task, self._thread = -1, 0
@@ -167,14 +143,14 @@ class Quiet:
             self.number, self._until = state.number, until
             self._bound, self.pauses = self._intake.bound, False
             self._every = self._intake.full_every
-            self._task, self.phase = state.task, BETWEEN
+            self._task, self.phase, self._within = state.task, BETWEEN, False
 
     def _look(self, held: Held) -> Usual | None:
         """Return what the steps are like, by the gradients that are there now."""
         parameters = self._parameters
         live, grads = parameters.gradients()
         first = next((i for i in held.params if i in live), None)
-        if first is None or _read(grads) is None:
+        if first is None or read(grads) is None:
             return None
         return Usual(
             held=held,
@@ -216,12 +192,12 @@ class Quiet:
             self._parameters.noted(live, refs, versions)
         self._refs, self._versions, self._left, self._suspicious = [], [], None, True
         self._odd = False
-        if phase > BETWEEN:
+        if phase > BETWEEN or self._within:
             if phase != BEGUN or self._norm < self._bound:
                 # The steps may be of another sort by now: no large norm ended this.
                 self._usual, self._not_before = None, self.number + ROWS
             state = self._open_again(state, usual, phase)
-        self.number = 0
+        self.number, self._within = 0, False
         return state
 
     def raise_error(self) -> None:
@@ -233,6 +209,11 @@ class Quiet:
     def _open_again(self, state: ClockState, usual: Usual, phase: int) -> ClockState:
         """Return the state in an open step, with what was read of it handed over."""
         gradients = self._reader.gradients
+        if self._within:
+            begins = OptimizerBegins(usual.held.number, closure=True)
+            state, _ = clock.advance(state, begins)
+        if phase == BETWEEN:
+            return state
         state, _ = clock.advance(state, BackwardBegins(self._task))
         self._step.found(self._loss)
         if self._full:
@@ -254,7 +235,8 @@ class Quiet:
         The path is not left for it then: what it has not read would be lost.
         """
         usual = self._usual
-        if self.phase != USED or usual is None or usual.held.optimizer() is optimizer:
+        steps = self.phase == USED or (self._within and self.phase != OFF)
+        if not steps or usual is None or usual.held.optimizer() is optimizer:
             return False
         return self._optimizers.is_foreign(optimizer, at_sight=True)
 
@@ -289,7 +271,8 @@ class Quiet:
                     return False
                 if not self._after_backward():
                     return False
-                self._full = self.number % self._every == 0
+                if not self._within:
+                    self._full = self.number % self._every == 0
                 if self._full:
                     self._cleared = self._reader.cleared(param)
                 self._task, self.phase = task, BEGUN
@@ -330,10 +313,10 @@ class Quiet:
 
     def _read_before(self, grads: list[Tensor]) -> bool:
         """Read the gradients as backward leaves them, and note which they are."""
-        read = _read(grads)
-        if read is None:
+        found = read(grads)
+        if found is None:
             return False
-        self._before, self._norm = read, hypot(*read)
+        self._before, self._norm = found, hypot(*found)
         self._refs = list(map(weakref.ref, grads))
         self._versions = list(map(_VERSION, grads))
         return True
@@ -358,7 +341,8 @@ class Quiet:
                     return False
                 if usual.held.optimizer() is not optimizer:
                     return self._optimizers.is_foreign(optimizer)
-                if closure or self.phase != ENDED or self._odd:
+                ready = BETWEEN if closure else ENDED
+                if self.phase != ready or self._odd or self._within:
                     return False
                 group = optimizer.param_groups[0]
                 if "lr" in group and group["lr"] is not self._rate:
@@ -367,37 +351,34 @@ class Quiet:
                         self._intake.note(*events)
                         self._odd = True
                         return False
-                if self._full:
-                    began = perf_counter()
-                    if not self._about_to_use(optimizer, usual):
-                        return False
-                    self._health.spent += perf_counter() - began
-                self.phase = USED
+                began = perf_counter()
+                if closure:
+                    self._full = self.number % self._every == 0
+                if self._full and not self._about_to_use(
+                    optimizer, usual, closure=closure
+                ):
+                    return False
+                if closure:
+                    self._within, self._thread = True, get_ident()
+                else:
+                    self.phase = USED
+                self._health.spent += perf_counter() - began
                 return True
         except Exception as error:
             self.error = error
             return False
 
-    def _about_to_use(self, optimizer: Optimizer, usual: Usual) -> bool:
-        """Read what the optimizer is given, and remember the weights."""
+    def _about_to_use(
+        self, optimizer: Optimizer, usual: Usual, *, closure: bool
+    ) -> bool:
+        """Remember the weights, and read what the optimizer is given if it is there."""
         size = 0
         for group in optimizer.param_groups:
             size += len(group["params"])
         if size != usual.held.size or _torch.graph_task_id() != -1:
             return False
-        grads, self._used = list(map(_GRAD, usual.params)), self._before
-        for grad in grads:
-            if grad is None:
-                return False
-        same = all(map(is_, grads, map(call, self._refs)))
-        if not same or list(map(_VERSION, grads)) != self._versions:
-            read = _read(grads)
-            if read is None or not isfinite(hypot(*read)):
-                return False
-            for param in usual.without:
-                if param.grad is not None:
-                    return False
-            self._used = read
+        if not closure and not self._read_used(usual):
+            return False
         more = optimizer if optimizer.param_groups[1:] else None
         events = self._reader.about_to_use(more, usual.held, self.number)
         if events:
@@ -405,6 +386,23 @@ class Quiet:
             self._odd = True
             return False
         self._thread = get_ident()
+        return True
+
+    def _read_used(self, usual: Usual) -> bool:
+        """Read the gradients that the optimizer uses; tell whether they are usual."""
+        grads, self._used = list(map(_GRAD, usual.params)), self._before
+        for grad in grads:
+            if grad is None:
+                return False
+        same = all(map(is_, grads, map(call, self._refs)))
+        if not same or list(map(_VERSION, grads)) != self._versions:
+            found = read(grads)
+            if found is None or not isfinite(hypot(*found)):
+                return False
+            for param in usual.without:
+                if param.grad is not None:
+                    return False
+            self._used = found
         return True
 
     def stepped(self, optimizer: Optimizer, *, quickly: bool = False) -> bool:
@@ -427,12 +425,15 @@ class Quiet:
                 if usual.held.optimizer() is not optimizer:
                     return self._optimizers.is_foreign(optimizer)
                 grad = usual.first.grad
-                if self.phase != USED or grad is None:
+                last = ENDED if self._within else USED
+                if self.phase != last or grad is None:
                     return False
-                read, loss, health = None, self._loss, self._health
+                known, loss, health = None, self._loss, self._health
                 if self._full:
-                    read = self._compared(usual)
-                    if read is None:
+                    if self._within and not self._read_used(usual):
+                        return False
+                    known = self._compared(usual)
+                    if known is None:
                         return False
                 self._left, self._suspicious = (weakref.ref(grad), grad._version), False
                 if self._full:
@@ -454,11 +455,11 @@ class Quiet:
                         health.overhead,
                         spent,
                         elapsed,
-                        read,
+                        known,
                     )
                 )
                 self.number += 1
-                self.phase = BETWEEN
+                self.phase, self._within = BETWEEN, False
                 odd = loss is not None and not isfinite(loss)
                 self.pauses = odd or self.number >= self._until
                 return True
@@ -473,16 +474,3 @@ class Quiet:
         self._reader.compare(usual.held, self.number)
         moved = self._reader.moved()
         return Read(usual.names, usual.live, self._before, self._used, moved)
-
-
-def _read(grads: list[Any]) -> list[float] | None:
-    """Return the norms of gradients; None where they are not plain, on the CPU."""
-    dtype = getattr(grads[0], "dtype", None) if grads else None
-    if dtype not in _DTYPES:
-        return None
-    for grad in grads:
-        if type(grad) is not Tensor or grad.dtype is not dtype or grad.is_sparse:
-            return None
-        if not grad.is_cpu or grad.requires_grad:
-            return None
-    return list(map(_ITEM, torch._foreach_norm(grads)))

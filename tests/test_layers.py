@@ -23,8 +23,8 @@ WINGS = {
     "kinds": "kinds",
     "pages": "runs plot report",
     "sinks": "sinks",
-    "run": "environment settings folder pipeline intake quiet engine resume acting "
-    "watcher",
+    "run": "environment settings folder pipeline intake usual quiet engine resume "
+    "acting watcher",
     "beside": "rules checkpoint inspection view",
     "preflight": "before reproducing",
     "shell": "shell cli __main__",

@@ -1,5 +1,6 @@
 """The quiet path: what is found on it is what would have been found without."""
 
+import contextlib
 import gc
 import json
 import math
@@ -43,18 +44,37 @@ class Train:
         watch = {"budget": None, "dir": None, "wandb": None} | watch
         self.watch = gradwatch.watch(self.model, **watch)
 
-    def run(self, *, steps=STEPS, log=False, clip=None, on=lambda i, train: None):
+    def run(
+        self,
+        *,
+        steps=STEPS,
+        log=False,
+        clip=None,
+        on=lambda i, train: None,
+        closure=lambda i: False,
+    ):
         for i in range(steps):
             x = torch.randn(12, 3, 4)
             on(i, self)
-            self.optimizer.zero_grad()
-            loss = self.model(x).square().mean() * (50 if i % 97 == 96 else 1)
-            loss.backward()
-            if log:
-                self.watch.log(loss=loss)
-            if clip:
-                nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-            self.optimizer.step()
+
+            def whole(i=i, x=x):
+                self.optimizer.zero_grad()
+                loss = self.model(x).square().mean() * (50 if i % 97 == 96 else 1)
+                loss.backward()
+                if log:
+                    self.watch.log(loss=loss)
+                if clip:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+                if i % 59 == 58 and closure(i) == "raises":
+                    raise OSError
+                return loss
+
+            if closure(i):
+                with contextlib.suppress(OSError):
+                    self.optimizer.step(whole)
+            else:
+                whole()
+                self.optimizer.step()
         return self
 
     def found(self):
@@ -148,6 +168,10 @@ def a_bad_loss(i, train):
         train.watch.log(loss=math.nan)
 
 
+def always(i):
+    return True
+
+
 DEEP = dict(build=lambda: nn.LSTM(4, 8, 2))
 PLAIN = dict(build=lambda: nn.RNN(4, 8))
 RUNS = {
@@ -176,6 +200,21 @@ RUNS = {
     "zeroed in place": (DEEP, {"on": in_place}),
     "never cleared": (DEEP, {"on": not_cleared}),
     "a loss that is NaN": (DEEP, {"on": a_bad_loss, "log": True}),
+    "a closure": (DEEP, {"closure": always}),
+    "a closure, losses": (DEEP, {"closure": always, "log": True}),
+    "a closure, clipped": (DEEP, {"closure": always, "clip": 0.01}),
+    "a closure now and then": (DEEP, {"closure": lambda i: i % 30 < 15}),
+    "a closure that raises": (DEEP, {"closure": lambda i: "raises"}),
+    "a closure, read on the way": (DEEP, {"closure": always, "on": reading}),
+    "a closure, NaN": (
+        dict(DEEP, optimizer=torch.optim.SGD),
+        {"closure": always, "on": breaking},
+    ),
+    "a closure, steps twice": (DEEP, {"closure": always, "on": steps_twice}),
+    "a closure, another optimizer": (DEEP, {"closure": always, "on": by_another}),
+    "a closure, zeroed in place": (DEEP, {"closure": always, "on": in_place}),
+    "a closure, thrown away": (DEEP, {"closure": always, "on": throws_away}),
+    "LBFGS": (dict(DEEP, optimizer=torch.optim.LBFGS), {"closure": always}),
 }
 
 
@@ -468,7 +507,7 @@ def test_a_watch_is_flushed_in_another_thread_while_steps_are_quiet():
 
 def test_a_failure_on_the_path_costs_no_step(monkeypatch):
     monkeypatch.setenv("GRADWATCH_STRICT", "0")
-    train, real, calls = Train(**dict(DEEP, every=1000)), quiet._read, []
+    train, real, calls = Train(**dict(DEEP, every=1000)), quiet.read, []
 
     def fail(grads):
         calls.append(1)
@@ -476,7 +515,7 @@ def test_a_failure_on_the_path_costs_no_step(monkeypatch):
             raise RuntimeError("once")
         return real(grads)
 
-    monkeypatch.setattr(quiet, "_read", fail)
+    monkeypatch.setattr(quiet, "read", fail)
     train.run(steps=100)
     train.watch.flush()
     assert "once" in train.watch.health["failed"]["gradients"]
