@@ -48,7 +48,7 @@ def main() -> None:
     head = ["framework", "steps", "a step without, ms", "added, us [all]", "added, %"]
     results.table("cost", head, "An LSTM 8->16 that reads digits; sb3: RecurrentPPO")
     for name in FRAMEWORKS:
-        steps = STEPS.get(name, 960)
+        steps = STEPS.get(name, 1920)
         for watched in (False, True):  # imports
             seconds(name, 16, watched=watched)
         bare, added = [], []
