@@ -1,8 +1,8 @@
 """Cells written by hand: do they learn, and what does a watch say of them?
 
-Of four symbols the first is to be named at the end, 8 or 40 steps later; once with the
-cell as it is made, once with its matrices six times as large. 700 steps of Adam at 5e-3,
-32 sequences. One thread.
+Of four symbols the first is to be named at the end, 8 or 40 steps later; with the cell
+as it is made, and with its matrices six times as large. 700 steps of Adam at 5e-3, 32
+sequences. One thread.
 
 Run: python -m benchmarks.cells
 """

@@ -65,7 +65,7 @@ DEAD_UNITS = Kind(
             "as many are replayed",
         ),
     },
-    explained_by=("nonfinite", "exploding"),
+    explained_by=text.BREAKS,
 )
 
 

@@ -192,7 +192,7 @@ EXPLODING = Kind(
         ),
     },
     rank=2,
-    undecided_by=("lr_too_high",),
+    explained_by=("lr_too_high",),
 )
 
 _WARM_UP: Final = EXPLODING.count("warm_up")

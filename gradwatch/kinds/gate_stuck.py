@@ -85,7 +85,7 @@ GATE_STUCK = Kind(
             "the cell then keeps more than it renews",
         ),
     },
-    explained_by=("nonfinite", "exploding"),
+    explained_by=text.BREAKS,
 )
 
 _GATES: Final[Mapping[str, Mapping[str, tuple[str, str]]]] = {

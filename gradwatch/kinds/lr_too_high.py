@@ -56,15 +56,22 @@ LR_TOO_HIGH = Kind(
             "the weights that there were are gone; of 198 families only those whose "
             "rate is too high reach .4 there",
         ),
+        "gone": Evidence(
+            "the same, and nothing learnt by step 10",
+            10.0,
+            None,
+            "no family with a rate that is not too high comes near",
+        ),
         "constant": Evidence(
-            "beside it: median of 5 losses over `loss_constant` or, where that is not "
-            "known, over the first loss",
+            "beside either: median of 5 losses over `loss_constant` or, where that is "
+            "not known, over the first loss",
             0.97,
             0.8,
             "no better than a constant output",
         ),
         "faster": Evidence(
-            "beside either: times by which the update has grown more than the gradient",
+            "beside a jump or a leap: times by which the update has grown more than the "
+            "gradient",
             10.0,
             None,
             "an update that is large because its gradient is, is an explosion's",
@@ -80,7 +87,7 @@ LR_TOO_HIGH = Kind(
     warm_up="10 steps, none where gradients are clipped after the step",
     confirmed=(
         "by 4 consecutive such medians, by 2 jumps, or by one leap; of the first steps "
-        "at the 40th"
+        "at the 40th, or at the 10th"
     ),
     over=(
         "after 25 medians at .15 or below, after 100 where there was a jump; of the "
@@ -147,6 +154,7 @@ _CALM: Final = LR_TOO_HIGH.clear("ratio")
 _LEAST_BACK: Final = LR_TOO_HIGH.count("least_back")
 _KEEPS: Final = LR_TOO_HIGH.number("keeps")
 _FIRST: Final = LR_TOO_HIGH.at("first")
+_GONE: Final = LR_TOO_HIGH.at("gone")
 _NOTHING_LEARNT: Final = LR_TOO_HIGH.at("constant")
 _SETTLED: Final = LR_TOO_HIGH.count("settled")
 _LOSS: Final = run_key("loss")
@@ -306,7 +314,7 @@ class LrTooHigh(Remembering[_State]):
         state, found = self._state, []
         if (
             not state.early
-            or state.taken <= _SETTLED
+            or state.taken <= self._warm_up
             or len(state.losses.last) < self._last
             or not state.constant > 0  # no share of it means anything
         ):
@@ -316,10 +324,12 @@ class LrTooHigh(Remembering[_State]):
             early = state.early.get(stream.name)
             if early is None:
                 continue
+            settled = state.taken > _SETTLED
             least = LR_TOO_HIGH.clear("constant") if early.raised else _NOTHING_LEARNT
             if not share >= least:
-                del state.early[stream.name]
-            elif not early.raised:
+                if settled:
+                    del state.early[stream.name]
+            elif not early.raised and (settled or early.ratio >= _GONE):
                 early.raised = True
                 found.append(self._alert_early(record, stream, key, early, share))
         return found

@@ -85,7 +85,7 @@ NO_GRADIENT = Kind(
             "one or two may be chance",
         ),
     },
-    explained_by=("nonfinite", "exploding"),
+    explained_by=text.BREAKS,
     undecided_by=("dead_units", "gate_stuck", "underflow"),
 )
 

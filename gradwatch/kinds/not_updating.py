@@ -97,7 +97,7 @@ NOT_UPDATING = Kind(
             3, "steps with a change after which it is over", "one or two may be chance"
         ),
     },
-    explained_by=("nonfinite", "exploding", "cleared_early", "over_clipping"),
+    explained_by=(*text.BREAKS, "cleared_early", "over_clipping"),
     undecided_by=("dead_units", "gate_stuck", "underflow"),
 )
 
