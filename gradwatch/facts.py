@@ -167,6 +167,10 @@ class ModuleFacts:
     steps_read: float | None = _fact(
         "share of its time steps whose outputs a gradient reaches, in any sequence"
     )
+    samples_mix: bool | None = _fact(
+        "whether in a cell of your own, without batch norm in it, the state of one "
+        "sequence depends on another's"
+    )
     evaluating: bool | None = _fact(
         "True where a gradient reached a call in evaluation mode"
     )

@@ -200,6 +200,10 @@ def _sampled(
                 )
                 metrics |= found.metrics
                 profiles, carried = found.profiles, found.carried
+                modules = {
+                    p: dataclasses.replace(own, samples_mix=found.mixing.get(p))
+                    for p, own in modules.items()
+                }
         modules = {p: _as_carried(own, p in carried) for p, own in modules.items()}
         for stream, _ in sampled.state.streams:
             metrics |= _over_time(stream, metrics, modules[stream.module].T)

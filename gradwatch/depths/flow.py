@@ -35,6 +35,8 @@ from gradwatch.recurrent import Recurrence
 
 READ: Final = 1e-3
 """Share of its largest value from which on a gradient counts."""
+MIXED: Final = 1e-3
+"""Share of a vector of one sequence that reaches others, from which on they mix."""
 SEEDS: Final = 16
 """Time steps, at most, from which a gradient is sent back alone."""
 BURN_IN: Final = 10
@@ -98,6 +100,8 @@ class Flow:
         if (found := _of_chain(chain)) is None:
             return
         self.numbers |= {(stream.name, name): value for name, value in found.items()}
+        if chain.mixed is not None:
+            self.numbers[stream.module, "mixed"] = chain.mixed
         self.streams.append(stream)
         self.shares.append((1, 1))  # all sequences were looked at
 
@@ -407,11 +411,13 @@ class Flows(NamedTuple):
         metrics: By key.
         profiles: By key.
         carried: Modules that go on from the detached states of an earlier call.
+        mixing: Cells of the user's own -> whether their sequences mix.
     """
 
     metrics: dict[str, float]
     profiles: dict[str, list[float]]
     carried: set[str]
+    mixing: dict[str, bool]
 
 
 def finish(
@@ -455,7 +461,13 @@ def finish(
             for step, row in zip(steps, rows, strict=True):
                 profiles[f"{key}/{step}"] = row
     carried = {path for path in run.carried if float(host[path, "carried"]) > 0}
-    return Flows(metrics, profiles, carried & {s.module for s in run.streams})
+    mixing = {
+        s.module: float(host[s.module, "mixed"]) > MIXED
+        for s in run.streams
+        if (s.module, "mixed") in host
+    }
+    carried &= {s.module for s in run.streams}
+    return Flows(metrics, profiles, carried, mixing)
 
 
 def _progress(memory: Memory, stream: Stream, value: float) -> float | None:

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradwatch import _torch
 from gradwatch.health import Guard
@@ -33,6 +34,7 @@ _NEAR: Final = 64
 """Calls before one among which that is looked for whose state it was given."""
 _KRYLOV: Final = 48
 """Largest dimension of the spaces that the radius of a step is found in."""
+_LEAST: Final = 1e-30
 _ROUNDING: Final = 1e-5
 """Share of a gradient below which what is left of it is rounding."""
 
@@ -93,6 +95,8 @@ class Chain:
         logs: :func:`gradwatch.numerics.through_graph.pulled_back`, of random vectors.
         reach: The same of what the last step that is read gets.
         last: That step.
+        mixed: Norm of what a vector of one sequence brings to the others in one step,
+            over that of the whole.
         radii: Hessenberg matrices of a few steps, shape ``(N, m + 1, m)``.
         seconds: What it took.
     """
@@ -110,6 +114,7 @@ class Chain:
     reach: Tensor | None = None
     last: int = -1
     radii: Tensor | None = None
+    mixed: Tensor | None = None
     seconds: float = 0.0
     _states: list[list[Tensor]] = field(default_factory=list)
     _order: list[int] = field(default_factory=list)
@@ -160,6 +165,12 @@ class Chain:
         self.logs = through_graph.pulled_back(states, self._order, drawn, steps - 1)
         at = sorted({1, steps // 2, steps - 1})
         self.radii = torch.cat([self._radii(t, drawn[0]) for t in at if 0 < t < steps])
+        alone = torch.zeros_like(drawn[0])
+        alone[0] = drawn[0, 0]
+        found = through_graph.back(states[-1], states[-2], self._order, alone)
+        if found is not None and batch > 1:
+            whole = torch.linalg.vector_norm(found).clamp_min(_LEAST)
+            self.mixed = torch.linalg.vector_norm(found[1:]) / whole
 
     def follow_read(self, last: int, place: int, grad: Tensor) -> None:
         """Pull back what the last step that is read gets.
@@ -262,6 +273,8 @@ class Stepped:
         self.called = False
         """Whether one was looked at since the last step of an optimizer."""
         self._samples, self._guard = samples, guard
+        kinds = tuple(type(part) for part in module.modules())
+        self._mixes = any(issubclass(kind, _BatchNorm) for kind in kinds)
         self._calls: list[Call] = []
         self._chain: Chain | None = None
         self._at: dict[int, int] = {}  # id of a call -> its step in the chain
@@ -442,6 +455,8 @@ class Stepped:
         own = chain.places.index(place)
         if chain.logs is None:
             chain.follow()
+            if self._mixes:  # which is meant
+                chain.mixed = None
         if chain.reach is None and (not grad.is_cpu or grad.any()):
             chain.follow_read(step, own, grad)
         chain.take(step, own, grad)

@@ -51,6 +51,12 @@ AXES_MIXED = Kind(
             "nn.LSTM(..., batch_first=True) where the batch is the first axis of the "
             "input, and without it where time is",
         ),
+        "cell": Cause(
+            "`samples_mix`: in a cell of your own the state of one sequence depends on "
+            "another's",
+            "the cell works along the axis of the sequences, too",
+            "look in the cell for a softmax, a mean, a norm or a view over axis 0",
+        ),
         "view": Cause(
             "`loss_views`: a view tears an axis apart and joins the pieces to others",
             "a view regroups numbers without moving them, so that those of several "
@@ -164,6 +170,9 @@ class AxesMixed(Remembering[_State]):
             facts = self._seen.module(streams[0])
             if shown := _recurs_along_the_batch(path, facts):
                 return "batch_axis", path, shown
+            if facts.samples_mix:
+                told = "a gradient of one sequence of its state reaches others"
+                return "cell", path, f"in {path or 'the model'} {told}"
         if self._state.views:
             views = ", ".join(self._state.views)
             return "view", None, f"a view from {views} between the net and the loss"

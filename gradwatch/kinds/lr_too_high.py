@@ -70,8 +70,8 @@ LR_TOO_HIGH = Kind(
             "no better than a constant output",
         ),
         "faster": Evidence(
-            "beside a jump or a leap: times by which the update has grown more than the "
-            "gradient",
+            "beside a jump or a leap: times by which the update has grown more than "
+            "the gradient",
             10.0,
             None,
             "an update that is large because its gradient is, is an explosion's",

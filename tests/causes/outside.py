@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from testbed.cells import Stepped as Own
 from testbed.nets import classes
 from testbed.weights import orthogonal
 from tests.causes.loop import plain
-from tests.causes.run import HIDDEN, ORTHOGONAL, Case, adam, net, symbols
+from tests.causes.run import HIDDEN, ORTHOGONAL, SYMBOLS, Case, adam, net, symbols
 
 
 def batch_first_missing(sick):
@@ -64,6 +65,30 @@ def viewed(sick):
         return cross_entropy(model.head(h), y)
 
     return plain(model, 30, loss=loss)
+
+
+class Normalised(nn.Module):
+    """A tanh cell that normalises its state, over its units or over the sequences."""
+
+    parts = 1
+
+    def __init__(self, axis):
+        super().__init__()
+        self.w, self.u = nn.Linear(SYMBOLS, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.axis = axis
+
+    def forward(self, x, state):
+        h = torch.tanh(self.w(x) + self.u(state[0]))
+        return (h - h.mean(self.axis, keepdim=True),)
+
+
+def normalised(sick):
+    model = Own(Normalised(0 if sick else 1), HIDDEN, SYMBOLS)
+
+    def loss(model, batch):
+        return cross_entropy(model(batch[0])[-1], batch[1])
+
+    return plain(model, steps=40, loss=loss, pairs=symbols(10), cells=(Normalised,))
 
 
 def at_its_ends(scale, low=0.0):
@@ -288,6 +313,9 @@ CASES = {
     ),
     "slow signals along the batch": Case(
         "axes_mixed", "batch_axis", slow_waves, stream="rnn.l0"
+    ),
+    "a cell that normalises over its sequences": Case(
+        "axes_mixed", "cell", normalised, stream="cell"
     ),
     "last states that are viewed": Case("axes_mixed", "view", viewed),
     "inputs far too large": Case(
