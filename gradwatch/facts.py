@@ -123,6 +123,10 @@ class ModuleFacts:
         "time steps of each of several calls that one sequence is made of, where all "
         "have as many, and more than one"
     )
+    stateless_calls: int | None = _fact(
+        "calls in a step, where there are several, each of one time step and given no "
+        "state"
+    )
     cut: int | None = _fact(
         "time steps of earlier calls whose state was detached, and that receive no "
         "gradient"

@@ -27,6 +27,7 @@ def of_calls(chain: Sequence[Capture]) -> ModuleFacts | None:
         dtype=chain[0].dtype,
         autocast=chain[0].autocast or None,
         call_steps=_each([length for length, _ in shapes]),
+        stateless_calls=chain[0].apart or None,
         cut=_steps_cut_off(chain[0]) or None,
         evaluating=any(call.evaluating for call in chain) or None,
         graph_kept=chain[0].graph_kept or None,

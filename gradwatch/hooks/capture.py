@@ -28,6 +28,8 @@ class Capture:
         evaluating: Whether the module was in evaluation mode.
         graph_kept: Whether the state it was given brings the graph of a step along that
             is over.
+        apart: How many calls there were, where there were several, each of one time
+            step and given no state.
         wants_grads: Whether the gradients that reach it are to be copied.
         sequences: What a few of its sequences were given and returned; or why that
             could not be had; None where it was not wanted.
@@ -46,6 +48,7 @@ class Capture:
     task: int = -1
     evaluating: bool = False
     graph_kept: bool = False
+    apart: int = 0
     wants_grads: bool = False
     sequences: Sequences | str | None = None
     previous: Capture | None = None

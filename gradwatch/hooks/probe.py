@@ -99,6 +99,7 @@ class Probe:
         self._begun = 0  # numbers of functions from here on are of the open step
         self._returned = Returned()
         self._tidy_at = 2 * _HELD
+        self._alone: list[bool] = []  # of each call: one time step, and no state
         self.on_grad = _torch.OutOfGraphs(self.reached)
         self._draws = bool(
             getattr(module, "num_layers", 1) > 1 and getattr(module, "dropout", 0)
@@ -201,6 +202,7 @@ class Probe:
         if not waiting:
             self._copied = (None, {}, {})
         self._computed.clear()
+        self._alone.clear()
         self._rng = None
         if not states[self._returned.era == self._era]:
             self._returned = Returned()
@@ -227,6 +229,9 @@ class Probe:
                 longest, steps = chain, length
         for capture in reached:
             capture.stop_looking()
+        if longest and len(self._alone) > 1 and all(self._alone):
+            longest[0].apart = len(self._alone)
+        self._alone.clear()
         return longest[::-1]
 
     # ---- a call
@@ -337,6 +342,7 @@ class Probe:
             )
             if goes_on and states:
                 past = self._by_state.get(_identity(states))
+            self._alone.append(not states and (shape or (0,))[0] == 1)
         own = None
         if wanted.sequences and goes_on:
             own = self._kept(module, shape, returned, past)

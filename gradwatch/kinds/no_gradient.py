@@ -35,9 +35,9 @@ NO_GRADIENT = Kind(
     over="after 3 steps with a gradient",
     excused=(
         "weights that no optimizer holds, or one that has not stepped; sequences of "
-        "one step; dead units, stuck gates and saturated ones, which have alarms of "
-        "their own. Never a "
-        "small gradient: 7e-10 was healthy"
+        "one step, but for several calls of one; dead units, stuck gates and saturated "
+        "ones, which have alarms of their own. Never a small gradient: 7e-10 was "
+        "healthy"
     ),
     causes={
         "frozen": Cause(
@@ -57,6 +57,13 @@ NO_GRADIENT = Kind(
             ".data, .item() or numpy between it and the loss",
             "assert output.requires_grad  # after {module}, then after each operation "
             "up to the loss: the first that fails is the cut",
+        ),
+        "state": Cause(
+            "`stateless_calls`: it is called several times a step, for one time step "
+            "each, and given no state",
+            "{module} is called one time step at a time, and never given the state "
+            "that it returned: nothing recurs",
+            "state = None before the loop, and in it: y, state = {module}(x, state)",
         ),
         "readout_index": Cause(
             "the gradient of W_hh is exactly 0, that of W_ih is not",
@@ -107,7 +114,8 @@ class NoGradient(Missing):
             held = self._seen.stream(stream).in_optimizer
             if held is False or (held and keys.ratio not in record.metrics):
                 return None  # nobody trains it, or its optimizer has not stepped
-            if norm == 0 and self._seen.module(stream).T == 1:
+            facts = self._seen.module(stream)
+            if norm == 0 and facts.T == 1 and not facts.stateless_calls:
                 return None  # nothing has recurred
             if norm == 0 and self._half(stream):
                 return None  # an alarm of its own
@@ -124,6 +132,8 @@ class NoGradient(Missing):
             if reach not in ("unused", "detached"):
                 return []  # reached, and its gradients were taken away since
             cause = reach
+        elif self._seen.module(stream).stateless_calls:
+            cause = "state"
         elif record.metrics.get(keys.ih, 0.0) > 0:
             cause = "readout_index"
         elif self._all_dead(stream) or self._is_saturated(stream):

@@ -111,6 +111,27 @@ def detached(sick):
     return near(model, 25, loss=loss)
 
 
+def forgotten(kind):
+    """The loop does not hand the state on from call to call."""
+
+    def build(sick):
+        model = looped(kind) if kind is nn.LSTMCell else net(kind)
+        cell = kind is nn.LSTMCell
+
+        def loss(model, batch):
+            x, y = batch
+            state = None
+            for row in x if cell else x[:, None]:
+                found = model.layer(row, None if sick else state)
+                state = found if cell else found[1]
+            h = state[0] if cell else found[0][-1]
+            return cross_entropy(model.head(h), y)
+
+        return near(model, 25, loss=loss)
+
+    return build
+
+
 def read_at_the_end(sick):
     """The last output, at which the reverse direction has only begun."""
     model = net(nn.LSTM, bidirectional=True)
@@ -221,6 +242,12 @@ CASES = {
     "a cell that is not used": Case("no_gradient", "unused", unused, stream="cell"),
     "a state that is read detached": Case(
         "no_gradient", "detached", detached, stream="cell"
+    ),
+    "a cell that is not given its state": Case(
+        "no_gradient", "state", forgotten(nn.LSTMCell), stream="cell"
+    ),
+    "a net that is stepped without its state": Case(
+        "no_gradient", "state", forgotten(nn.GRU), stream="rnn.l0"
     ),
     "a reverse direction that is read too early": Case(
         "no_gradient", "readout_index", read_at_the_end, stream="rnn.l0_reverse"
