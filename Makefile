@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check site bench docs clean
+.PHONY: help demo test slow check site bench dist docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 10
@@ -34,6 +34,10 @@ site: $(VENV)/.dev ## build the site of the docs in build/site
 
 bench: $(VENV)/.dev ## measure what a watch costs
 	$(BIN)/python -m benchmarks.overhead
+
+dist: $(VENV)/.dev ## build the wheel and try it in a fresh environment
+	$(PIP) build
+	$(BIN)/python docs/installed.py --keep build/dist
 
 docs: $(VENV)/.dev ## write the pages that come from the catalogues
 	$(BIN)/python docs/generate.py
