@@ -253,7 +253,9 @@ def ignite(
         saved["gradwatch"] = handler
     if resume:
         file = folder / "ignite" / "checkpoint.pt"
-        Checkpoint.load_objects(saved, torch.load(file, weights_only=False))
+        kept = torch.load(file, weights_only=False)
+        known = {key: one for key, one in saved.items() if key in kept}
+        Checkpoint.load_objects(known, kept)
     disk = DiskSaver(str(folder / "ignite"), require_empty=False)
     checkpoint = Checkpoint(saved, disk, filename_pattern="checkpoint.pt")
     trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)

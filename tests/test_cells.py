@@ -255,43 +255,156 @@ def test_the_graph_is_let_go_of():
     watch.close()
 
 
-def left_out(model, forward, cells):
-    with gradwatch.watch(model, cells=cells, every=1, budget=None, **OFF) as watch:
-        forward().sum().backward()
-        watch.flush()
-        assert not watch.health["failed"]
-        return watch.records[0], repr(watch)
+class Consumed(torch.autograd.Function):
+    """Gives up what it has kept for its backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = x.tanh()
+        return ctx.kept
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept = ctx.kept
+        del ctx.kept
+        return grad * (1 - kept.square())
 
 
-def test_hooks_of_the_users_own_are_not_called_once_more():
-    cell, seen = RNN(INPUTS, UNITS), []
+class Odd(RNN):
+    """A tanh cell with something in it that must not be run twice."""
 
-    def forward():
+    def __init__(self, what):
+        super().__init__(INPUTS, UNITS)
+        self.what, self.seen = what, []
+        if what == "module":
+            self.u.register_full_backward_hook(lambda *given: self.seen.append(1))
+
+    def forward(self, x, state):
+        if self.what == "checkpoint":
+            pre = checkpoint(self.u, state[0], use_reentrant=False)
+        else:
+            pre = self.u(state[0])
+        pre = self.w(x) + pre
+        new = Consumed.apply(pre) if self.what == "function" else pre.tanh()
+        return (new + 0,)
+
+
+def outside(h, what, seen):
+    """What is done to a state between two calls."""
+    if what == "hook":
+        h.register_hook(lambda grad: seen.append(1))
+    elif what == "retain":
+        h.retain_grad()
+    elif what == "in place":
+        h.mul_(0.5)
+    return h
+
+
+OBSTACLES = {
+    "function": "autograd.Function",
+    "module": "autograd.Function or a backward hook",
+    "checkpoint": "checkpointing",
+    "hook": "hooks of your own",
+    "retain": "hooks of your own",
+    "in place": "changed in place",
+    "round": "passes by the cell",
+    "shape": "changes its shape",
+}
+
+
+@pytest.mark.parametrize("what", OBSTACLES)
+def test_what_would_notice_is_left_out_and_said(what):
+    def run(watched):
+        torch.manual_seed(0)
+        cell, seen, kept = Odd(what), [], []
+        model = nn.ModuleList([cell])
+        watch = None
+        if watched:
+            options = {"every": 1, "budget": None, **OFF}
+            watch = gradwatch.watch(model, cells=[Odd], **options)
         h = torch.zeros(B, UNITS)
-        for _ in range(4):
-            (h,) = cell(torch.ones(B, INPUTS), (h,))
-            h.register_hook(lambda grad: seen.append(1))
-        return h
+        for _ in range(5):
+            (new,) = cell(torch.ones(len(h), INPUTS), (h,))
+            h = h + new if what == "round" else new
+            h = outside(h[:-1] if what == "shape" else h, what, seen)
+            kept.append(h)
+        h.square().sum().backward()
+        grads = [p.grad for p in cell.parameters()]
+        if what == "retain":
+            grads += [h.grad for h in kept]
+        shown = None
+        if watch is not None:
+            watch.flush()
+            shown = repr(watch), watch.records[0], watch.health["failed"]
+            watch.close()
+        return grads, len(seen) + len(cell.seen), shown
 
-    record, shown = left_out(nn.ModuleList([cell]), forward, [RNN])
-    assert len(seen) == 4
+    plain, calls, _ = run(False)
+    watched, more, (shown, record, failed) = run(True)
+    assert all(map(torch.equal, plain, watched))
+    assert more == calls
+    assert OBSTACLES[what] in shown
     assert "gradwatch/0/horizon" not in record.metrics
-    assert "hooks of your own" in shown
+    assert failed == {}
 
 
-def test_states_that_change_their_shape_are_said_to_be_left_out():
-    cell = RNN(INPUTS, UNITS)
+def test_one_cell_in_another_and_two_that_feed_each_other():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = RNN(INPUTS, UNITS)
 
-    def forward():
-        h = torch.zeros(B, UNITS)
-        for _ in range(3):
-            (h,) = cell(torch.ones(len(h), INPUTS), (h,))
-            h = h[:-1]
-        return h
+        def forward(self, x, state):
+            return self.inner(x, state)
 
-    record, shown = left_out(nn.ModuleList([cell]), forward, [RNN])
-    assert "gradwatch/0/h_norm" not in record.metrics
-    assert "its state changes its shape" in shown
+    def adjoints(cells):
+        torch.manual_seed(0)
+        net = Stepped(Outer(), UNITS, 4)
+        net.cell.parts = 1
+        options = {"every": 1, "budget": None, **OFF}
+        with gradwatch.watch(net, cells=cells, **options) as watch:
+            READS["last"](net(batch(0, torch.float32)[0]), batch(0)[1]).backward()
+            watch.flush()
+            return watch.records[0].profiles
+
+    alone, both = adjoints([RNN]), adjoints([RNN, Outer])
+    assert both["gradwatch/cell/inner/adjoint"] == alone["gradwatch/cell/inner/adjoint"]
+    assert both["gradwatch/cell/adjoint"] == alone["gradwatch/cell/inner/adjoint"]
+
+
+def test_sequences_that_have_nothing_to_do_with_each_other_are_not_joined():
+    torch.manual_seed(0)
+    net, words = Stepped(RNN(INPUTS, UNITS), UNITS, 4), nn.Embedding(9, INPUTS)
+    model = nn.ModuleDict({"net": net, "words": words})
+    options = {"every": 1, "budget": None, **OFF}
+    with gradwatch.watch(model, cells=[RNN], **options) as watch:
+        tokens = torch.randint(0, 9, (2, 7, B))
+        net(words(tokens[0]))  # as a validation might
+        net(words(tokens[1]))[-1].square().sum().backward()
+        watch.flush()
+    assert watch.records[0].facts.modules["net.cell"].T == 7
+    assert watch.records[0].metrics["gradwatch/net/cell/horizon"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_in_half_precision_are_measured_in_full(dtype):
+    torch.manual_seed(0)
+    net = Stepped(RNN(INPUTS, UNITS), UNITS, 4).to(dtype)
+    watch = train(net, READS["last"], steps=1, dtype=dtype, lr=0.0, cells=[RNN])
+    adjoint = watch.records[0].profiles["gradwatch/cell/adjoint"]
+    assert all(0 < value < np.inf for value in adjoint[-5:])
+    found = {f"gradwatch/cell/{name}" for name in ("horizon", "growth_log10", "h_norm")}
+    assert found <= {*watch.latest}
+
+
+def test_forwards_that_nobody_trains_on_are_let_go_of():
+    net, seen = Stepped(RNN(INPUTS, UNITS), UNITS, 4), []
+    net.cell.register_forward_hook(lambda m, x, out: seen.append(weakref.ref(out[0])))
+    with gradwatch.watch(net, cells=[RNN], every=1, budget=None, **OFF):
+        for _ in range(10):
+            net(batch(0, torch.float32, steps=3)[0])
+        gc.collect()
+        assert sum(ref() is not None for ref in seen) <= 4 * 3
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

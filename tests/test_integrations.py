@@ -117,6 +117,62 @@ def test_unknown_arguments_are_refused_at_once(fit):
         fit(evry=3)
 
 
+@quiet
+def test_a_checkpoint_of_a_training_without_a_watch_can_be_resumed(fit):
+    if fit.name == "skorch":
+        pytest.skip("the pickled net has its callbacks in it")
+    fit(watched=False)
+    watch = fit(resume=True).watch
+    first, last = watch.records[0].step, watch.records[-1].step
+    assert last - first >= 31
+    assert not watch.alerts
+
+
+@quiet
+def test_and_the_other_way_round(fit):
+    fit()
+    assert fit(watched=False, resume=True).watch is None
+
+
+def test_a_state_is_of_one_model():
+    fit, model, other = Fit({"budget": None, "dir": None, "wandb": None}), Net(), Net()
+
+    def step(model):
+        model(torch.ones(2, 8, 8)).sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        fit.watch.flush()
+        return fit.watch.records[-1].step
+
+    fit.begin(model)
+    step(model)
+    fit.begin(model)
+    assert step(model) == 1
+    fit.begin(other)
+    assert step(other) == 0
+    fit.begin(other, start_step=0)
+    assert step(other) == 0
+    fit.end()
+
+
+def test_ignite_leaves_exceptions_to_whoever_handles_them():
+    pytest.importorskip("ignite")
+    from ignite.engine import Engine, Events
+
+    from gradwatch.integrations.ignite import GradwatchHandler
+
+    def step(engine, batch):
+        raise KeyboardInterrupt
+
+    trainer, caught = Engine(step), []
+    trainer.add_event_handler(
+        Events.EXCEPTION_RAISED, lambda engine, error: caught.append(error)
+    )
+    handler = GradwatchHandler(Net(), dir=None).attach(trainer)
+    trainer.run([1])
+    assert len(caught) == 1
+    handler.watch.close()
+
+
 def test_skorch_keeps_numbers_in_its_history_and_can_be_cloned(tmp_path):
     pytest.importorskip("skorch")
     from sklearn.base import clone

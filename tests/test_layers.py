@@ -113,13 +113,19 @@ def test_no_two_rooms_import_each_other_in_a_circle():
 
 
 def test_only_the_hooks_and_the_clippers_put_hooks_on_the_users_objects():
-    """And the recorder on outputs; what runs a copy of the model, on the copy."""
+    """And the recorder on outputs; what runs a copy of the model, on the copy.
+
+    Those of the integrations are the frameworks' own, on saving and loading.
+    """
     found = {
         str(path.relative_to(ROOT).parent)
         for _, path in rooms()
         if re.search(r"\bregister_\w*hook\b", path.read_text(encoding="utf-8"))
     }
-    assert found == {"hooks", "clip", "recorder", "before", "reproducing"}
+    assert found == {
+        *("hooks", "clip", "recorder", "before", "reproducing"),
+        "integrations",
+    }
 
 
 def test_no_room_is_too_large():

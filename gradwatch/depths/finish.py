@@ -256,7 +256,7 @@ def _with_replays(
                     lasting[name] = getattr(known[path], name)
         found[path] = dataclasses.replace(
             modules.get(path, ModuleFacts()),
-            replay=told.replay,
+            replay=told.replay or modules.get(path, ModuleFacts()).replay,
             same_batch=told.same_batch,
             input_finite=told.input_finite,
             **lasting,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradwatch.depths.drain import Host, Numbers
 from gradwatch.depths.trajectory import Trajectory
-from gradwatch.hooks.stepped import VECTORS, Chain
+from gradwatch.hooks.chain import VECTORS, Chain
 from gradwatch.metrics import stream_key
 from gradwatch.numerics.adjoint import (
     Adjoint,

@@ -20,10 +20,10 @@ from gradwatch.depths.state import State
 from gradwatch.depths.trajectory import Trajectory, trajectory
 from gradwatch.facts import ModuleFacts, RunFacts, StreamFacts
 from gradwatch.health import Health
+from gradwatch.hooks.chain import Chain
 from gradwatch.hooks.modules import Chains, ModuleHooks
 from gradwatch.hooks.optimizers import Training
 from gradwatch.hooks.probe import NOTHING, Wanted
-from gradwatch.hooks.stepped import Chain
 from gradwatch.recurrent import plain_weight
 from gradwatch.schedule import Schedule
 

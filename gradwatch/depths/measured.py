@@ -17,9 +17,9 @@ from gradwatch.depths.readout import Readout
 from gradwatch.depths.spectrum import Spectrum
 from gradwatch.depths.state import State
 from gradwatch.facts import RUN_SCOPE, ModuleFacts, RunFacts, StreamFacts
+from gradwatch.hooks.chain import Chain
 from gradwatch.hooks.modules import Chains
 from gradwatch.hooks.roots import Loss
-from gradwatch.hooks.stepped import Chain
 
 Run = Spectrum | State | Flow
 

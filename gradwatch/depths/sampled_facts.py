@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from gradwatch import _torch
 from gradwatch.facts import ModuleFacts, StreamFacts
 from gradwatch.hooks.capture import Capture
+from gradwatch.hooks.chain import Chain
 from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.hooks.optimizers import Training
-from gradwatch.hooks.stepped import Chain
 from gradwatch.record import CELL
 from gradwatch.recurrent import Recurrence, plain_weight
 
@@ -41,6 +41,7 @@ def of_cell(chain: Chain) -> ModuleFacts:
         T=steps or None,
         B=batch or None,
         dtype=chain.dtype or None,
+        replay=f"left out: {chain.why}" if chain.why else None,
         evaluating=chain.evaluating or None,
     )
 
@@ -123,6 +124,8 @@ def _note(
             f"{'it' if cell else 'rho'} is not measured: {hidden}no gradient has come "
             "back through the module (call module(x), not module.forward(x))"
         )
+    if cell and facts.replay is not None:
+        return f"the flow is {facts.replay}"
     if facts.replay is not None:
         times = f"left out ({lost} times)"
         return f"states {facts.replay.replace('left out', times)}"

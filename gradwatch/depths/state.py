@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from gradwatch.depths.drain import Host, Numbers
 from gradwatch.depths.trajectory import Trajectory
 from gradwatch.facts import ModuleFacts
-from gradwatch.hooks.stepped import Chain
+from gradwatch.hooks.chain import Chain
 from gradwatch.metrics import run_key, stream_key
 from gradwatch.numerics.activation import (
     Statistics,
@@ -96,8 +96,6 @@ class State:
     def add_stepped(self, stream: Stream, chain: Chain) -> None:
         """Measure the states of a cell of the user's own."""
         if chain.h is None:
-            if chain.why:
-                self.left_out[stream.module] = chain.why
             return
         found = statistics_of_states(chain.h)
         self.numbers[stream.name, "statistics"] = torch.stack([v for _, v in found])

@@ -11,9 +11,10 @@ from torch import nn
 from gradwatch.health import Health
 from gradwatch.hooks import calls
 from gradwatch.hooks.capture import Capture
+from gradwatch.hooks.chain import Chain
 from gradwatch.hooks.probe import NOTHING, Probe, Wanted
 from gradwatch.hooks.readout import Readout
-from gradwatch.hooks.stepped import Chain, Stepped
+from gradwatch.hooks.stepped import Stepped
 from gradwatch.record import CELL, Stream
 from gradwatch.recurrent import Recurrence
 
@@ -57,11 +58,13 @@ class ModuleHooks:
         """What a forward now has to show."""
         self._looked, self._off = False, False
         guard = health.guard("probe", self._recover)
+        cells = health.guard("cells", self._recover_cells)
         self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
         try:  # a failure half-way undoes what came before
             for one in {id(r.module): r for r in found}.values():
-                kind = Stepped if one.stream.kind == CELL else Probe
-                probe = kind(one.module, owner, samples=samples, guard=guard)
+                of_own = one.stream.kind == CELL
+                kind, own = (Stepped, cells) if of_own else (Probe, guard)
+                probe = kind(one.module, owner, samples=samples, guard=own)
                 self.probes.append(probe)
         except BaseException:
             self.close()
@@ -73,6 +76,12 @@ class ModuleHooks:
             self.let_go()
         else:
             self.forget()
+
+    def _recover_cells(self, off: bool) -> None:
+        """The same of the cells of the user's own alone."""
+        for probe in self.probes:
+            if isinstance(probe, Stepped):
+                probe.fail(off)
 
     def let_go(self) -> None:
         """Look at no call any more; the hooks stay, as they keep the owner alive."""

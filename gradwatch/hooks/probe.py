@@ -20,6 +20,7 @@ from gradwatch.health import Guard
 from gradwatch.hooks import calls
 from gradwatch.hooks.capture import Capture, Past
 from gradwatch.hooks.sequences import Sequences, given_states, take_sequences, tensors
+from gradwatch.numerics.through_graph import pulling
 from gradwatch.recurrent import shape_of, used_weights
 
 
@@ -478,5 +479,5 @@ class OnGrad:
 
     def __call__(self, grad: Tensor | None) -> None:
         """Pass a gradient on."""
-        if grad is not None:  # None: backward passes by, and nothing comes here
+        if grad is not None and not pulling():  # None: nothing comes here
             self.probe.on_grad(self.call, self.name, grad)

@@ -12,6 +12,7 @@ from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.hooks import calls, graph
 from gradwatch.hooks.graph import LossGraph
+from gradwatch.numerics.through_graph import pulling
 from gradwatch.recurrent import clean_path
 
 _CALLS: Final = 256
@@ -189,7 +190,7 @@ class _OnGrad:
         self.version = output._version
 
     def __call__(self, grad: Tensor | None) -> None:
-        if grad is not None:
+        if grad is not None and not pulling():
             self.readout.on_grad(self.node, self.output, self.version, grad)
 
 

@@ -1,9 +1,7 @@
 """What is seen of a cell of the user's own that is stepped in a loop.
 
-Nobody knows its formulas, and its forward may do what is not to be done twice. So
-nothing is run again: at the first gradient that reaches a chain of its calls, while the
-graph of all of them is still there, vectors are pulled back along that graph
-(:mod:`gradwatch.numerics.through_graph`).
+Its calls are held until the first gradient comes; then it shows which of them make one
+sequence (:mod:`gradwatch.hooks.chain`).
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,230 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.hooks import calls
+from gradwatch.hooks.chain import Call, Chain, Link
 from gradwatch.hooks.probe import NOTHING, OnGrad, Wanted
 from gradwatch.hooks.sequences import tensors
-from gradwatch.numerics import krylov, through_graph
-from gradwatch.numerics.through_graph import joined
+from gradwatch.numerics import through_graph
 
-VECTORS: Final = 4
-"""Random vectors that are sent back from the end of a chain."""
 _LONGEST: Final = 10_000
 """Calls without a backward pass that are held; nobody trains on more."""
 _NEAR: Final = 64
 """Calls before one among which that is looked for whose state it was given."""
-_KRYLOV: Final = 48
-"""Largest dimension of the spaces that the radius of a step is found in."""
-_LEAST: Final = 1e-30
-_ROUNDING: Final = 1e-5
-"""Share of a gradient below which what is left of it is rounding."""
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """One call of a cell, with what it returned in autograd's graph.
-
-    Attributes:
-        returned: The tensors that a gradient can reach, each once.
-        links: What it was given that earlier calls have returned.
-        before: The call before it, where it was given something that may be made from
-            what that one returned.
-        era: How many backward passes and optimizer steps had ended before it.
-        evaluating: Whether the module was in evaluation mode.
-    """
-
-    returned: list[Tensor]
-    links: list[_Link]
-    before: Call | None
-    era: int
-    evaluating: bool
-
-    def release(self) -> None:
-        """Let go of the graph; a hook in it holds this, which no collector sees."""
-        self.returned, self.links, self.before = [], [], None
-
-
-class _Link(NamedTuple):
-    """A tensor that a call was given, and which an earlier one has returned.
-
-    Attributes:
-        position: Its place among what the call was given.
-        source: The earlier call.
-        place: Its place among what that one returned.
-    """
-
-    position: int
-    source: Call
-    place: int
-
-
-@dataclass(slots=True, eq=False)
-class Chain:
-    """Calls that pass their state on, and what the backward pass has shown of them.
-
-    Attributes:
-        calls: In their order.
-        places: Which of the tensors that a call returns are its state.
-        evaluating: Whether one of them was in evaluation mode.
-        shape: How many calls, sequences and entries of the state.
-        dtype: Type of the state, such as ``float32``.
-        why: Why no gradient could be followed; empty where one could.
-        h: The states of a few sequences, shape ``(T, K, S)``.
-        totals: Of each step and sequence the squared norm of the total gradient, shape
-            ``(B,)``; None where none came.
-        direct: The same of what of it does not come through a later step.
-        logs: :func:`gradwatch.numerics.through_graph.pulled_back`, of random vectors.
-        reach: The same of what the last step that is read gets.
-        last: That step.
-        mixed: Norm of what a vector of one sequence brings to the others in one step,
-            over that of the whole.
-        radii: Hessenberg matrices of a few steps, shape ``(N, m + 1, m)``.
-        seconds: What it took.
-    """
-
-    calls: list[Call]
-    places: tuple[int, ...]
-    evaluating: bool = False
-    shape: tuple[int, int, int] = (0, 0, 0)
-    dtype: str = ""
-    why: str = ""
-    h: Tensor | None = None
-    totals: list[Tensor | None] = field(default_factory=list)
-    direct: list[Tensor | None] = field(default_factory=list)
-    logs: Tensor | None = None
-    reach: Tensor | None = None
-    last: int = -1
-    radii: Tensor | None = None
-    mixed: Tensor | None = None
-    seconds: float = 0.0
-    _states: list[list[Tensor]] = field(default_factory=list)
-    _order: list[int] = field(default_factory=list)
-    _parts: dict[int, list[Tensor]] = field(default_factory=dict)
-    _coming: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def begin(self, samples: int | None) -> None:
-        """Take the states of the calls; say why where they are none.
-
-        Args:
-            samples: How many sequences are kept; None for all.
-        """
-        steps, first = len(self.calls), self.calls[0]
-        self.evaluating = any(call.evaluating for call in self.calls)
-        self.totals, self.direct = [None] * steps, [None] * steps
-        self.shape = (steps, 0, 0)
-        try:
-            states = [[call.returned[i] for i in self.places] for call in self.calls]
-        except IndexError:
-            self.why = "its calls return different numbers of tensors"
-            return
-        shapes = {tuple(part.shape for part in state) for state in states}
-        count = {part.shape[0] if part.dim() else 0 for part in states[0]}
-        if len(shapes) > 1 or len(count) > 1 or not all(count):
-            self.why = "its state changes its shape, or has no axis of sequences"
-            return
-        hooks = (len(part._backward_hooks or ()) for s in states for part in s)
-        if max(hooks) > 1:
-            self.why = "hooks of your own on its states would be called once more"
-            return
-        self._states = states
-        self.dtype = str(first.returned[self.places[0]].dtype).removeprefix("torch.")
-        [batch] = count
-        few = batch if samples is None else min(samples, batch)
-        rows = slice(0, batch // few * few, batch // few)
-        self.h = torch.stack([joined([part[rows] for part in s]) for s in states])
-        self.shape = (steps, batch, self.h.shape[-1])
-
-    def follow(self) -> None:
-        """Pull random vectors back over all steps, while the graph of all is there."""
-        steps, batch, size = self.shape
-        assert self.h is not None
-        states = self._states
-        self._order = through_graph.order_of(states[-1])
-        fixed = torch.Generator().manual_seed(0)  # never the user's
-        drawn = torch.randn(VECTORS, batch, size, generator=fixed)
-        drawn = drawn.to(self.h.device, self.h.dtype)
-        self.logs = through_graph.pulled_back(states, self._order, drawn, steps - 1)
-        at = sorted({1, steps // 2, steps - 1})
-        self.radii = torch.cat([self._radii(t, drawn[0]) for t in at if 0 < t < steps])
-        alone = torch.zeros_like(drawn[0])
-        alone[0] = drawn[0, 0]
-        found = through_graph.back(states[-1], states[-2], self._order, alone)
-        if found is not None and batch > 1:
-            whole = torch.linalg.vector_norm(found).clamp_min(_LEAST)
-            self.mixed = torch.linalg.vector_norm(found[1:]) / whole
-
-    def follow_read(self, last: int, place: int, grad: Tensor) -> None:
-        """Pull back what the last step that is read gets.
-
-        Args:
-            last: That step.
-            place: The tensor of its state that a gradient has reached first.
-            grad: That gradient.
-        """
-        own = [torch.zeros_like(part) for part in self._states[last]]
-        own[place] = grad.detach()
-        vector = joined(own)[None]
-        self.last = last
-        self.reach = through_graph.pulled_back(self._states, self._order, vector, last)
-
-    def _radii(self, t: int, drawn: Tensor) -> Tensor:
-        """Return the Hessenberg matrices of one step, of a few sequences."""
-        later, earlier = self._states[t], self._states[t - 1]
-        assert self.h is not None
-        batch, few = self.shape[1], self.h.shape[1]
-        rows = slice(0, batch // few * few, batch // few)
-        whole = self.h.new_zeros(batch, self.shape[2])
-
-        def apply(vectors: Tensor) -> Tensor:
-            whole[rows] = vectors
-            found = through_graph.back(later, earlier, self._order, whole)
-            return torch.zeros_like(vectors) if found is None else found[rows]
-
-        return krylov.arnoldi(apply, drawn[rows], _KRYLOV)
-
-    def take(self, t: int, place: int, grad: Tensor) -> None:
-        """Take the total gradient of one tensor of a state, and pull it one step back.
-
-        The nodes that made it have not run yet: their graph is there.
-        """
-        state = self._states[t]
-        zeros = [torch.zeros_like(part) for part in state]
-        parts = self._parts.setdefault(t, zeros)
-        coming = self._coming.get(t, zeros)
-        own = grad.detach() - parts[place]
-        rest = own - coming[place]
-        size = own.square().flatten(1).sum(1)
-        left = rest.square().flatten(1).sum(1)
-        left = left.where(left > _ROUNDING**2 * size, 0)
-        total = grad.detach().square().flatten(1).sum(1)
-        known, read = self.totals[t], self.direct[t]
-        self.totals[t] = total if known is None else known + total
-        self.direct[t] = left if read is None else read + left
-        at = self._order.index(place)
-        others = self._order[at + 1 :]
-        earlier = self._states[t - 1] if t else []
-        targets = [state[j] for j in others] + earlier
-        pulled = through_graph.pull([state[place]], targets, [own]) if targets else None
-        if pulled is None:
-            return
-        for j, part in zip(others, pulled[: len(others)], strict=True):
-            parts[j] = parts[j] + part
-        if t:
-            more = through_graph.independent(
-                earlier, self._order, pulled[len(others) :]
-            )
-            found = self._coming.get(t - 1)
-            self._coming[t - 1] = (
-                more
-                if found is None
-                else [a + b for a, b in zip(found, more, strict=True)]
-            )
-
-    def release(self) -> None:
-        """Let go of the graph."""
-        for call in self.calls:
-            call.release()
-        self.calls, self._states = [], []
-        self._parts, self._coming = {}, {}
+_RUNS: Final = 4
+"""Sequences of calls that are held until a backward pass shows which one counts."""
 
 
 class Stepped:
@@ -274,12 +58,13 @@ class Stepped:
         """Whether one was looked at since the last step of an optimizer."""
         self._samples, self._guard = samples, guard
         kinds = tuple(type(part) for part in module.modules())
-        self._mixes = any(issubclass(kind, _BatchNorm) for kind in kinds)
+        self._normed = any(issubclass(kind, _BatchNorm) for kind in kinds)
         self._calls: list[Call] = []
         self._chain: Chain | None = None
         self._at: dict[int, int] = {}  # id of a call -> its step in the chain
         self._era = 0
-        self._inside = False  # pulling: what hooks see then is our own
+        self._run = 0
+        self._task = -1  # the backward pass that the chain is of
         self.on_grad = _torch.OutOfGraphs(self.reached)
         calls.attach(module, self)
 
@@ -296,6 +81,13 @@ class Stepped:
         self._forget_chain()
         self._era += 1
         self._drop_old()
+
+    def fail(self, off: bool) -> None:
+        """Forget what could not be looked at, or look at nothing any more."""
+        if off:
+            self.close()
+        else:
+            self._forget_chain()
 
     def expect(self, wanted: Wanted) -> None:
         """Have a forward from now on show what is wanted."""
@@ -375,40 +167,48 @@ class Stepped:
             if not returned or len(self._calls) >= _LONGEST:
                 return
             given = [*tensors(args), *tensors(kwargs)]
-            made = any(one.requires_grad and not one.is_leaf for one in given)
+            links = self._links(given)
+            made = [one for one in given if one.requires_grad and not one.is_leaf]
+            self._run += not (links or made)
             call = Call(
                 returned=returned,
-                links=self._links(given),
-                before=self._calls[-1] if made and self._calls else None,
+                versions=[tensor._version for tensor in returned],
+                links=links,
+                given=made,
+                run=self._run,
                 era=self._era,
                 evaluating=not module.training,
+                whole=not any(tensor.is_complex() for tensor in tensors(output)),
             )
+            while self._calls and self._calls[0].run <= self._run - _RUNS:
+                self._calls.pop(0).release()  # nobody has called backward for it
             self._calls.append(call)
             for place, tensor in enumerate(returned):
                 tensor.register_hook(OnGrad(self, call, place))
 
-    def _links(self, given: list[Tensor]) -> list[_Link]:
+    def _links(self, given: list[Tensor]) -> list[Link]:
         known = {
             id(tensor): (call, place)
             for call in self._calls[-_NEAR:]
             for place, tensor in enumerate(call.returned)
         }
         return [
-            _Link(position, *known[id(tensor)])
+            Link(position, *known[id(tensor)])
             for position, tensor in enumerate(given)
             if id(tensor) in known
         ]
 
     def reached(self, call: Call, place: int, grad: Tensor) -> None:
         """Note a gradient that has reached one of a call's tensors."""
-        if self.closed or self._inside or not self.sees or not call.returned:
+        if self.closed or not self.sees or not call.returned:
+            return
+        if not _torch.holds_values(grad):
             return
         with self._guard:
-            self._inside, began = True, time.perf_counter()
+            began = time.perf_counter()
             try:
                 self._look(call, place, grad)
             finally:
-                self._inside = False
                 if self._chain is not None:
                     self._chain.seconds += time.perf_counter() - began
 
@@ -418,45 +218,67 @@ class Stepped:
         # is what most calls were given.
         counts = Counter(link.position for one in self._calls for link in one.links)
         [(main, _)] = counts.most_common(1) or [(-1, 0)]
-        before: dict[int, Call] = {}
-        for one in self._calls:
-            source = next((k.source for k in one.links if k.position == main), None)
-            if source is None and not one.links:
-                source = one.before
-            if source is not None:
-                before[id(one)] = source
-        after = {
-            id(source): one for one in self._calls if (source := before.get(id(one)))
+        sources = {
+            id(one): next((k.source for k in one.links if k.position == main), None)
+            for one in self._calls
         }
-        end = call
-        while (later := after.get(id(end))) is not None:
-            end = later
-        found = [end]
-        while (earlier := before.get(id(found[-1]))) is not None:
-            found.append(earlier)
+        after = {id(source): one for one in self._calls if (source := sources[id(one)])}
+        at = {id(one): i for i, one in enumerate(self._calls)}
+        places: tuple[int, ...] = ()
+        found = [call]
+        while True:  # on to the last one
+            later = after.get(id(found[-1]))
+            if later is None:
+                i = at[id(found[-1])] + 1
+                later = self._calls[i] if i < len(self._calls) else None
+                if later is None or later.links:
+                    break
+                leading = through_graph.leading(later.given, found[-1].returned)
+                if not leading:
+                    break
+                places = places or leading
+            found.append(later)
         found.reverse()
-        given = [
-            tuple(sorted(k.place for k in one.links if k.source is before.get(id(one))))
-            for one in found[1:]
-            if one.links
-        ]
-        places = given[-1] if given else tuple(range(len(call.returned)))
+        while True:  # and back to the first
+            before = sources[id(found[-1])]
+            if before is None:
+                i = at[id(found[-1])]
+                if not i or found[-1].links or not found[-1].given:
+                    break
+                before = self._calls[i - 1]
+                leading = through_graph.leading(found[-1].given, before.returned)
+                if not leading:
+                    break
+                places = places or leading
+            found.append(before)
+        found.reverse()
+        for one in found[1:]:
+            source = sources[id(one)]
+            own = sorted({k.place for k in one.links if k.source is source})
+            places = tuple(own) or places
+        places = places or tuple(range(len(call.returned)))
         self._chain = chain = Chain(found, places)
         self._at = {id(one): t for t, one in enumerate(found)}
         chain.begin(self._samples)
+        if self.wanted.grads and len(found) > 1 and not chain.why:
+            chain.follow()
+            if self._normed:  # they are meant to mix
+                chain.mixed = None
         return chain
 
     def _look(self, call: Call, place: int, grad: Tensor) -> None:
+        if (task := _torch.graph_task_id()) != self._task:
+            self._forget_pass()
+            self._task = task
         chain = self._chain or self._begin(call)
         step = self._at.get(id(call))
-        known = step is not None and place in chain.places and not chain.why
-        if step is None or not known or not self.wanted.grads or len(self._at) < 2:
+        if step is None or place not in chain.places or chain.logs is None:
             return
         own = chain.places.index(place)
-        if chain.logs is None:
-            chain.follow()
-            if self._mixes:  # which is meant
-                chain.mixed = None
         if chain.reach is None and (not grad.is_cpu or grad.any()):
             chain.follow_read(step, own, grad)
         chain.take(step, own, grad)
+
+    def _forget_pass(self) -> None:
+        """Begin again: another backward pass goes over the same graph."""
+        self._chain, self._at = None, {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
 
+import torch
 from torch import nn
 
 import gradwatch
@@ -11,6 +14,8 @@ from gradwatch.integrations.fit import needs
 from gradwatch.sinks import Scalars, Sink, TensorBoard
 
 _GeneralTracker: Any = needs("accelerate.tracking", extra="accelerate").GeneralTracker
+
+_FILE: Final = "gradwatch.pt"
 
 
 def watch(accelerator: Any, model: nn.Module, **arguments: Any) -> gradwatch.Watch:
@@ -32,9 +37,23 @@ def watch(accelerator: Any, model: nn.Module, **arguments: Any) -> gradwatch.Wat
     given = {"scaler": accelerator.scaler, **arguments}
     given["sinks"] = [*given.get("sinks", ()), *trackers]
     made = gradwatch.watch(model, **given)
-    accelerator.trackers.insert(0, GradwatchTracker(made))
-    accelerator.register_for_checkpointing(made)
+    if all(one.tracker is not made for one in accelerator.trackers):
+        accelerator.trackers.insert(0, GradwatchTracker(made))
+        accelerator.register_save_state_pre_hook(partial(_save, accelerator, made))
+        accelerator.register_load_state_pre_hook(partial(_load, made))
     return made
+
+
+def _save(accelerator: Any, watch: gradwatch.Watch, *given: Any) -> None:
+    """Write the state beside what Accelerate saves; the last argument is the folder."""
+    if accelerator.is_main_process:
+        torch.save(watch.state_dict(), Path(given[-1]) / _FILE)
+
+
+def _load(watch: gradwatch.Watch, *given: Any) -> None:
+    """Go on from there; a checkpoint of a training without a watch has none."""
+    if (file := Path(given[-1]) / _FILE).exists():
+        watch.load_state_dict(torch.load(file, weights_only=False))
 
 
 class GradwatchTracker(_GeneralTracker):  # type: ignore[misc]  # untyped

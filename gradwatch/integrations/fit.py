@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class Fit:
         """The watch of this fit, and between two fits the closed one of the last."""
         self._arguments = dict(arguments)
         self._state: dict[str, Any] = {}
+        self._model: weakref.ref[nn.Module] | None = None  # that the state is of
         self._open = False
 
     def begin(self, model: nn.Module, sinks: Sequence[Sink] = (), **more: Any) -> None:
@@ -66,6 +68,10 @@ class Fit:
             more: Arguments of ``watch`` that the user's own replace.
         """
         self.end()
+        other = self._model is not None and self._model() is not model
+        if other or more.get("start_step") == 0:
+            self._state = {}  # it is of another training
+        self._model = weakref.ref(model)
         own = [*self._arguments.get("sinks", ())]
         given = {**more, **self._arguments, "sinks": [*own, *sinks]}
         self.watch = gradwatch.watch(model, **given)
@@ -81,7 +87,7 @@ class Fit:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, at once or when the next fit begins."""
-        self._state = dict(state)
+        self._state, self._model = dict(state), None
         if self._open and self.watch is not None and self._state:
             self.watch.load_state_dict(self._state)
 
@@ -98,5 +104,5 @@ class Fit:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Be as :meth:`__getstate__` was."""
-        self.watch, self._open = None, False
+        self.watch, self._model, self._open = None, None, False
         self.__dict__.update(state)

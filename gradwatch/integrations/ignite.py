@@ -32,6 +32,7 @@ class GradwatchHandler:
     def __init__(self, model: nn.Module, logger: Any = None, **arguments: Any) -> None:
         self._model, self._sinks = model, _sinks(logger)
         self._fit = Fit(arguments)
+        self._running: Any = None
 
     @property
     def watch(self) -> gradwatch.Watch | None:
@@ -44,19 +45,18 @@ class GradwatchHandler:
         trainer.add_event_handler(events.STARTED, self._begin)
         trainer.add_event_handler(events.COMPLETED, self._end)
         trainer.add_event_handler(events.TERMINATE, self._end)
-        trainer.add_event_handler(events.EXCEPTION_RAISED, self._failed)
         return self
 
-    def _begin(self, trainer: Any) -> None:
-        start = trainer.state.iteration
-        self._fit.begin(self._model, self._sinks, start_step=start)
+    def _begin(self, engine: Any) -> None:
+        if self._running is None:  # else another engine runs within this one
+            self._running = engine
+            start = engine.state.iteration
+            self._fit.begin(self._model, self._sinks, start_step=start)
 
-    def _end(self, trainer: Any) -> None:
-        self._fit.end()
-
-    def _failed(self, trainer: Any, error: BaseException) -> None:
-        self._fit.end()
-        raise error  # Ignite leaves that to the handlers, once there is one
+    def _end(self, engine: Any) -> None:
+        if engine is self._running:
+            self._running = None
+            self._fit.end()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""

@@ -44,6 +44,9 @@ class GradwatchCallback(_TrainerCallback, _ExportableState):  # type: ignore[mis
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin; a resumed run goes on from what its checkpoint holds."""
+        self._fit.end()  # of a training that an exception has ended
+        # The Trainer asks for it when it saves, though a checkpoint may lack it.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         saved = saved[0] if isinstance(saved, list) else saved
         resumed = state.global_step > 0

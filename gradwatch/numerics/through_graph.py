@@ -11,27 +11,45 @@ Axes: B sequences, S entries of a state (of all its tensors together), V vectors
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 State = Sequence[Tensor]
 """The tensors of one state, in autograd's graph, each of shape ``(B, ...)``."""
 _TINY: Final = 1e-30
+_ROUND: Final = 1e-2
+"""Share of a pulled vector above which a difference is no rounding."""
+
+
+_OWN: Final = threading.local()
+
+
+def pulling() -> bool:
+    """Tell whether what a hook is shown now, in this thread, is a vector of ours."""
+    return getattr(_OWN, "pulling", False)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return the tensors of a state, or of its gradient, as one of shape ``(B, S)``."""
-    return torch.cat([part.detach().flatten(1) for part in parts], 1)
+    """Return the tensors of a state, or of its gradient, as one of shape ``(B, S)``.
+
+    In float32 at least: norms of what is in half precision would overflow.
+    """
+    wide = [part.detach().flatten(1) for part in parts]
+    dtype = torch.promote_types(wide[0].dtype, torch.float32)
+    return torch.cat([part.to(dtype) for part in wide], 1)
 
 
 def parted(vector: Tensor, like: State) -> list[Tensor]:
     """Return a vector of shape ``(B, S)`` as tensors shaped like those of a state."""
     sizes = [part[:1].numel() for part in like]
     pieces = vector.split(sizes, 1)
-    return [p.reshape(part.shape) for p, part in zip(pieces, like, strict=True)]
+    pairs = zip(pieces, like, strict=True)
+    return [piece.reshape(part.shape).to(part.dtype) for piece, part in pairs]
 
 
 def pull(
@@ -42,9 +60,13 @@ def pull(
     Returns:
         One gradient an input, 0 where none leads there; None where none leads to any.
     """
-    found = torch.autograd.grad(
-        outputs, inputs, grads, retain_graph=True, allow_unused=True
-    )
+    before, _OWN.pulling = pulling(), True
+    try:
+        found = torch.autograd.grad(
+            outputs, inputs, grads, retain_graph=True, allow_unused=True
+        )
+    finally:
+        _OWN.pulling = before
     if all(grad is None for grad in found):
         return None
     pairs = zip(found, inputs, strict=True)
@@ -86,6 +108,56 @@ def independent(
         for j, part in zip(rest, through or (), strict=bool(through)):
             found[j] = found[j] - part
     return found
+
+
+def leading(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the places of the inputs that any output was made from."""
+    zeros = [torch.zeros_like(tensor) for tensor in outputs]
+    each = (pull(outputs, [tensor], zeros) for tensor in inputs)
+    return tuple(i for i, found in enumerate(each) if found is not None)
+
+
+def runs_python(later: State, earlier: State) -> bool:
+    """Tell whether the way back from one state to another runs functions of the user's.
+
+    An autograd.Function may do in its backward what is not to be done twice; a module's
+    full backward hooks, a reentrant checkpoint and compiled code are such functions.
+    """
+    first = min(_number(part.grad_fn) for part in earlier)
+    waiting = [part.grad_fn for part in later]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, BackwardCFunction):
+            return True
+        for before, _ in getattr(node, "next_functions", ()):
+            if before is not None and before not in seen and _number(before) >= first:
+                seen.add(before)
+                waiting.append(before)
+    return False
+
+
+def _number(node: Any) -> int:
+    """Return by which number a function was made; -1 for a leaf's."""
+    return -1 if node is None or hasattr(node, "variable") else int(node._sequence_nr())
+
+
+def goes_round(states: Sequence[State], order: Sequence[int], vector: Tensor) -> bool:
+    """Tell whether a state reaches the one after the next by another way as well.
+
+    Args:
+        states: Three consecutive ones.
+        order: :func:`order_of` each.
+        vector: Shape ``(B, S)``, of the last.
+    """
+    first, middle, last = states
+    through = back(last, middle, order, vector)
+    through = None if through is None else back(middle, first, order, through)
+    whole = back(last, first, order, vector)
+    if whole is None or through is None:
+        return False
+    size = torch.linalg.vector_norm(whole)
+    return bool(torch.linalg.vector_norm(whole - through) > _ROUND * size)
 
 
 def back(
