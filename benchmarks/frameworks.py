@@ -23,7 +23,7 @@ from testbed.frameworks import FRAMEWORKS
 
 PACKAGES = {"ignite": "pytorch-ignite", "sb3": "sb3-contrib"}
 STEPS = {"sb3": 128}
-PAIRS = 9
+PAIRS = 5
 
 
 def seconds(name: str, steps: int, *, watched: bool) -> float:
