@@ -224,8 +224,10 @@ class Launcher:
         began = time.perf_counter()
         run = sampled.flow or Flow(seeded=self._schedule.seeds_due(step))
         for module, own in self._modules.members().items():
-            replayed = replays.get(module)
-            if replayed is not None and len(replayed.x) > 1:  # else no way back
+            replayed, path = replays.get(module), own[0].stream.module
+            if replayed is None:
+                continue
+            if len(replayed.x) > 1 or self.module_facts[path].cut:  # else no way back
                 run.add(own[0].stream.module, own, replayed)
         if run.seeded:
             self._schedule.seeded(step)
