@@ -1,9 +1,9 @@
 """What the one line costs in each framework, beside a step of the framework itself.
 
-The trainings of ``testbed/frameworks.py``, short ones and three times as long, each with
-and without a watch in turn; a row has medians over rounds. What is added to a step is
-what the longer trainings take more; the rest is set-up, first steps, close, and the last
-picture for TensorBoard. One thread.
+The trainings of ``testbed/frameworks.py``, short ones and three times as long, each
+with and without a watch in turn; a row has medians over rounds. What is added to a step
+is what the longer trainings take more; the rest is set-up, first steps, close, and the
+last picture for TensorBoard. One thread.
 
 Run: python -m benchmarks.frameworks
 """
