@@ -493,7 +493,7 @@ def test_what_waits_when_gradients_are_off_is_recorded(lenient, monkeypatch):
     from gradwatch import quiet
     from gradwatch.depths import reader
 
-    monkeypatch.setattr(quiet, "_read", lambda grads: None)  # no step is quiet
+    monkeypatch.setattr(quiet, "read", lambda grads: None)  # no step is quiet
     model, real, calls, failed_at = lstm(), reader.norms, [], []
 
     def fail(*args):

@@ -1,6 +1,7 @@
 """Frameworks: real trainings, with their loggers and checkpoints."""
 
 import ast
+import gc
 import importlib
 import pickle
 import subprocess
@@ -24,6 +25,16 @@ MODULES = {
     "sb3": "sb3_contrib",
 }
 quiet = pytest.mark.filterwarnings("ignore:::(?!gradwatch)")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frameworks_are_no_work_for_the_collector():
+    """Their hundreds of thousands of objects would slow all tests that come after."""
+    for name in MODULES.values():
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=FRAMEWORKS)
