@@ -2,9 +2,9 @@
 
 Usual is: one backward pass, then one optimizer, the same as ever, or one that runs the
 backward itself, by a closure; gradients on the CPU whose total norm is below what was
-usual; nothing else due soon. Whatever is otherwise
-ends the path in mid-step: the engine then goes on as if it had followed the step from
-its start, with what was seen of it so far (:meth:`Quiet.leave`).
+usual; nothing else due soon. Whatever is otherwise ends the path in mid-step: the
+engine then goes on as if it had followed the step from its start, with what was seen of
+it so far (:meth:`Quiet.leave`).
 
 Where a step is short, even so much is more than its share. Then the total norm alone is
 read, and at every second, fourth or eighth step all the rest.

@@ -391,7 +391,10 @@ def _stepped(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn."):
             continue
-        names = list(inspect.signature(module.forward).parameters)
+        try:
+            names = list(inspect.signature(module.forward).parameters)
+        except (TypeError, ValueError):  # a forward that is no Python function
+            continue
         if _STATES & {name.rstrip("_t0123456789") or name for name in names[1:]}:
             found.append((f"model.{path}" if path else "the model", module))
     return found

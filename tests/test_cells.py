@@ -348,6 +348,23 @@ def test_what_would_notice_is_left_out_and_said(what):
     assert failed == {}
 
 
+def test_what_lies_between_two_calls_is_not_run_either():
+    cell, seen = RNN(INPUTS, UNITS), []
+    model, options = nn.ModuleList([cell]), {"every": 1, "budget": None, **OFF}
+    with gradwatch.watch(model, cells=[RNN], **options) as watch:
+        h = torch.zeros(B, UNITS)
+        for _ in range(4):
+            (h,) = cell(torch.ones(B, INPUTS), (Consumed.apply(h) if h.grad_fn else h,))
+            if h.grad_fn is not None:
+                h.register_hook(lambda grad: seen.append(1))
+        h.sum().backward()
+        watch.flush()
+        assert len(seen) == 4
+        assert watch.records[0].facts.modules["0"].T == 4
+        assert "left out" in watch.records[0].facts.modules["0"].replay
+        assert watch.health["failed"] == {}
+
+
 def test_one_cell_in_another_and_two_that_feed_each_other():
     class Outer(nn.Module):
         def __init__(self):

@@ -181,6 +181,9 @@ def test_ignite_leaves_exceptions_to_whoever_handles_them():
     handler = GradwatchHandler(Net(), dir=None).attach(trainer)
     trainer.run([1])
     assert len(caught) == 1
+    first = handler.watch
+    trainer.run([1])  # and it is watched again
+    assert handler.watch is not first
     handler.watch.close()
 
 

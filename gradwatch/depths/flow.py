@@ -221,10 +221,9 @@ def _measured(
     share, last = _read(direct, ends)
     logs = _reaches(layer, back, ends, last)
     aligned = _aligned(total, ends).sum(1).sqrt()
-    values = [(total[0].sum().sqrt() / aligned.amax()).log10(), share]
-    values += [_put_in(direct), _horizon(logs[:, VECTORS], last)]
-    values += _gains(logs[:, :VECTORS], ends)
-    found = {"values": torch.stack([value.to(values[0]) for value in values])}
+    reach = (total[0].sum().sqrt() / aligned.amax()).log10()
+    horizon, gains = _horizon(logs[:, VECTORS], last), _gains(logs[:, :VECTORS], ends)
+    found = {"values": _values(reach, share, direct, horizon, gains)}
     found["adjoint"] = _aligned(total_h, ends).sum(1).sqrt()
     if back.c is not None:
         cells = back.c.square().sum(-1)
@@ -248,11 +247,10 @@ def _of_chain(chain: Chain) -> dict[str, Tensor] | None:
     share, last = _read(direct, steps)
     last = last.where(last == chain.last, -1)  # others were not followed
     along = total.sum(1).sqrt()
-    values = [(along[0] / along.amax()).log10(), share]
-    values += [_put_in(direct), _horizon(reach[:, 0], last)]
-    values += _gains(logs, steps - 1)
+    shown = (along[0] / along.amax()).log10()
+    horizon, gains = _horizon(reach[:, 0], last), _gains(logs, steps - 1)
     return {
-        "values": torch.stack([value.to(values[0]) for value in values]),
+        "values": _values(shown, share, direct, horizon, gains),
         "adjoint": along,
         "direct": direct.sum(1).sqrt(),
         "radii": chain.radii,
@@ -273,9 +271,16 @@ def _read(direct: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return _middle(share), (read * steps).amax(0) - 1
 
 
-def _put_in(direct: Tensor) -> Tensor:
-    """Return what the loss puts into a sequence, the mean over them."""
-    return direct.sum(0).sqrt().mean()
+def _values(
+    reach: Tensor,
+    share: Tensor,
+    direct: Tensor,
+    horizon: Tensor,
+    gains: Sequence[Tensor],
+) -> Tensor:
+    """Return the values of NAMES; the signal is what the loss puts into a sequence."""
+    values = [reach, share, direct.sum(0).sqrt().mean(), horizon, *gains]
+    return torch.stack([value.to(reach) for value in values])
 
 
 def _ends(back: Adjoint, lengths: Tensor | None) -> Tensor:

@@ -117,13 +117,13 @@ class Launcher:
                     measured = "state" in due
                     replays = self._launch_replays(sampled, new, measured=measured)
                     if measured:
-                        self._launch_cells(sampled, cells, "state")
+                        self._launch_cells(sampled, cells, "state", State)
             if "flow" in due and replays:
                 with self._whole("flow", sampled):
                     self._launch_flow(step, sampled, replays)
             if "flow" in due and cells:
                 with self._whole("flow", sampled):
-                    self._launch_cells(sampled, cells, "flow")
+                    self._launch_cells(sampled, cells, "flow", Flow)
             if "state" in due and sampled.state is not None:
                 with self._whole("state", sampled):
                     sampled.state.add_gates(self._modules.alive())
@@ -200,15 +200,18 @@ class Launcher:
         return replays
 
     def _launch_cells(
-        self, sampled: Sampled, cells: Mapping[int, Chain], depth: str
+        self,
+        sampled: Sampled,
+        cells: Mapping[int, Chain],
+        depth: str,
+        kind: type[State] | type[Flow],
     ) -> None:
         """Take what backward has shown of cells of the user's own."""
         began = time.perf_counter()
-        run = sampled.runs.get(depth) or (State() if depth == "state" else Flow())
+        known_run = sampled.runs.get(depth)
+        run = known_run if isinstance(known_run, kind) else kind()
         for module, own in self._modules.members().items():
-            if (chain := cells.get(module)) is not None and not isinstance(
-                run, Spectrum
-            ):
+            if (chain := cells.get(module)) is not None:
                 stream = own[0].stream
                 run.add_stepped(stream, chain)
                 known = self._stream_facts.get(stream.name) or StreamFacts()

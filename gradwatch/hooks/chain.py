@@ -174,10 +174,15 @@ class Chain:
         self.logs = through_graph.pulled_back(states, self._order, drawn, steps - 1)
         at = sorted({1, steps // 2, steps - 1})
         self.radii = torch.cat([self._radii(t, drawn[0]) for t in at if 0 < t < steps])
-        alone = torch.zeros_like(drawn[0])
-        alone[0] = drawn[0, 0]
-        found = through_graph.back(states[-1], states[-2], self._order, alone)
-        if found is not None and batch > 1:
+
+    def look_for_mixing(self) -> None:
+        """Pull a vector of the first sequence back over one step."""
+        assert self.h is not None
+        alone = self.h.new_zeros(self.shape[1:])
+        alone[0] = 1.0
+        earlier, later = self._states[-2:]
+        found = through_graph.back(later, earlier, self._order, alone)
+        if found is not None and len(found) > 1:
             whole = torch.linalg.vector_norm(found).clamp_min(_LEAST)
             self.mixed = torch.linalg.vector_norm(found[1:]) / whole
 

@@ -21,7 +21,7 @@ from gradwatch.hooks import calls
 from gradwatch.hooks.chain import Call, Chain, Link
 from gradwatch.hooks.probe import NOTHING, OnGrad, Wanted
 from gradwatch.hooks.sequences import tensors
-from gradwatch.numerics import through_graph
+from gradwatch.numerics.through_graph import made_from
 
 _LONGEST: Final = 10_000
 """Calls without a backward pass that are held; nobody trains on more."""
@@ -233,7 +233,7 @@ class Stepped:
                 later = self._calls[i] if i < len(self._calls) else None
                 if later is None or later.links:
                     break
-                leading = through_graph.leading(later.given, found[-1].returned)
+                leading = made_from(later.given, found[-1].returned)
                 if not leading:
                     break
                 places = places or leading
@@ -246,7 +246,7 @@ class Stepped:
                 if not i or found[-1].links or not found[-1].given:
                     break
                 before = self._calls[i - 1]
-                leading = through_graph.leading(found[-1].given, before.returned)
+                leading = made_from(found[-1].given, before.returned)
                 if not leading:
                     break
                 places = places or leading
@@ -262,14 +262,14 @@ class Stepped:
         chain.begin(self._samples)
         if self.wanted.grads and len(found) > 1 and not chain.why:
             chain.follow()
-            if self._normed:  # they are meant to mix
-                chain.mixed = None
+            if chain.logs is not None and not self._normed:  # else they mix, as meant
+                chain.look_for_mixing()
         return chain
 
     def _look(self, call: Call, place: int, grad: Tensor) -> None:
         if (task := _torch.graph_task_id()) != self._task:
-            self._forget_pass()
-            self._task = task
+            # Another pass over the same graph begins again; its calls are kept.
+            self._chain, self._at, self._task = None, {}, task
         chain = self._chain or self._begin(call)
         step = self._at.get(id(call))
         if step is None or place not in chain.places or chain.logs is None:
@@ -278,7 +278,3 @@ class Stepped:
         if chain.reach is None and (not grad.is_cpu or grad.any()):
             chain.follow_read(step, own, grad)
         chain.take(step, own, grad)
-
-    def _forget_pass(self) -> None:
-        """Begin again: another backward pass goes over the same graph."""
-        self._chain, self._at = None, {}

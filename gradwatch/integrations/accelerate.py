@@ -19,7 +19,7 @@ _FILE: Final = "gradwatch.pt"
 
 
 def watch(accelerator: Any, model: nn.Module, **arguments: Any) -> gradwatch.Watch:
-    """gradwatch.Watch a model, prepared or not.
+    """Watch a model, prepared or not.
 
     Numbers go to the accelerator's trackers, whose first one is this watch from now on:
     ``accelerator.end_training()`` closes it. ``accelerator.save_state()`` holds its

@@ -40,6 +40,29 @@ def needs(*packages: str, extra: str) -> Any:
     )
 
 
+class Watching:
+    """What callbacks have in common: their watch, and its state for a checkpoint.
+
+    Args:
+        arguments: Of :func:`gradwatch.watch`.
+    """
+
+    _fit: Fit
+
+    @property
+    def watch(self) -> gradwatch.Watch | None:
+        """The watch; None before the first fit."""
+        return self._fit.watch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return self._fit.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there when the next fit begins."""
+        self._fit.load_state_dict(state_dict)
+
+
 class Fit:
     """Begins a watch with each fit and ends it; its state lives on between them.
 
@@ -60,7 +83,7 @@ class Fit:
         self._open = False
 
     def begin(self, model: nn.Module, sinks: Sequence[Sink] = (), **more: Any) -> None:
-        """gradwatch.Watch a model from here.
+        """Watch a model from here.
 
         Args:
             model: The model.

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-import gradwatch
-from gradwatch.integrations.fit import Fit, needs
+from gradwatch.integrations.fit import Fit, Watching, needs
 from gradwatch.sinks import Scalars, Sink, TensorBoard
 
 _engine = needs("ignite.engine", extra="ignite")
 
 
-class GradwatchHandler:
+class GradwatchHandler(Watching):
     """Watches a model while an engine runs.
 
     ``Checkpoint({"model": model, "gradwatch": handler}, ...)`` holds its state.
@@ -34,13 +32,8 @@ class GradwatchHandler:
         self._fit = Fit(arguments)
         self._running: Any = None
 
-    @property
-    def watch(self) -> gradwatch.Watch | None:
-        """The watch; None before the engine has run."""
-        return self._fit.watch
-
     def attach(self, trainer: Any) -> GradwatchHandler:
-        """gradwatch.Watch whenever an engine runs; return the handler itself."""
+        """Watch whenever an engine runs; return the handler itself."""
         events = _engine.Events
         trainer.add_event_handler(events.STARTED, self._begin)
         trainer.add_event_handler(events.COMPLETED, self._end)
@@ -48,7 +41,7 @@ class GradwatchHandler:
         return self
 
     def _begin(self, engine: Any) -> None:
-        if self._running is None:  # else another engine runs within this one
+        if self._running in (None, engine):  # else another one runs within it
             self._running = engine
             start = engine.state.iteration
             self._fit.begin(self._model, self._sinks, start_step=start)
@@ -57,14 +50,6 @@ class GradwatchHandler:
         if engine is self._running:
             self._running = None
             self._fit.end()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
-        return self._fit.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there when the engine starts."""
-        self._fit.load_state_dict(state_dict)
 
 
 def _sinks(logger: Any) -> list[Sink]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import gradwatch
-from gradwatch.integrations.fit import Fit, needs
+from gradwatch.integrations.fit import Fit, Watching, needs
 from gradwatch.sinks import Scalars, Sink, TensorBoard
 
 _Callback: Any = needs(
@@ -13,7 +12,7 @@ _Callback: Any = needs(
 ).Callback
 
 
-class GradwatchCallback(_Callback):  # type: ignore[misc]  # whichever is there
+class GradwatchCallback(Watching, _Callback):  # type: ignore[misc]  # whichever is there
     """Watches the LightningModule while it is fitted.
 
     Numbers go to the trainer's loggers: to W&B as always, to TensorBoard's writer, and
@@ -29,11 +28,6 @@ class GradwatchCallback(_Callback):  # type: ignore[misc]  # whichever is there
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
         self._fit = Fit(arguments)
-
-    @property
-    def watch(self) -> gradwatch.Watch | None:
-        """The watch; None before the first fit."""
-        return self._fit.watch
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, once the checkpoint is loaded and the model where it is trained."""
@@ -51,14 +45,6 @@ class GradwatchCallback(_Callback):  # type: ignore[misc]  # whichever is there
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """End before the loggers are closed."""
         self._fit.end()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the checkpoint holds."""
-        return self._fit.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there when the fit begins."""
-        self._fit.load_state_dict(state_dict)
 
 
 def _sinks(trainer: Any, logger: Any) -> list[Sink]:

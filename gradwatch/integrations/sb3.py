@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import gradwatch
-from gradwatch.integrations.fit import Fit, needs
+from gradwatch.integrations.fit import Fit, Watching, needs
 from gradwatch.sinks import Scalars
 
 _BaseCallback: Any = needs(
@@ -14,7 +13,7 @@ _BaseCallback: Any = needs(
 ).BaseCallback
 
 
-class GradwatchCallback(_BaseCallback):  # type: ignore[misc]  # loosely typed
+class GradwatchCallback(Watching, _BaseCallback):  # type: ignore[misc]  # loosely typed
     """Watches the policy while it learns; what it does between is not measured.
 
     The last numbers go to the algorithm's logger (TensorBoard, CSV; not the console)
@@ -32,11 +31,6 @@ class GradwatchCallback(_BaseCallback):  # type: ignore[misc]  # loosely typed
         super().__init__()
         self._fit = Fit(arguments)
 
-    @property
-    def watch(self) -> gradwatch.Watch | None:
-        """The watch; None before learning."""
-        return self._fit.watch
-
     def _on_training_start(self) -> None:
         self._fit.begin(self.model.policy, [Scalars(self._record)])
 
@@ -49,11 +43,3 @@ class GradwatchCallback(_BaseCallback):  # type: ignore[misc]  # loosely typed
     def _record(self, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
             self.model.logger.record(key, value, exclude=("stdout", "log"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the watch."""
-        return self._fit.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there when learning begins."""
-        self._fit.load_state_dict(state)

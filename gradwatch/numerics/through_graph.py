@@ -12,7 +12,7 @@ Axes: B sequences, S entries of a state (of all its tensors together), V vectors
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -24,8 +24,6 @@ State = Sequence[Tensor]
 _TINY: Final = 1e-30
 _ROUND: Final = 1e-2
 """Share of a pulled vector above which a difference is no rounding."""
-
-
 _OWN: Final = threading.local()
 
 
@@ -73,17 +71,56 @@ def pull(
     return [torch.zeros_like(x) if grad is None else grad for grad, x in pairs]
 
 
+def _behind(tensors: Sequence[Tensor], first: int) -> Iterator[tuple[Any, int]]:
+    """Yield what tensors were made from: functions, with which of their outputs.
+
+    Nothing is run for it.
+
+    Args:
+        tensors: In autograd's graph.
+        first: The smallest number of a function that is looked at.
+    """
+    waiting = [tensor.grad_fn for tensor in tensors]
+    seen = {(node, -1) for node in waiting}
+    while waiting:
+        for edge in getattr(waiting.pop(), "next_functions", ()):
+            if edge in seen or _number(edge[0]) < first:
+                continue
+            if (edge[0], -1) not in seen:
+                seen.add((edge[0], -1))
+                waiting.append(edge[0])
+            seen.add(edge)
+            yield edge
+
+
+def _number(node: Any) -> int:
+    """Return by which number a function was made; -1 for a leaf's."""
+    return -1 if node is None or hasattr(node, "variable") else int(node._sequence_nr())
+
+
+def made_from(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the places of the inputs that any of the outputs was made from."""
+    first = min(_number(tensor.grad_fn) for tensor in inputs)
+    edges = set(_behind(outputs, first))
+    own = ((tensor.grad_fn, tensor.output_nr) for tensor in inputs)
+    return tuple(i for i, edge in enumerate(own) if edge in edges)
+
+
+def runs_python(later: State, earlier: State) -> bool:
+    """Tell whether the way back from one state to another runs functions of the user's.
+
+    An autograd.Function may do in its backward what is not to be done twice; a module's
+    full backward hooks, a reentrant checkpoint and compiled code are such functions.
+    """
+    first = min(_number(part.grad_fn) for part in earlier)
+    nodes = [part.grad_fn for part in later] + [n for n, _ in _behind(later, first)]
+    return any(isinstance(node, BackwardCFunction) for node in nodes)
+
+
 def order_of(state: State) -> list[int]:
     """Return the places of a state's tensors, each before those it was made from."""
-    made_from = [
-        [
-            j
-            for j, other in enumerate(state)
-            if j != i and pull([own], [other], [torch.zeros_like(own)]) is not None
-        ]
-        for i, own in enumerate(state)
-    ]
-    return sorted(range(len(state)), key=lambda i: -len(made_from[i]))
+    sources = [len(made_from([part], state)) for part in state]
+    return sorted(range(len(state)), key=lambda i: -sources[i])
 
 
 def independent(
@@ -108,38 +145,6 @@ def independent(
         for j, part in zip(rest, through or (), strict=bool(through)):
             found[j] = found[j] - part
     return found
-
-
-def leading(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return the places of the inputs that any output was made from."""
-    zeros = [torch.zeros_like(tensor) for tensor in outputs]
-    each = (pull(outputs, [tensor], zeros) for tensor in inputs)
-    return tuple(i for i, found in enumerate(each) if found is not None)
-
-
-def runs_python(later: State, earlier: State) -> bool:
-    """Tell whether the way back from one state to another runs functions of the user's.
-
-    An autograd.Function may do in its backward what is not to be done twice; a module's
-    full backward hooks, a reentrant checkpoint and compiled code are such functions.
-    """
-    first = min(_number(part.grad_fn) for part in earlier)
-    waiting = [part.grad_fn for part in later]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, BackwardCFunction):
-            return True
-        for before, _ in getattr(node, "next_functions", ()):
-            if before is not None and before not in seen and _number(before) >= first:
-                seen.add(before)
-                waiting.append(before)
-    return False
-
-
-def _number(node: Any) -> int:
-    """Return by which number a function was made; -1 for a leaf's."""
-    return -1 if node is None or hasattr(node, "variable") else int(node._sequence_nr())
 
 
 def goes_round(states: Sequence[State], order: Sequence[int], vector: Tensor) -> bool:
