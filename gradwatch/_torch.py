@@ -269,6 +269,19 @@ def kept_tensors(function: Any) -> list[Tensor]:
     return found
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """Tell whether a tensor's memory has been given back while the tensor lives.
+
+    ``fully_shard`` does that with whole weights between their uses; to read one then
+    ends the process.
+    """
+    if tensor.layout != torch.strided or not tensor.numel():
+        return False
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in pairs)
+    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize
+
+
 def made_shapes(function: Any) -> list[tuple[int, ...]]:
     """Return the shapes of what a function of the graph has made.
 
@@ -339,6 +352,20 @@ def changes_arguments(module: nn.Module) -> bool:
     Without the private dict: no.
     """
     return bool(getattr(module, "_forward_pre_hooks", None))
+
+
+def store() -> Any | None:
+    """Return the store by which this process has met the others.
+
+    Without the private name: None, and sharded weights are not measured.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return getattr(torch.distributed.distributed_c10d, "_get_default_store", _none)()
+
+
+def _none() -> None:
+    """Stand in for what is not there."""
 
 
 def compiles() -> bool:

@@ -1,10 +1,15 @@
-"""Which of the processes that train together this is."""
+"""Which of the processes that train together this is, and how they share a model."""
 
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any, Final
 
 import torch
+from torch import nn
+
+_FSDP: Final = "torch.distributed.fsdp"
 
 
 def processes() -> int:
@@ -18,6 +23,56 @@ def rank() -> int:
         return int(torch.distributed.get_rank())
     given = os.environ.get("RANK", "0")
     return int(given) if given.isdigit() else 0
+
+
+def refuse_parts(model: object, needs_all: str = "") -> None:
+    """Refuse a model of which this process has a part that cannot be measured.
+
+    What ``fully_shard`` shards can be: its weights are whole in each forward.
+
+    Args:
+        model: What is given as one.
+        needs_all: What needs the whole model in this process, if anything does.
+
+    Raises:
+        ValueError: If the model is split in another way, by tensor or pipeline
+            parallelism or by the older FullyShardedDataParallel; or if it is split, and
+            the whole is needed.
+    """
+    if type(model).__module__.startswith("torch.distributed.pipelining"):
+        raise ValueError(
+            f"the model is a {type(model).__name__}: gradwatch does not measure a "
+            "pipeline, as no process in it sees the whole of a step. Watch the model "
+            "in a run that is not split."
+        )
+    if not isinstance(model, nn.Module):
+        return
+    sharded: list[Any] = [
+        (name, p) for name, p in model.named_parameters() if hasattr(p, "to_local")
+    ]
+    fsdp: Any = sys.modules.get(_FSDP)
+    if fsdp is None and not sharded:
+        return
+    older = getattr(fsdp, "FullyShardedDataParallel", ())
+    if any(isinstance(m, older) for m in model.modules()):
+        raise ValueError(
+            "the model is in a FullyShardedDataParallel, whose flat parameters "
+            "gradwatch does not measure. Use torch.distributed.fsdp.fully_shard(model)."
+        )
+    if sharded and needs_all:
+        raise ValueError(
+            f"the model is sharded over processes, and {needs_all} needs the whole of "
+            "it in one: use it in a run without fully_shard()."
+        )
+    kind = getattr(fsdp, "FSDPModule", ())
+    whole = any(isinstance(m, kind) for m in model.modules())
+    for name, param in sharded:
+        if not whole or sum(p.is_shard() for p in param.placements) > 1:
+            raise ValueError(
+                f"{name} is split over processes, and not by fully_shard alone: "
+                "gradwatch does not measure tensor parallelism. Of a model that is "
+                "sharded by fully_shard, watch the whole, not a part."
+            )
 
 
 def _initialised() -> bool:

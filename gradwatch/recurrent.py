@@ -220,7 +220,7 @@ def used_weights(module: nn.Module, *, recurrent_only: bool) -> dict[str, Tensor
 
     Returns:
         ``weight_hh_l0``, ``bias_ih_l1_reverse`` and so on; without a suffix for a cell.
-        What is not readable without side effects is left out.
+        What is not readable without side effects is left out, and what is sharded.
     """
     if isinstance(module, nn.RNNCellBase):
         names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
@@ -233,7 +233,9 @@ def used_weights(module: nn.Module, *, recurrent_only: bool) -> dict[str, Tensor
     return {
         name: value.detach()
         for name, value in zip(names, values, strict=False)
-        if isinstance(value, Tensor) and name.startswith(wanted)
+        if isinstance(value, Tensor)
+        and name.startswith(wanted)
+        and not hasattr(value, "to_local")
     }
 
 
@@ -322,7 +324,21 @@ def parameter_names(recurrence: Recurrence) -> dict[str, list[str]]:
 
 
 def plain_weight(recurrence: Recurrence) -> nn.Parameter | None:
-    """Return W_hh where it is the parameter itself; None where it is parametrised.
+    """Return W_hh where it is a parameter, and this process has the whole of it.
+
+    None where it is parametrised or sharded.
+    """
+    weight = own_weight(recurrence)
+    return None if hasattr(weight, "to_local") else weight
+
+
+def sharded(found: Iterable[Recurrence]) -> bool:
+    """Tell whether a recurrent weight is spread over processes."""
+    return any(hasattr(own_weight(r), "to_local") for r in found)
+
+
+def own_weight(recurrence: Recurrence) -> nn.Parameter | None:
+    """Return W_hh where it is a parameter, sharded or not; None: it is parametrised.
 
     Of a cell of the user's own it is the largest parameter: nobody knows which is W_hh.
     """

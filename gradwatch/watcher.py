@@ -29,11 +29,11 @@ from gradwatch.intake import Intake
 from gradwatch.kinds.catalogue import default_rules
 from gradwatch.kinds.judge import Rule, check_mute
 from gradwatch.pipeline import Pipeline
-from gradwatch.processes import rank
+from gradwatch.processes import rank, refuse_parts
 from gradwatch.record import Alert, Incident, Remedy, Stream
 from gradwatch.recorder import Recorder
 from gradwatch.records import Latest, Records
-from gradwatch.recurrent import Cells, Recurrence, recurrences
+from gradwatch.recurrent import Cells, Recurrence, recurrences, sharded
 from gradwatch.report import inline, save
 from gradwatch.report import report as page_of
 from gradwatch.rewrite import Optimizers
@@ -101,12 +101,14 @@ def watch(
 
     Raises:
         TypeError: If ``model`` is no nn.Module, or another argument cannot be used.
-        ValueError: If the model has no recurrent module, lacks a cell or holds no
-            values, a number is out of range, or what is to be muted does not exist.
+        ValueError: If the model has no recurrent module, lacks a cell, holds no values
+            or is split over processes other than by ``fully_shard``, a number is out
+            of range, or what is to be muted does not exist.
         ModuleNotFoundError: If ``report`` is wanted and nothing can draw its charts.
     """
     if environment.disabled():
         return Watch(None, Settings())
+    refuse_parts(model, "" if recorder is None else "recorder=")
     found = recurrences(model, cells)
     settings = Settings(
         every=every,
@@ -164,8 +166,9 @@ class Watch:
             content = meta(settings, self._streams)
             self._folder = open_folder(settings, content) if self._loud else None
         self._pipeline = self._make_pipeline(content)
-        # Every rank raises at the same step; else one process speaks for all.
-        if model is not None and (self._loud or settings.raising):
+        # Every rank raises at the same step, and has its part of a sharded weight; else
+        # one process speaks for all.
+        if model is not None and (self._loud or settings.raising or sharded(found)):
             with self._health.guard("attaching to the model"):
                 self._engine = self._attach(model, found)
                 self._recorder = acting.recorder(self._engine, settings, self.dir)

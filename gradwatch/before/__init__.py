@@ -24,6 +24,7 @@ from gradwatch.before.trial import (
     trained,
     tried,
 )
+from gradwatch.processes import refuse_parts
 
 _BATCHES: Final = 4
 _WIDTH: Final = 88
@@ -126,8 +127,8 @@ def preflight(
     Raises:
         TypeError: If ``loss_fn`` returns no tensor, or an argument is of another type.
         ValueError: If the model has no recurrent module, there is no batch, the loss is
-            not one number that depends on the model, a number is out of range, or
-            ``steps`` are asked for without an optimizer.
+            not one number that depends on the model, a number is out of range,
+            ``steps`` are asked for without an optimizer, or the model is sharded.
     """
     verdict = inspected(
         model,
@@ -155,6 +156,7 @@ def inspected(
     """Return what :func:`preflight` does, and print nothing."""
     given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     _check(given, lag, steps)
+    refuse_parts(model, "a preflight")
     found: list[Check] = []
     with same_randomness(), flushed():
         several = _several(batches)

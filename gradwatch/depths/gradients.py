@@ -118,6 +118,7 @@ class Gradients:
         weights_finite: False where a gradient is not finite, and neither is a weight.
         broken: What was not finite in the graph of a loss that is not; may be empty.
         idleness: Of a step that no optimizer has used; None where nobody looked.
+        partial: Whether this process has read a part that it does not know the whole of.
     """
 
     names: Sequence[str] = ()
@@ -134,6 +135,7 @@ class Gradients:
     weights_finite: bool | None = None
     broken: str = ""
     idleness: Idleness | None = None
+    partial: bool = False
 
     def ended(
         self,

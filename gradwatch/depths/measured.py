@@ -154,7 +154,8 @@ class Measured:
             events = [*events, *parts.sampled.events]
         if skipped_by:
             events = ["skipped_step", *events]
-        if not events and not any(numbers.values()):
+        loss_alone = parts.gradients.partial and parts.loss is not None
+        if not events and not any(numbers.values()) and not loss_alone:
             return None
         loss: Numbers = {}
         if isinstance(parts.loss, Tensor):

@@ -11,12 +11,15 @@ from torch.optim import Optimizer
 from gradwatch import _torch
 from gradwatch.depths.gradients import Gradients, Idleness, Layout
 from gradwatch.depths.parts import Updated
+from gradwatch.depths.shards import make_whole
 from gradwatch.depths.update import Changes, Moved, Moving
 from gradwatch.hooks.clearing import Clearing
 from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.hooks.optimizers import Held, OptimizerHooks
 from gradwatch.hooks.parameters import ParameterHooks
+from gradwatch.hooks.shards import Left
 from gradwatch.numerics.norms import Norms, all_finite, norms, scaled_down
+from gradwatch.numerics.shards import any_sharded
 from gradwatch.recurrent import clean_path, parameter_names, plain_weight
 
 _RESCAN_STEPS: Final = 50
@@ -73,6 +76,7 @@ class Reader:
     def _begin_with_parameters(self) -> None:
         """Start again with the parameters as they are now."""
         self._small = None, 0
+        self._sharded = any_sharded(self._parameters.params)
         weights = {}
         for recurrence in self._modules.alive():
             weight = plain_weight(recurrence)
@@ -240,6 +244,8 @@ class Reader:
         Those of other optimizers too, so that none of several moves a weight; but for
         what a loss scaler keeps from its optimizer by itself.
         """
+        if self._sharded:  # no process knows that of its own part
+            return True
         if not self.gradients.used_finite:
             return False
         others = set(self._parameters.arrivals()).difference(held.params)
@@ -254,6 +260,12 @@ class Reader:
     def compare(self, held: Held, step: int) -> None:
         """Compare the weights with what they were before the step's optimizers."""
         self._changes.compare(self._moves(held), step)
+        if self._sharded:
+            params, read = self._parameters.params, self.gradients
+            left = None
+            if read.before is not None:
+                left = Left([params[i] for i in read.live], read.before)
+            self._modules.shards.meet(held.optimizer(), left)
 
     def updated(self) -> list[Updated]:
         """Return the recurrent weights that an optimizer has changed in this step."""
@@ -371,6 +383,9 @@ class Reader:
             idle=self._optimizers.idle(stepped),
             clearing_known=bool(stepped) and self._clearing.known,
         )
+        if self._sharded:
+            shards = self._modules.shards
+            make_whole(gradients, self._parameters.params, shards.take(), shards.name)
         return gradients
 
     def set_aside(self) -> Gradients:

@@ -13,7 +13,7 @@ from gradwatch.hooks.chain import Chain
 from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.hooks.optimizers import Training
 from gradwatch.record import CELL
-from gradwatch.recurrent import Recurrence, plain_weight
+from gradwatch.recurrent import Recurrence, own_weight, sharded
 
 
 def of_calls(chain: Sequence[Capture]) -> ModuleFacts | None:
@@ -75,7 +75,7 @@ def of_stream(
     Returns:
         None where W_hh is parametrised.
     """
-    weight = plain_weight(recurrence)
+    weight = own_weight(recurrence)
     if weight is None:
         return known
     rates = None if training is None else training.rates
@@ -107,6 +107,8 @@ def notes_of(
     for own in modules.alive():
         name, path = own.stream.name, own.stream.module
         note = _note(own, seen.get(path, ModuleFacts()), left_out.get(path, 0), begun)
+        if note is None and sharded([own]):
+            note = modules.shards.note
         if note is not None:
             found[name] = note
         else:
@@ -117,7 +119,7 @@ def notes_of(
 def _note(
     recurrence: Recurrence, facts: ModuleFacts, lost: int, begun: bool
 ) -> str | None:
-    weight, cell = plain_weight(recurrence), recurrence.stream.kind == CELL
+    weight, cell = own_weight(recurrence), recurrence.stream.kind == CELL
     if begun and facts.T is None:
         hidden = "compiled code hides its calls, or " if _torch.compiles() else ""
         return (

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from gradwatch._torch import kept_tensors, recomputes
+from gradwatch._torch import is_freed, kept_tensors, recomputes
 
 _MOST: Final = 20_000
 """Functions that are looked at."""
@@ -29,12 +29,15 @@ def first(root: Tensor) -> str:
     """
     if not root.is_cpu or root.grad_fn is None or recomputes():
         return ""
-    weights, made, held = False, "", 0
+    weights, made, held, unseen = False, "", 0, False
     for function in _in_order(root.grad_fn):
         variable = getattr(function, "variable", None)
         kept = kept_tensors(function) if variable is None else [variable]
         for tensor in kept:
             if not tensor.is_floating_point() or not tensor.is_cpu:
+                continue
+            if is_freed(tensor):
+                unseen = True
                 continue
             held += 1
             if bool(tensor.detach().isfinite().all()):
@@ -48,6 +51,8 @@ def first(root: Tensor) -> str:
                 made = f"forward: {_name(function)} {sort}"
     if weights:
         return "weights"
+    if unseen:  # what is not finite may have come from there
+        return ""
     return made or ("loss" if held else "")
 
 

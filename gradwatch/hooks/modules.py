@@ -14,6 +14,7 @@ from gradwatch.hooks.capture import Capture
 from gradwatch.hooks.chain import Chain
 from gradwatch.hooks.probe import NOTHING, Probe, Wanted
 from gradwatch.hooks.readout import Readout
+from gradwatch.hooks.shards import Shards
 from gradwatch.hooks.stepped import Stepped
 from gradwatch.record import CELL, Stream
 from gradwatch.recurrent import Recurrence
@@ -54,6 +55,8 @@ class ModuleHooks:
         self.probes: list[Probe | Stepped] = []
         self.readout = Readout(model, health.guard("readout"))
         """Sees what the loss reads."""
+        self.shards = Shards(found, health)
+        """Meets the other processes where weights are sharded."""
         self.wanted = NOTHING
         """What a forward now has to show."""
         self._looked, self._off = False, False
@@ -161,6 +164,7 @@ class ModuleHooks:
         """Take the hooks off. Safe to call twice."""
         with ExitStack() as each:
             each.callback(self.readout.close)
+            each.callback(self.shards.close)
             for probe in self.probes:
                 each.callback(probe.close)
         self.probes.clear()

@@ -106,6 +106,7 @@ class Probe:
             getattr(module, "num_layers", 1) > 1 and getattr(module, "dropout", 0)
         )
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._shown: _Shown | None = None
         self._taking: Any = None
         made = getattr(module, "parametrizations", {})
         cell = isinstance(module, nn.RNNCellBase)
@@ -247,8 +248,9 @@ class Probe:
     def before_forward(self, module: nn.Module) -> None:
         """Keep the generator's state where dropout is about to draw from it.
 
-        Where the module's own hooks may change its arguments, they are taken from
-        behind those hooks, for this one call.
+        Where the module's own hooks may change its arguments, or put a part of its
+        weights in their place after the call, they are taken between those hooks, for
+        this one call.
         """
         with self._guard:
             self._take_no_more()
@@ -257,14 +259,17 @@ class Probe:
             self._rng = torch.get_rng_state() if drawn else None
             if _torch.changes_arguments(module):
                 self._taking = module.register_forward_hook(
-                    self._take, with_kwargs=True
+                    self._take, with_kwargs=True, prepend=True
                 )
 
     def _take(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._given = (args, kwargs)
+        if self.wanted.weights and torch.is_grad_enabled():
+            with self._guard:
+                self._shown = self._weights(module)
 
     def _take_no_more(self) -> None:
-        self._given = None
+        self._given = self._shown = None
         if self._taking is not None:
             taking, self._taking = self._taking, None
             taking.remove()
@@ -279,9 +284,10 @@ class Probe:
         """Look at one call, as far as that is wanted."""
         with self._guard:
             args, kwargs = self._given or (args, kwargs)
+            shown = self._shown
             self._take_no_more()
             if torch.is_grad_enabled():
-                self._look(module, args, kwargs, tuple(tensors(output)))
+                self._look(module, args, kwargs, tuple(tensors(output)), shown)
 
     def _look(
         self,
@@ -289,6 +295,7 @@ class Probe:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         returned: tuple[Tensor, ...],
+        shown: _Shown | None,
     ) -> None:
         before, wanted = self._returned, self.wanted
         heads = [t for t in returned if _torch.holds_values(t)]
@@ -304,7 +311,8 @@ class Probe:
         heads = [t for t in returned if t.requires_grad and not t.is_leaf]
         if not heads or not all(map(_torch.holds_values, heads)):
             return
-        capture = self._captured(module, args, kwargs, returned, before)
+        shown = shown or self._weights(module)
+        capture = self._captured(module, args, kwargs, returned, before, shown)
         self._captures.add(capture)
         names = "hc" if isinstance(module, nn.RNNCellBase) else "yhc"
         for name, head in zip(names, returned, strict=False):
@@ -318,10 +326,11 @@ class Probe:
         kwargs: dict[str, Any],
         returned: tuple[Tensor, ...],
         before: Returned,
+        shown: _Shown,
     ) -> Capture:
         """Return a call as it is kept, joined to the one that it goes on from."""
         wanted, given = self.wanted, args[0] if args else kwargs.get("input")
-        weights, used = self._weights(module, recurrent_only=not wanted.sequences)
+        weights, used = shown
         shape, sequences, past = shape_of(module, given), None, None
         states = given_states(args, kwargs) if wanted.sequences else ()
         passes = all(map(_passes_gradient, states))
@@ -393,12 +402,13 @@ class Probe:
             del self._by_state[key]
         self._tidy_at = 2 * max(len(self._by_state), _HELD)
 
-    def _weights(
-        self, module: nn.Module, *, recurrent_only: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _weights(self, module: nn.Module) -> _Shown:
         """Return copies of the weights, once for all calls that use the same ones."""
-        weights = self._computed | used_weights(module, recurrent_only=recurrent_only)
-        used = tuple((n, w.data_ptr(), w._version) for n, w in weights.items())
+        own = used_weights(module, recurrent_only=not self.wanted.sequences)
+        weights = self._computed | own
+        # By the era, too: fully_shard writes others into the same memory unseen.
+        marks = ((n, w.data_ptr(), w._version) for n, w in weights.items())
+        used = (self._era, *marks)
         if self._copied[0] != used:
             self._copied = (used, {n: w.clone() for n, w in weights.items()}, weights)
         return self._copied[1:]
@@ -450,6 +460,8 @@ def _autocast(device: str) -> str:
 
 
 _States = tuple[tuple[int, int, torch.Size], ...]
+_Shown = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Copies of the weights that a call has used, and themselves."""
 _Copied = tuple[object, dict[str, Tensor], dict[str, Tensor]]
 """By what weights are known again, their copies, and themselves: held, so that their
 memory is given to no other while it is compared."""
