@@ -276,7 +276,9 @@ def verdict(
         At most 15 lines.
     """
     alarms = [i for i in incidents if i.severity != "info"]
-    open_notices = [i for i in incidents if i.severity == "info" and i.until is None]
+    told = [i for i in incidents if i.severity == "info"]
+    open_notices = [i for i in told if i.until is None]
+    over = list(dict.fromkeys(i.kind for i in told if i.until is not None))
     where = f"records in {folder}" if folder else "records in memory only"
     if steps == 0:
         head = (
@@ -287,12 +289,15 @@ def verdict(
         head = f"{_count(steps, 'step')}, no alarm"
     else:
         first = min(i.since for i in alarms)
-        left = sum(i.until is None for i in alarms)
-        head = f"{_count(steps, 'step')}, {_count(len(alarms), 'alarm')}{_still(left)}"
+        still = sum(i.until is None for i in alarms)
+        head = f"{_count(steps, 'step')}, {_count(len(alarms), 'alarm')}{_still(still)}"
         head += f", first at step {first}"
     if steps:
         if notices:
-            head += f", {_count(notices, 'notice')}{_still(len(open_notices))}"
+            left = [f"{len(open_notices)} still open"] if open_notices else []
+            left += [f"over: {', '.join(over[:_SHOWN_NOTICES])}"] if over else []
+            told_of = f" ({'; '.join(left)})" if left else ""
+            head += f", {_count(notices, 'notice')}{told_of}"
         head += f"; {where}"
     lines = [head, *(f"  {incident_line(i)}" for i in alarms[:_SHOWN])]
     if len(alarms) > _SHOWN:

@@ -133,8 +133,8 @@ def test_the_closing_lines_name_what_is_open_with_its_numbers():
     over = incident("truncated", "info", until=8)
     lines = console.verdict(90, [past, notice, over], 3, [], None).split("\n")
     assert lines == [
-        "90 steps, 1 alarm, first at step 7, 3 notices (1 still open); records in "
-        "memory only",
+        "90 steps, 1 alarm, first at step 7, 3 notices (1 still open; over: "
+        "truncated); records in memory only",
         "  exploding since step 7, until step 60 in rnn.l0, cause drift: growth_log10 "
         "20.6 (threshold 2.7)",
         "  drift since step 7, still open in rnn.l0: rho 1.5 (notice)",

@@ -46,6 +46,7 @@ def adam(model: nn.Module, rate: float = RATE) -> torch.optim.Optimizer:
 
 FINER = {
     "lr": ("schedule",),
+    "frozen": ("schedule",),
     "input_scale": ("inputs",),
     "large_weights": ("weights",),
     "saturation": ("inputs", "weights"),

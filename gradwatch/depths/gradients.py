@@ -118,7 +118,7 @@ class Gradients:
         weights_finite: False where a gradient is not finite, and neither is a weight.
         broken: What was not finite in the graph of a loss that is not; may be empty.
         idleness: Of a step that no optimizer has used; None where nobody looked.
-        partial: Whether this process has read a part that it does not know the whole of.
+        partial: Whether a part was read of what this process does not know whole.
     """
 
     names: Sequence[str] = ()

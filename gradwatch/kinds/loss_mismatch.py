@@ -35,8 +35,8 @@ LOSS_MISMATCH = Kind(
         ),
         "sigmoid_twice": Cause(
             "`loss_kind` bce_with_logits, and `loss_reads` begins with sigmoid",
-            "this loss applies a sigmoid itself; that of a sigmoid lies between .5 and "
-            ".73",
+            "this loss applies a sigmoid itself; the sigmoid of a sigmoid lies between "
+            ".5 and .73, so that no output can be near 0",
             "return scores  # and no sigmoid: "
             "binary_cross_entropy_with_logits(scores, y) applies it",
         ),

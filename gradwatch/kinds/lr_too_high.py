@@ -342,6 +342,8 @@ class LrTooHigh(Remembering[_State]):
         early: _Early,
         share: float,
     ) -> Alert:
+        late = self._state.outside.late
+        lower = text.lower_rate(early.ratio / LR_TOO_HIGH.at("ratio"))
         return text.alert(
             LR_TOO_HIGH,
             record,
@@ -350,9 +352,10 @@ class LrTooHigh(Remembering[_State]):
             shown=(
                 f"update_ratio {early.ratio:.2g} at step {early.since} (alarm: "
                 f"{_FIRST:g} or more): little of the weights was left; the loss is "
-                f"{share:.2f} times that of a constant"
+                f"{share:.2f} times that of a constant output"
             ),
-            cause="clip_order" if self._state.outside.late else "lr",
+            cause="clip_order" if late else "lr",
+            do=None if late else text.filled(lower + BEFORE, since=early.since),
             evidence={key: (early.ratio, _FIRST)},
             stream=stream,
         )

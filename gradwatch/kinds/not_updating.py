@@ -60,11 +60,17 @@ NOT_UPDATING = Kind(
             "no optimizer that has stepped holds it",
             "optimizer.add_param_group({{'params': [{weight}]}})",
         ),
+        "schedule": Cause(
+            "its learning rate has fallen to less than a thousandth of the first one",
+            "the learning rate has been taken down to next to nothing: a schedule that "
+            "counts epochs is stepped at every batch, it seems, or is over before the "
+            "training is",
+            "scheduler.step()  # once an epoch, behind the loop over the batches",
+        ),
         "frozen": Cause(
             "its learning rate is 0, or so small that nothing is left of an update",
             "the weight's learning rate is 0, or next to it, yet its gradient is "
-            "computed: was scheduler.step() called for each batch in place of each "
-            "epoch? If that is meant, requires_grad_(False) is cheaper",
+            "computed; if that is meant, requires_grad_(False) is cheaper",
             "print([group['lr'] for group in optimizer.param_groups])",
         ),
         None: Cause(
@@ -82,7 +88,7 @@ NOT_UPDATING = Kind(
         ),
         "named": Number(6, "parameters that are named one by one", "a line holds them"),
         "fallen": Number(
-            1e-3, "share of the first learning rate that is as good as 0", "chosen"
+            1e-3, "share of the first learning rate that is as good as none", "chosen"
         ),
         "used_up": Number(
             1e-8,
@@ -133,8 +139,9 @@ class NotUpdating(Missing):
         rate, first = self._seen.stream(stream).lr, self._state.rates.get(stream.name)
         if rate is None:
             return None
-        fallen = (first or 0.0) * NOT_UPDATING.number("fallen")
-        return "frozen" if rate <= max(fallen, NOT_UPDATING.number("tiny")) else None
+        if rate < (first or 0.0) * NOT_UPDATING.number("fallen"):
+            return "schedule"
+        return "frozen" if rate <= NOT_UPDATING.number("tiny") else None
 
     def _rate(self, stream: Stream) -> str:
         """Say what the learning rate is, and what it was, as far as that is known."""
@@ -159,7 +166,11 @@ class NotUpdating(Missing):
         cause = self._cause(record, stream, keys)
         if cause is None and norm <= NOT_UPDATING.number("used_up") * first:
             return None
-        level = {"not_in_optimizer": "unheld", "frozen": "rate_zero"}
+        level = {
+            "not_in_optimizer": "unheld",
+            "schedule": "rate_zero",
+            "frozen": "rate_zero",
+        }
         return int(NOT_UPDATING.at(level.get(cause or "", "still")))
 
     def _judged(self, record: StepRecord, stream: Stream, keys: Keys) -> list[Alert]:

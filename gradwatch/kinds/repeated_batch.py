@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from gradwatch.block import Block
 from gradwatch.kinds import text
@@ -27,6 +28,7 @@ REPEATED_BATCH = Kind(
     warm_up="none",
     confirmed="by the number of looks",
     over="with the first other batch",
+    excused="`LBFGS`, which is to be given the same batch until it has converged",
     causes={
         "data": Cause(
             "by measurement",
@@ -38,15 +40,20 @@ REPEATED_BATCH = Kind(
 )
 
 
+_LOOKS: Final = REPEATED_BATCH.at("looks")
+
+
 @dataclass(slots=True)
 class _State:
     """What the rule remembers.
 
     Attributes:
         same: Path of a module -> consecutive looks at the same input.
+        meant: Whether an optimizer is used that is to be given the same batch.
     """
 
     same: dict[str, int] = field(default_factory=dict)
+    meant: bool = False
 
 
 class RepeatedBatch(Remembering[_State]):
@@ -61,7 +68,8 @@ class RepeatedBatch(Remembering[_State]):
     @property
     def active(self) -> bool:
         """Whether they still are."""
-        return any(n >= REPEATED_BATCH.at("looks") for n in self._state.same.values())
+        looks = self._state.same.values()
+        return not self._state.meant and max(looks, default=0) >= _LOOKS
 
     def update_block(self, block: Block) -> bool:
         """Take in plain rows: what is judged here stands in none of them."""
@@ -69,13 +77,17 @@ class RepeatedBatch(Remembering[_State]):
 
     def update(self, record: StepRecord) -> list[Alert]:
         """Judge one record."""
-        modules = record.facts.modules
+        modules, optimizers = record.facts.modules, record.facts.run.optimizers
+        if optimizers:
+            self._state.meant = any(name.startswith("LBFGS") for name in optimizers)
         for module in self._modules if modules else ():
             looks = modules[module].same_batch if module in modules else None
             if looks is None:
                 continue
             before, self._state.same[module] = self._state.same.get(module, 0), looks
-            if before < REPEATED_BATCH.at("looks") <= looks:
+            if self._state.meant:
+                continue
+            if before < _LOOKS <= looks:
                 return [self._alert(record, module, looks)]
         return []
 

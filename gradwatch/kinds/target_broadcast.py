@@ -54,7 +54,11 @@ class TargetBroadcast(OfLoss):
         return "shape" if times in shape else None
 
     def _shown(self, run: RunFacts) -> str:
-        return f"outputs of shape {run.loss_broadcast} for {run.loss_kind}"
+        before, _, after = (run.loss_broadcast or "").partition(" to ")
+        return (
+            f"{run.loss_kind} has outputs of shape {before} and targets of another: it "
+            f"compares {after} pairs"
+        )
 
 
 def _sizes(shape: str) -> list[int]:

@@ -29,6 +29,12 @@ _ANEW: Final = "  # then train from the start"
 """The same where there is no step before."""
 
 
+def lower_rate(times: float) -> str:
+    """Return the line that lowers the rate: by ten, or more tens, so many times."""
+    tens = max(math.ceil(math.log10(times)), 1) if 1 < times < math.inf else 1
+    return LOWER_RATE + "0" * (tens - 1)
+
+
 def first_line(row: Kind) -> str:
     """Return a row's meaning as the first line has it, behind kind and step."""
     return row.meaning[:1].lower() + row.meaning[1:-1]

@@ -176,6 +176,14 @@ def at_rate_zero(sick):
     return near(model, 55, optimizer=torch.optim.Adam(groups, 1e-3))
 
 
+def scheduled_by_batch(sick):
+    model = net(nn.LSTM)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.4 if sick else 0.999)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    return near(model, 120, optimizer=optimizer)
+
+
 def below_precision(sick):
     model = net(nn.GRU)
     rate = 1e-11 if sick else 1e-2
@@ -258,6 +266,9 @@ CASES = {
     ),
     "a second layer at a rate of 0": Case(
         "not_updating", "frozen", at_rate_zero, stream="rnn.l1"
+    ),
+    "a schedule of epochs that is stepped at each batch": Case(
+        "not_updating", "schedule", scheduled_by_batch, stream="rnn.l0", onset=10
     ),
     "updates below the weights' precision": Case(
         "not_updating", None, below_precision, stream="rnn.l0"

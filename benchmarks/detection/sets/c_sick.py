@@ -17,6 +17,7 @@ from benchmarks.detection.case import (
     Measured,
     family,
 )
+from benchmarks.detection.sick_flow import FINER
 from benchmarks.detection.truth import Truth, compared
 from testbed import tasks
 from testbed.nets import Reader, classes
@@ -46,7 +47,7 @@ def sick_case(
     """Return a case with a fault; the cause is empty where the kind has none."""
     label = Label(
         kind=kind,
-        causes=frozenset([cause] if cause else []),
+        causes=frozenset([cause, *FINER.get(cause, ())] if cause else []),
         streams=frozenset(streams),
         onset=onset,
         others=frozenset(others),

@@ -415,7 +415,7 @@ def d_rows_schedule_every_batch(draw: Draw, wrong: bool) -> Case:
 
     case = sick(
         "not_updating",
-        ("frozen",),
+        ("frozen", "schedule"),
         model,
         _faded,
         batches=rows(draw.source(), batch),
