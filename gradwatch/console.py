@@ -259,7 +259,6 @@ def _still(number: int) -> str:
 def verdict(
     steps: int,
     incidents: Sequence[Incident],
-    notices: int,
     lost: Sequence[str],
     folder: object,
 ) -> str:
@@ -267,8 +266,8 @@ def verdict(
 
     Args:
         steps: How many were measured.
-        incidents: Past and open ones, those of notices too.
-        notices: How many were given.
+        incidents: Past and open ones, those of notices too; a notice that is over asks
+            for nothing, and is not named.
         lost: What failed or did not arrive, in words.
         folder: Where the records are; None for memory alone.
 
@@ -276,9 +275,7 @@ def verdict(
         At most 15 lines.
     """
     alarms = [i for i in incidents if i.severity != "info"]
-    told = [i for i in incidents if i.severity == "info"]
-    open_notices = [i for i in told if i.until is None]
-    over = list(dict.fromkeys(i.kind for i in told if i.until is not None))
+    open_notices = [i for i in incidents if i.severity == "info" and i.until is None]
     where = f"records in {folder}" if folder else "records in memory only"
     if steps == 0:
         head = (
@@ -289,15 +286,12 @@ def verdict(
         head = f"{_count(steps, 'step')}, no alarm"
     else:
         first = min(i.since for i in alarms)
-        still = sum(i.until is None for i in alarms)
-        head = f"{_count(steps, 'step')}, {_count(len(alarms), 'alarm')}{_still(still)}"
+        left = sum(i.until is None for i in alarms)
+        head = f"{_count(steps, 'step')}, {_count(len(alarms), 'alarm')}{_still(left)}"
         head += f", first at step {first}"
     if steps:
-        if notices:
-            left = [f"{len(open_notices)} still open"] if open_notices else []
-            left += [f"over: {', '.join(over[:_SHOWN_NOTICES])}"] if over else []
-            told_of = f" ({'; '.join(left)})" if left else ""
-            head += f", {_count(notices, 'notice')}{told_of}"
+        if open_notices:
+            head += f", {_count(len(open_notices), 'notice')}"
         head += f"; {where}"
     lines = [head, *(f"  {incident_line(i)}" for i in alarms[:_SHOWN])]
     if len(alarms) > _SHOWN:

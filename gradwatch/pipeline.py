@@ -53,7 +53,6 @@ class Pipeline:
         self.judge = Judge(rules, incidents, health.absorb)
         self._doubted = False
         self.steps = 0
-        self.notices = 0
         on_alert = None if quiet else settings.on_alert
         self._on_alert = on_alert if callable(on_alert) else None
         self._folder = folder
@@ -164,7 +163,6 @@ class Pipeline:
                 self._folder.write_incident(incident, self.latest)
 
     def _tell(self, given: Sequence[Alert], alarms: Sequence[Alert]) -> None:
-        self.notices += len(given) - len(alarms)
         for alert in alarms:
             if not self._quiet:
                 level = logging.ERROR if alert.severity == "error" else logging.WARNING

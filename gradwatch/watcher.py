@@ -424,11 +424,7 @@ class Watch:
             health, pipeline = self.health, self._pipeline
             lost = console.losses(health)
             incidents = pipeline.judge.incidents.all()
-            console.say(
-                console.verdict(
-                    pipeline.steps, incidents, pipeline.notices, lost, self.dir
-                )
-            )
+            console.say(console.verdict(pipeline.steps, incidents, lost, self.dir))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values for a checkpoint."""

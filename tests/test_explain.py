@@ -131,18 +131,17 @@ def test_the_closing_lines_name_what_is_open_with_its_numbers():
     past = incident("exploding", "error", until=60)
     notice = incident("drift", "info", evidence={"gradwatch/rnn/l0/rho": (1.5, None)})
     over = incident("truncated", "info", until=8)
-    lines = console.verdict(90, [past, notice, over], 3, [], None).split("\n")
+    lines = console.verdict(90, [past, notice, over], [], None).split("\n")
     assert lines == [
-        "90 steps, 1 alarm, first at step 7, 3 notices (1 still open; over: "
-        "truncated); records in memory only",
+        "90 steps, 1 alarm, first at step 7, 1 notice; records in memory only",
         "  exploding since step 7, until step 60 in rnn.l0, cause drift: growth_log10 "
         "20.6 (threshold 2.7)",
         "  drift since step 7, still open in rnn.l0: rho 1.5 (notice)",
     ]
-    [line] = console.verdict(90, [], 0, [], None).split("\n")
+    [line] = console.verdict(90, [], [], None).split("\n")
     assert line == "90 steps, no alarm; records in memory only"
-    line, _ = console.verdict(90, [notice], 1, [], None).split("\n")
-    assert line.startswith("90 steps, no alarm, 1 notice (1 still open); ")
+    line, _ = console.verdict(90, [notice], [], None).split("\n")
+    assert line.startswith("90 steps, no alarm, 1 notice; ")
 
 
 def test_a_nan_that_another_explains_is_a_dash():

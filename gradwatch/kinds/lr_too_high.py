@@ -155,6 +155,10 @@ _LEAST_BACK: Final = LR_TOO_HIGH.count("least_back")
 _KEEPS: Final = LR_TOO_HIGH.number("keeps")
 _FIRST: Final = LR_TOO_HIGH.at("first")
 _GONE: Final = LR_TOO_HIGH.at("gone")
+_GONE_AT_ONCE: Final = (
+    "a step as large as the weights themselves leaves nothing of what they were "
+    "initialised to"
+)
 _NOTHING_LEARNT: Final = LR_TOO_HIGH.at("constant")
 _SETTLED: Final = LR_TOO_HIGH.count("settled")
 _LOSS: Final = run_key("loss")
@@ -355,6 +359,7 @@ class LrTooHigh(Remembering[_State]):
                 f"{share:.2f} times that of a constant output"
             ),
             cause="clip_order" if late else "lr",
+            why=None if late else _GONE_AT_ONCE,
             do=None if late else text.filled(lower + BEFORE, since=early.since),
             evidence={key: (early.ratio, _FIRST)},
             stream=stream,
