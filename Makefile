@@ -26,6 +26,7 @@ check: $(VENV)/.dev site ## lint, types, the docs' links and examples, and their
 	$(BIN)/mypy
 	$(BIN)/python docs/check.py
 	$(BIN)/python docs/gallery.py
+	$(BIN)/python docs/tasks.py
 	@command -v chromium >/dev/null || echo "note: the tests of reports in a browser are \
 	skipped; they need Chromium (apt-get install chromium) and '$(BIN)/pip install playwright'"
 

@@ -554,6 +554,56 @@ def test_a_cell_in_a_loop_and_its_head():
     assert first(watch, WEIGHT) == pytest.approx(1, rel=1e-3)
 
 
+class Writes(nn.Module):
+    """Writes a character at a time, through one head, and stacks the scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h, scores = torch.zeros(x.shape[1], 8), []
+        for one in x:
+            h = self.cell(one, h)
+            scores.append(self.head(h))
+        return torch.stack(scores)
+
+
+def at_each_step(x):
+    return x[..., :3].argmax(-1)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_outputs_that_are_stacked_are_all_counted(joined):
+    """As one loss of a stack, and as the mean of a loss a time step."""
+
+    def loss(model, x):
+        scores, y = model(x), at_each_step(x)
+        if joined:
+            return F.cross_entropy(scores.flatten(0, 1), y.flatten())
+        each = [F.cross_entropy(s, t) for s, t in zip(scores, y, strict=True)]
+        return sum(each) / len(each)
+
+    watch = watched(Writes(), loss)
+    assert first(watch, WEIGHT) == pytest.approx(1, rel=1e-3)
+    counts = torch.zeros(3)
+    constants = first(watch, CONSTANT)
+    for x, constant in zip(list(batches(12, batch=9))[1:], constants, strict=True):
+        counts += torch.bincount(at_each_step(x).flatten(), minlength=3)
+        q = counts / counts.sum()
+        entropy = -torch.special.xlogy(q, q).sum().item()
+        assert constant == pytest.approx(entropy, rel=1e-4)
+
+
+def test_of_a_part_of_the_loss_no_constant_is_told():
+    def loss(model, x):
+        return F.cross_entropy(model(x).flatten(0, 1), at_each_step(x).flatten()) + 5
+
+    watch = watched(Writes(), loss)
+    assert first(watch, WEIGHT) == pytest.approx(1, rel=1e-3)
+    assert all(CONSTANT not in record.metrics for record in watch.records)
+
+
 def test_an_output_that_is_changed_in_place_is_left_out():
     watch = watched(
         lstm(), lambda m, x: F.cross_entropy(m(x).mul_(2.0), classes(x)), steps=5

@@ -27,10 +27,12 @@ from gradwatch.numerics.readout import (
 
 _FITS: Final = 1e-2
 """Share of the gradient that the targets may leave unexplained."""
+_WHOLE: Final = 0.1
+"""Share of the loss by which that of the positions looked at may differ from it."""
 _FEATURES: Final = 1024
 """Features, such as classes, whose targets are remembered from look to look."""
 _SUMMED: Final = ("cross_entropy", "bce_with_logits", "mse")
-_NAMES: Final = ("weight", "share", "misfit", "rms", "negative")
+_NAMES: Final = ("weight", "share", "misfit", "rms", "negative", "explained")
 
 
 @dataclass(slots=True)
@@ -91,13 +93,15 @@ def launch(taken: Taken) -> Readout:
         share = (grads != 0).any(-1).float().mean()
         if made.kind == "mse" and made.reads == ("Relu",) and made.mean_of:
             negative = negative_targets(outputs, grads, made.mean_of)
-        values = [nothing, share, nothing, rms, negative]
+        values = [nothing, share, nothing, rms, negative, nothing]
         run.numbers["values"] = torch.stack(values)
         return run
     kind, targets = found
     seen = taken.looks[0].share
     run.kind, run.positions = kind, len(outputs)
+    explained = targets.loss / seen / taken.loss.to(rms.device)
     values = [targets.weight / seen, targets.share, targets.misfit, rms, nothing]
+    values.append(explained.reshape(()))
     run.numbers["values"] = torch.stack([value.float() for value in values])
     run.numbers["sums"] = targets.sums
     return run
@@ -162,7 +166,8 @@ def finish(run: Readout, host: Host, scale: float, memory: Memory) -> dict[str, 
     if run.kind and read["misfit"] <= _FITS and read["weight"] > 0:
         metrics["loss_weight"] = read["weight"] / scale
         each = _remembered(run, np.asarray(host["sums"], np.float64), memory)
-        metrics["loss_constant"] = each * metrics["loss_weight"]
+        if abs(read["explained"] - 1) <= _WHOLE:
+            metrics["loss_constant"] = each * metrics["loss_weight"]
     return {run_key(k): v for k, v in metrics.items() if math.isfinite(v)}
 
 

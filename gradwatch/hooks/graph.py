@@ -108,7 +108,8 @@ class LossGraph(NamedTuple):
         views: Shapes before and after each view on the way, from the loss through the
             read-out and on, and of states, that mixes axes: :func:`mixes_axes`.
         weights: The parameters of the function that made the read-out; not kept.
-        nodes: Numbers of the functions from all terms down to their read-outs.
+        nodes: Numbers of the functions from all terms down to all their read-outs;
+            empty where there are too many to be gone through.
         mean_of: Of how many errors it is the mean, or that over a number, where it is
             nothing else; 0 where that is not known.
     """
@@ -164,7 +165,7 @@ def look(root: Tensor) -> LossGraph | None:
         broadcast=_expanded(node, path, names),
         views=tuple(_mixing([*path, *(_onwards(path[-1]) if ends else ())])),
         weights=weights if ends else (),
-        nodes=frozenset(function_number(one) for _, n in found for one in _path(n)),
+        nodes=_numbers([node for _, node in found]),
         mean_of=_mean_of(root.grad_fn, path),
     )
 
@@ -258,6 +259,24 @@ def _path(node: Any) -> Iterator[Any]:
         if _name(node) == "AccumulateGrad":
             return
         yield node
+
+
+def _numbers(losses: list[Any]) -> frozenset[int]:
+    """Return the numbers of the functions below some losses, down to the read-outs.
+
+    Outputs that are stacked, as those of one call a time step, are followed each.
+    """
+    waiting, found = list(losses), set[Any]()
+    while waiting:
+        for one in _path(waiting.pop()):
+            found.add(one)
+            if _name(one) in ("Cat", "Stack"):
+                others = set(_below(one)[1:]) - found
+                found |= others
+                waiting += others
+        if len(found) > _WIDE:
+            return frozenset()
+    return frozenset(map(function_number, found))
 
 
 def _onwards(node: Any) -> Iterator[Any]:

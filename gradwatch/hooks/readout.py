@@ -103,12 +103,14 @@ class Readout:
 
     def take(self) -> Taken | None:
         """Return what was seen since the last time; None where no loss was read."""
-        seen, looks = self._seen, self._looks
+        seen, looks, count = self._seen, self._looks, self._calls
         self.forget()
         if seen is None:
             return None
         loss, made = seen
         found = tuple(look for _, node, look in looks if node in made.nodes)
+        if count > _CALLS:  # these are a part of them
+            found = ()
         module = self._module() if self._module is not None else None
         return Taken(loss, made, self._path, isinstance(module, nn.Linear), found)
 
@@ -158,13 +160,14 @@ class Readout:
     ) -> None:
         """Look at one call."""
         with self._guard:
-            if not self.sees or self._calls >= _CALLS or not torch.is_grad_enabled():
+            if not self.sees or not torch.is_grad_enabled():
                 return
             if not isinstance(output, Tensor) or not _torch.holds_values(output):
                 return
             if output.grad_fn is not None and output.dim() and output.numel():
                 self._calls += 1
-                output.register_hook(_OnGrad(self, output))
+                if self._calls <= _CALLS:
+                    output.register_hook(_OnGrad(self, output))
 
     def _reached(self, node: int, output: Tensor, version: int, grad: Tensor) -> None:
         with self._guard:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 _ROUNDING = 1e-5
 """Share of the largest target by which one of 0 may be missed."""
@@ -34,12 +35,14 @@ class Targets(NamedTuple):
             add up to 1; of the others the means of the targets and of their squares,
             shape ``(2, F)``, each position by its weight.
         misfit: Norm of the gradient that the targets do not explain, over its norm.
+        loss: What these positions have of the loss.
     """
 
     weight: Tensor
     share: Tensor
     sums: Tensor
     misfit: Tensor
+    loss: Tensor
 
 
 def cross_entropy_targets(scores: Tensor, grad: Tensor) -> Targets:
@@ -64,6 +67,7 @@ def cross_entropy_targets(scores: Tensor, grad: Tensor) -> Targets:
         share=reached.float().mean(),
         sums=(weight * onehot).sum(0) / total,
         misfit=_misfit(grad, weight * (p - onehot)),
+        loss=-(weight * scores.log_softmax(-1).gather(-1, found)).sum(),
     )
 
 
@@ -89,6 +93,7 @@ def binary_targets(scores: Tensor, grad: Tensor) -> Targets:
         share=reached.any(-1).float().mean(),
         sums=torch.stack((mean, mean)),
         misfit=_misfit(grad, weight * (p - target)),
+        loss=(weight * (softplus(scores) - target * scores)).sum(),
     )
 
 
@@ -110,6 +115,7 @@ def squared_targets(outputs: Tensor, grad: Tensor, loss: Tensor) -> Targets:
         share=reached.any(-1).float().mean(),
         sums=means,
         misfit=torch.zeros_like(weight),
+        loss=loss,
     )
 
 
