@@ -185,7 +185,7 @@ def _ends(run: Run, key: str) -> str:
 def _reach(run: Run, stream: Stream) -> str:
     steps = _series(run, stream_key(stream, "horizon"))
     known = [f.T for r in run.records if (f := r.facts.modules.get(stream.module))]
-    length = max((t for t in known if t is not None), default=0)
+    length = next((t for t in reversed(known) if t is not None), 0)
     return f"{steps[0]:.0f} → {steps[-1]:.0f} of {length} steps" if steps else "-"
 
 
