@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import weakref
 
 import numpy as np
@@ -509,3 +510,150 @@ def test_a_radius_that_has_not_converged_is_none():
     assert krylov.ritz_radius(np.full((1, 3, 2), np.nan)) is None
     nothing = krylov.arnoldi(torch.zeros_like, torch.ones(1, 4), 3)
     assert krylov.ritz_radius(nothing.numpy()) == 0
+
+
+# ---- what a cell tells of its gates
+
+
+class ToldLSTM(LSTM):
+    """Tells what nn.LSTM is known to have."""
+
+    def gradwatch_gates(self, x, state):
+        h, _ = state
+        i, f, g, o = (self.w(x) + self.u(h)).chunk(4, -1)
+        u = self.u.weight.chunk(4)
+        return {
+            "i": ("sigmoid", i.sigmoid(), u[0]),
+            "f": ("sigmoid", f.sigmoid(), u[1]),
+            "g": ("tanh", g.tanh(), u[2]),
+            "o": ("sigmoid", o.sigmoid(), u[3]),
+        }
+
+
+class ToldGRU(GRU):
+    def gradwatch_gates(self, x, state):
+        [h] = state
+        given, carried = self.w(x).chunk(3, -1), self.u(h).chunk(3, -1)
+        r, z = (torch.sigmoid(a + b) for a, b in zip(given[:2], carried[:2], strict=True))
+        n = torch.tanh(given[2] + r * carried[2])
+        u = self.u.weight.chunk(3)
+        return {
+            "r": ("sigmoid", r, u[0]),
+            "z": ("sigmoid", z, u[1]),
+            "n": ("tanh", n, u[2]),
+        }
+
+
+class ToldRelu(RNN):
+    """Of one gate, without a name of its own in nn.RNN."""
+
+    def forward(self, x, state):
+        return (torch.relu(self.w(x) + self.u(state[0])),)
+
+    def gradwatch_gates(self, x, state):
+        return {"h": ("relu", self.forward(x, state)[0], self.u.weight)}
+
+
+TOLD = ("rho", "sigma_max", "orthogonality", "rho_certified", "act_deriv")
+MORE = ("act_deriv_rms", "shut", "open", "saturated")
+
+
+def run(model, steps=6, **how):
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    with gradwatch.watch(model, every=1, budget=None, **how, **OFF) as watch:
+        for step in range(steps):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            READS["each"](model(x), y).backward()
+            optimizer.step()
+    assert watch.health["failed"] == {}
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("fused", "cell", "gates"),
+    [(nn.LSTM, ToldLSTM, "ifgo"), (nn.GRU, ToldGRU, "rzn")],
+)
+def test_of_gates_that_are_told_all_is_known_that_is_of_pytorchs_own(
+    fused, cell, gates
+):
+    known, own = twins(fused, cell)
+    theirs, mine = run(known).records, run(own, cells=[cell]).records
+    tanh = gates[2]
+    keys = [f"{m}{g}" for m in TOLD for g in ("", *(f"/{gate}" for gate in gates))]
+    keys += [f"{m}/{g}" for m in MORE[1:3] for g in gates if g != tanh]
+    keys += [f"act_deriv_rms/{g}" for g in gates] + [f"saturated/{tanh}"]
+    keys += ["shut", "open", "act_deriv_rms", "rho_total_drift", "rho_trend"]
+    for key in keys:
+        expected = theirs.series(f"gradwatch/rnn/l0/{key}")
+        found = mine.series(f"gradwatch/cell/{key}")
+        assert len(expected[0]) >= 1, key
+        np.testing.assert_array_equal(found[0], expected[0], err_msg=key)
+        np.testing.assert_allclose(
+            found[1], expected[1], rtol=1e-5, atol=1e-9, err_msg=key
+        )
+
+
+def test_a_told_relu_has_a_slope_and_a_radius():
+    torch.manual_seed(0)
+    model = Stepped(ToldRelu(INPUTS, UNITS), UNITS, 4).double()
+    radius = torch.linalg.eigvals(model.cell.u.weight).abs().max().item()
+    watch = run(model, cells=[ToldRelu])
+    assert watch.records[0].metrics["gradwatch/cell/rho/h"] == pytest.approx(radius)
+    assert 0.2 < watch.records[0].metrics["gradwatch/cell/act_deriv/h"] < 0.8
+    assert "gradwatch/cell/rho_eff" not in watch.latest
+    assert not any(alert.kind == "drift" for alert in watch.alerts)
+
+
+def test_to_be_told_of_gates_changes_nothing():
+    class Draws(ToldLSTM):
+        def gradwatch_gates(self, x, state):
+            torch.rand(3)
+            return super().gradwatch_gates(x, state)
+
+    losses = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = Stepped(Draws(INPUTS, UNITS), UNITS, 4).double()
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        if watched:
+            gradwatch.watch(model, cells=[Draws], every=1, budget=None, **OFF)
+        run_losses = []
+        for step in range(5):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            loss = READS["each"](nn.functional.dropout(model(x), 0.1), y)
+            loss.backward()
+            optimizer.step()
+            run_losses.append(loss.item())
+        losses.append(run_losses)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ([], "returned a list; expected a dict"),
+        ({"f": 3.0}, "for 'f'; expected a dict"),
+        ({"f/g": ("tanh", torch.ones(6, 2))}, "names a gate 'f/g'"),
+        ({"f": ("sine", torch.ones(6, 2))}, "the nonlinearity 'sine' for 'f'"),
+        ({"f": ("tanh", torch.ones(2))}, r"shape \(2,\) for 'f'"),
+        ({"f": ("tanh", torch.ones(6, 2), torch.ones(2, 3))}, "the square one"),
+    ],
+)
+def test_what_is_told_wrongly_is_named_and_the_flow_measured(
+    told, words, monkeypatch, caplog
+):
+    monkeypatch.setenv("GRADWATCH_STRICT", "0")
+    torch.manual_seed(0)
+    model = Stepped(ToldLSTM(INPUTS, UNITS), UNITS, 4).double()
+    model.cell.gradwatch_gates = lambda *_: told
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    with gradwatch.watch(model, cells=[LSTM], every=1, budget=None, **OFF) as watch:
+        for step in range(3):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            READS["each"](model(x), y).backward()
+            optimizer.step()
+    assert re.search(words, watch.health["failed"]["gates"])
+    assert "gradwatch/cell/horizon" in watch.latest

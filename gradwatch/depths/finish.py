@@ -34,7 +34,7 @@ from gradwatch.facts import (
 )
 from gradwatch.health import Guard
 from gradwatch.metrics import run_key, stream_key
-from gradwatch.record import Stream, reinitialised
+from gradwatch.record import CELL, Stream, reinitialised
 
 
 @dataclass(slots=True, kw_only=True)
@@ -294,7 +294,7 @@ def _over_time(
 ) -> dict[str, float]:
     """Return what the gain of one step comes to over the sequence, in a vanilla net."""
     found: dict[str, float] = {}
-    if stream.gates or length is None:
+    if stream.gates or stream.kind == CELL or length is None:
         return found
     chi = metrics.get(stream_key(stream, "chi"))
     if chi is not None:

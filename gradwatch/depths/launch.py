@@ -15,7 +15,7 @@ from gradwatch.depths.flow import Flow
 from gradwatch.depths.measured import Sampled
 from gradwatch.depths.parts import Updated
 from gradwatch.depths.sampled_facts import of_calls, of_cell, of_stream, reach_of
-from gradwatch.depths.spectrum import Recurrent, Spectrum, too_large
+from gradwatch.depths.spectrum import Recurrent, Spectrum, gated, too_large
 from gradwatch.depths.state import State
 from gradwatch.depths.trajectory import Trajectory, trajectory
 from gradwatch.facts import ModuleFacts, RunFacts, StreamFacts
@@ -107,9 +107,9 @@ class Launcher:
         cells = {key: c for key, c in cells.items() if key not in sampled.stepped}
         sampled.stepped |= cells
         self._note_calls(sampled, called)
-        if "spectrum" in due and new:
+        if "spectrum" in due and (new or cells):
             with self._whole("spectrum", sampled):
-                self._launch_spectrum(sampled, new)
+                self._launch_spectrum(sampled, new, cells)
         replays: dict[int, Trajectory] = {}
         with torch.no_grad():
             if due & {"state", "flow"} and (new or cells):
@@ -159,11 +159,15 @@ class Launcher:
                 alive=key is not None,
             )
 
-    def _launch_spectrum(self, sampled: Sampled, chains: Chains) -> None:
+    def _launch_spectrum(
+        self, sampled: Sampled, chains: Chains, cells: Mapping[int, Chain]
+    ) -> None:
         began = time.perf_counter()
         weights: list[Recurrent] = []
         for recurrence in self._modules.alive():
             stream, suffix = recurrence.stream, recurrence.suffix
+            if (told := cells.get(id(recurrence.module))) is not None:
+                weights += gated(stream, told.matrices)
             chain = chains.get(id(recurrence.module))
             copies = chain[0].weights if chain else {}
             weight = copies.get(f"weight_hh{suffix}")

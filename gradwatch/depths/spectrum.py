@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -120,6 +120,20 @@ def _stacked(members: Sequence[Recurrent]) -> Tensor:
     gates = [gate_matrices(stream, w, projection) for stream, w, projection in members]
     alike = gates[0].dtype
     return torch.cat([g if g.dtype == alike else g.to(alike) for g in gates])
+
+
+def gated(stream: Stream, matrices: Mapping[str, Tensor]) -> list[Recurrent]:
+    """Return the weights of a cell of the user's own, as those of a stream with gates.
+
+    Args:
+        stream: The cell's.
+        matrices: By gate; nothing where there are none, or of several sizes.
+    """
+    sizes = {len(matrix) for matrix in matrices.values()}
+    if len(sizes) != 1:
+        return []
+    whole = replace(stream, gates=tuple(matrices), hidden_size=sizes.pop(), proj_size=0)
+    return [(whole, torch.cat(list(matrices.values())), None)]
 
 
 def too_large(sizes: Sequence[tuple[int, int]], device: torch.device) -> bool:

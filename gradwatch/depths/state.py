@@ -21,6 +21,7 @@ from gradwatch.numerics.activation import (
     Statistics,
     mean_field_gain,
     statistics,
+    statistics_of_gates,
     statistics_of_states,
 )
 from gradwatch.numerics.norms import norms
@@ -97,8 +98,9 @@ class State:
         """Measure the states of a cell of the user's own."""
         if chain.h is None:
             return
-        found = statistics_of_states(chain.h)
-        self.numbers[stream.name, "statistics"] = torch.stack([v for _, v in found])
+        found = statistics_of_states(chain.h) + statistics_of_gates(chain.gates)
+        values = [v.to(chain.h) for _, v in found]
+        self.numbers[stream.name, "statistics"] = torch.stack(values)
         self.streams.append((stream, tuple(name for (name,), _ in found)))
 
     def add_gates(self, members: Sequence[Recurrence]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradwatch import _torch
+from gradwatch.hooks.gates import Gate
 from gradwatch.hooks.probe import OnGrad
 from gradwatch.numerics import krylov, through_graph
 from gradwatch.numerics.through_graph import joined
@@ -41,6 +42,7 @@ class Call:
         era: How many backward passes and optimizer steps had ended before it.
         evaluating: Whether the module was in evaluation mode.
         whole: Whether all that it returned are real numbers.
+        gates: What the cell tells of its gates.
     """
 
     returned: list[Tensor]
@@ -51,10 +53,11 @@ class Call:
     era: int
     evaluating: bool
     whole: bool
+    gates: dict[str, Gate]
 
     def release(self) -> None:
         """Let go of the graph; a hook in it holds this, which no collector sees."""
-        self.returned, self.links, self.given = [], [], []
+        self.returned, self.links, self.given, self.gates = [], [], [], {}
 
     @property
     def written(self) -> bool:
@@ -100,6 +103,9 @@ class Chain:
             over that of the whole.
         radii: Hessenberg matrices of a few steps, shape ``(N, m + 1, m)``.
         seconds: What it took.
+        gates: What the cell tells of its gates: nonlinearity and activations, shape
+            ``(T, K, H)``; only those that it has told of at each call.
+        matrices: By gate, where it has one, its recurrent matrix at the first call.
     """
 
     calls: list[Call]
@@ -117,6 +123,8 @@ class Chain:
     radii: Tensor | None = None
     mixed: Tensor | None = None
     seconds: float = 0.0
+    gates: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    matrices: dict[str, Tensor] = field(default_factory=dict)
     _states: list[list[Tensor]] = field(default_factory=list)
     _order: list[int] = field(default_factory=list)
     _parts: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -131,6 +139,7 @@ class Chain:
         steps, first = len(self.calls), self.calls[0]
         self.evaluating = any(call.evaluating for call in self.calls)
         self.totals, self.direct = [None] * steps, [None] * steps
+        self._take_gates()
         self.shape = (steps, 0, 0)
         try:
             states = [[call.returned[i] for i in self.places] for call in self.calls]
@@ -155,6 +164,15 @@ class Chain:
         rows = slice(0, batch // few * few, batch // few)
         self.h = torch.stack([joined([part[rows] for part in s]) for s in states])
         self.shape = (steps, batch, self.h.shape[-1])
+
+    def _take_gates(self) -> None:
+        for name, gate in self.calls[0].gates.items():
+            each = [call.gates.get(name) for call in self.calls]
+            known = [one.activation for one in each if one is not None]
+            if len({one.shape for one in known}) == 1 and len(known) == len(each):
+                self.gates[name] = gate.nonlinearity, torch.stack(known)
+                if gate.weight is not None:
+                    self.matrices[name] = gate.weight
 
     def follow(self) -> None:
         """Pull random vectors back over all steps, while the graph of all is there."""

@@ -62,12 +62,18 @@ class ModuleHooks:
         self._looked, self._off = False, False
         guard = health.guard("probe", self._recover)
         cells = health.guard("cells", self._recover_cells)
+        gates = health.guard("gates")
         self._found = [(r.stream, weakref.ref(r.module), r.suffix) for r in found]
         try:  # a failure half-way undoes what came before
             for one in {id(r.module): r for r in found}.values():
                 of_own = one.stream.kind == CELL
-                kind, own = (Stepped, cells) if of_own else (Probe, guard)
-                probe = kind(one.module, owner, samples=samples, guard=own)
+                probe: Probe | Stepped
+                if of_own:
+                    probe = Stepped(
+                        one.module, owner, samples=samples, guard=cells, gates=gates
+                    )
+                else:
+                    probe = Probe(one.module, owner, samples=samples, guard=guard)
                 self.probes.append(probe)
         except BaseException:
             self.close()

@@ -19,6 +19,7 @@ from gradwatch import _torch
 from gradwatch.health import Guard
 from gradwatch.hooks import calls
 from gradwatch.hooks.chain import Call, Chain, Link
+from gradwatch.hooks.gates import METHOD, Gate, asked
 from gradwatch.hooks.probe import NOTHING, OnGrad, Wanted
 from gradwatch.hooks.sequences import tensors
 from gradwatch.numerics.through_graph import made_from
@@ -39,6 +40,7 @@ class Stepped:
         owner: Whoever is to live as long as the module: the watch.
         samples: How many sequences are looked at; None for all.
         guard: Absorbs and reports what fails in the probe's own work.
+        gates: The same of what the cell tells of its gates.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Stepped:
         *,
         samples: int | None,
         guard: Guard,
+        gates: Guard,
     ) -> None:
         self.owner: object = owner
         self.module = weakref.ref(module)
@@ -56,7 +59,7 @@ class Stepped:
         """What a forward now has to show, and whether it is anything."""
         self.called = False
         """Whether one was looked at since the last step of an optimizer."""
-        self._samples, self._guard = samples, guard
+        self._samples, self._guard, self._gates_guard = samples, guard, gates
         kinds = tuple(type(part) for part in module.modules())
         self._normed = any(issubclass(kind, _BatchNorm) for kind in kinds)
         self._calls: list[Call] = []
@@ -179,12 +182,24 @@ class Stepped:
                 era=self._era,
                 evaluating=not module.training,
                 whole=not any(tensor.is_complex() for tensor in tensors(output)),
+                gates=self._gates(module, args, kwargs),
             )
             while self._calls and self._calls[0].run <= self._run - _RUNS:
                 self._calls.pop(0).release()  # nobody has called backward for it
             self._calls.append(call)
             for place, tensor in enumerate(returned):
                 tensor.register_hook(OnGrad(self, call, place))
+
+    def _gates(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Gate]:
+        """Return what the cell tells of its gates at a call; few sequences of it."""
+        if not hasattr(module, METHOD) or self._gates_guard.off:
+            return {}
+        with self._gates_guard:
+            told = asked(module, args, kwargs)
+            return {name: gate.few(self._samples) for name, gate in told.items()}
+        return {}
 
     def _links(self, given: list[Tensor]) -> list[Link]:
         known = {

@@ -13,7 +13,7 @@ from gradwatch.kinds.kind import Cause, Evidence, Kind, Number
 from gradwatch.kinds.latch import Hysteresis, Levels
 from gradwatch.kinds.remembering import Remembering
 from gradwatch.metrics import stream_key
-from gradwatch.record import Alert, StepRecord, Stream, reinitialised
+from gradwatch.record import CELL, Alert, StepRecord, Stream, reinitialised
 
 DRIFT = Kind(
     name="drift",
@@ -87,7 +87,7 @@ class Drift(Remembering[_State]):
         self._watched = [
             (stream, stream_key(stream, "rho_total_drift"))
             for stream in streams
-            if not stream.gates
+            if not stream.gates and stream.kind != CELL
         ]
         self._levels = Hysteresis.of(DRIFT, "moved")
         super().__init__(_State(levels=self._levels.state))

@@ -6,6 +6,7 @@ Axes: T time, B sequences, H units, G sigmoid gates. Padded steps enter no mean.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -114,6 +115,44 @@ def statistics_of_states(h: Tensor) -> Statistics:
         (("h_growth",), _growth(norms, None)),
         (("saturated",), flat.where(size.amax() <= 1, math.nan)),
     ]
+
+
+def statistics_of_gates(gates: Mapping[str, tuple[str, Tensor]]) -> Statistics:
+    """Return what the gates of a cell say that is not one of PyTorch's.
+
+    ``act_deriv``, ``act_deriv_rms``, ``saturated``, ``shut`` and ``open`` of each gate
+    as of :func:`statistics`; ``act_deriv`` and ``act_deriv_rms`` of the cell where one
+    gate alone is no sigmoid, ``shut`` and ``open`` the largest of its sigmoid gates.
+
+    Args:
+        gates: By name: ``sigmoid``, ``tanh`` or ``relu``, and the activations, shape
+            ``(T, B, H)``.
+    """
+    found: Statistics = []
+    shares: dict[str, list[Tensor]] = {"shut": [], "open": []}
+    others: list[tuple[Tensor, Tensor]] = []
+    for name, (kind, values) in gates.items():
+        if kind == "sigmoid":
+            slope = values - values.square()
+            own = {"shut": values < SHUT, "open": values > OPEN}
+            for key, which in own.items():
+                shares[key].append(which.to(values.dtype).mean())
+                found.append(((f"{key}/{name}",), shares[key][-1]))
+        elif kind == "tanh":
+            slope = 1 - values.square()
+            flat = (slope < FLAT).to(values.dtype).mean()
+            found.append(((f"saturated/{name}",), flat))
+        else:
+            slope = (values > 0).to(values.dtype)
+        mean, rms = slope.mean(), slope.square().mean().sqrt()
+        found += [((f"act_deriv/{name}",), mean), ((f"act_deriv_rms/{name}",), rms)]
+        if kind != "sigmoid":
+            others.append((mean, rms))
+    if len(others) == 1:
+        [(mean, rms)] = others
+        found += [(("act_deriv",), mean), (("act_deriv_rms",), rms)]
+    largest = {k: torch.stack(v).amax() for k, v in shares.items() if v}
+    return found + [((name,), value) for name, value in largest.items()]
 
 
 def _sigmoids(kind: str, values: Tensor, mask: Tensor | None) -> Statistics:
