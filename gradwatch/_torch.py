@@ -269,6 +269,26 @@ def kept_tensors(function: Any) -> list[Tensor]:
     return found
 
 
+def parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of a model with their names; of shards, the shards.
+
+    From a forward to the end of backward ``fully_shard`` has whole weights in their
+    place, whose memory is freed in between.
+    Without the private names: what the module holds.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    shards: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if not isinstance(module, kind):
+            continue
+        state = getattr(module, "_get_fsdp_state", _none)()
+        for group in getattr(state, "_fsdp_param_groups", ()):
+            for one in group.fsdp_params:
+                for name in ("_unsharded_param", "_sharded_post_forward_param"):
+                    shards[id(getattr(one, name, None))] = one.sharded_param
+    return [(name, shards.get(id(p), p)) for name, p in model.named_parameters()]
+
+
 def is_freed(tensor: Tensor) -> bool:
     """Tell whether a tensor's memory has been given back while the tensor lives.
 

@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from gradwatch import _torch
+
 _FSDP: Final = "torch.distributed.fsdp"
 
 
@@ -25,19 +27,37 @@ def rank() -> int:
     return int(given) if given.isdigit() else 0
 
 
-def refuse_parts(model: object, needs_all: str = "") -> None:
+def any_sharded(model: nn.Module) -> bool:
+    """Tell whether a parameter of a model is spread over processes."""
+    return bool(_sharded(model))
+
+
+def _sharded(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the parameters that are spread over processes, with their names."""
+    return [(n, p) for n, p in _torch.parameters(model) if hasattr(p, "to_local")]
+
+
+def refuse_parts(
+    model: object,
+    *,
+    recorder: bool = False,
+    raising: bool = False,
+    preflight: bool = False,
+) -> None:
     """Refuse a model of which this process has a part that cannot be measured.
 
     What ``fully_shard`` shards can be: its weights are whole in each forward.
 
     Args:
         model: What is given as one.
-        needs_all: What needs the whole model in this process, if anything does.
+        recorder: Whether its state is to be kept.
+        raising: Whether an alarm is to end the training.
+        preflight: Whether a copy of it is to be tried.
 
     Raises:
         ValueError: If the model is split in another way, by tensor or pipeline
             parallelism or by the older FullyShardedDataParallel; or if it is split, and
-            the whole is needed.
+            something is asked for that one process alone cannot do.
     """
     if type(model).__module__.startswith("torch.distributed.pipelining"):
         raise ValueError(
@@ -47,10 +67,8 @@ def refuse_parts(model: object, needs_all: str = "") -> None:
         )
     if not isinstance(model, nn.Module):
         return
-    sharded: list[Any] = [
-        (name, p) for name, p in model.named_parameters() if hasattr(p, "to_local")
-    ]
     fsdp: Any = sys.modules.get(_FSDP)
+    sharded = _sharded(model)
     if fsdp is None and not sharded:
         return
     older = getattr(fsdp, "FullyShardedDataParallel", ())
@@ -59,10 +77,19 @@ def refuse_parts(model: object, needs_all: str = "") -> None:
             "the model is in a FullyShardedDataParallel, whose flat parameters "
             "gradwatch does not measure. Use torch.distributed.fsdp.fully_shard(model)."
         )
-    if sharded and needs_all:
+    if not sharded:
+        return
+    if recorder or preflight:
+        asks = "recorder=" if recorder else "a preflight"
         raise ValueError(
-            f"the model is sharded over processes, and {needs_all} needs the whole of "
-            "it in one: use it in a run without fully_shard()."
+            f"the model is sharded over processes, and {asks} needs the whole of it in "
+            "one: use it in a run without fully_shard()."
+        )
+    if raising:
+        raise ValueError(
+            'the model is sharded over processes, and on_alert="raise" would raise in '
+            "one of them and not in the others, which then wait for it. Give a "
+            "function that notes the alarm, and end the training on all ranks together."
         )
     kind = getattr(fsdp, "FSDPModule", ())
     whole = any(isinstance(m, kind) for m in model.modules())

@@ -332,11 +332,6 @@ def plain_weight(recurrence: Recurrence) -> nn.Parameter | None:
     return None if hasattr(weight, "to_local") else weight
 
 
-def sharded(found: Iterable[Recurrence]) -> bool:
-    """Tell whether a recurrent weight is spread over processes."""
-    return any(hasattr(own_weight(r), "to_local") for r in found)
-
-
 def own_weight(recurrence: Recurrence) -> nn.Parameter | None:
     """Return W_hh where it is a parameter, sharded or not; None: it is parametrised.
 

@@ -29,11 +29,11 @@ from gradwatch.intake import Intake
 from gradwatch.kinds.catalogue import default_rules
 from gradwatch.kinds.judge import Rule, check_mute
 from gradwatch.pipeline import Pipeline
-from gradwatch.processes import rank, refuse_parts
+from gradwatch.processes import any_sharded, rank, refuse_parts
 from gradwatch.record import Alert, Incident, Remedy, Stream
 from gradwatch.recorder import Recorder
 from gradwatch.records import Latest, Records
-from gradwatch.recurrent import Cells, Recurrence, recurrences, sharded
+from gradwatch.recurrent import Cells, Recurrence, recurrences
 from gradwatch.report import inline, save
 from gradwatch.report import report as page_of
 from gradwatch.rewrite import Optimizers
@@ -108,7 +108,11 @@ def watch(
     """
     if environment.disabled():
         return Watch(None, Settings())
-    refuse_parts(model, "" if recorder is None else "recorder=")
+    refuse_parts(
+        model,
+        recorder=recorder is not None,
+        raising=environment.on_alert(on_alert) == "raise",
+    )
     found = recurrences(model, cells)
     settings = Settings(
         every=every,
@@ -168,7 +172,7 @@ class Watch:
         self._pipeline = self._make_pipeline(content)
         # Every rank raises at the same step, and has its part of a sharded weight; else
         # one process speaks for all.
-        if model is not None and (self._loud or settings.raising or sharded(found)):
+        if model is not None and (self._loud or settings.raising or any_sharded(model)):
             with self._health.guard("attaching to the model"):
                 self._engine = self._attach(model, found)
                 self._recorder = acting.recorder(self._engine, settings, self.dir)

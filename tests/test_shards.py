@@ -82,15 +82,17 @@ SAME = (
 ranks, way, kind = int(sys.argv[1]), sys.argv[2], getattr(nn, sys.argv[3])
 one = whole(kind)
 with watched(one) as single:
-    train(one, 26, 1, clip=0.4)
+    train(one, 26, 1, clip=0.1)
 expected = {r.step: dict(r.metrics) for r in single.records}
 model = sharded(ranks, way, kind)
 with watched(model) as watch:
-    train(model, 26, ranks, clip=0.4)
+    train(model, 26, ranks, clip=0.1)
     print("note", str(watch))
 for name, weight in model.named_parameters():
     torch.testing.assert_close(weight.full_tensor(), dict(one.named_parameters())[name])
 if rank == 0:
+    ratios = [m["gradwatch/clip_ratio"] for m in expected.values()]
+    assert min(ratios) < 0.9, ratios
     met = {}
     for record in watch.records:
         for key, value in record.metrics.items():
@@ -124,7 +126,7 @@ def test_numbers_are_those_of_one_process(ranks, way, kind, tmp_path):
         for key in ("grad_norm_hh", "grad_norm_ih", "grad_norm_bias", "update_ratio"):
             assert met[f"gradwatch/rnn/{layer}/{key}"] == together
         assert met[f"gradwatch/rnn/{layer}/rho"] == list(range(26))
-    assert "its weights are sharded: gradient norms at every 8th step" in said[0][0]
+    assert "weights are sharded: gradient norms at every 8th step" in said[0][0]
     assert not any("gradwatch" in err for _, err in said[1:])
 
 
@@ -235,28 +237,20 @@ NAN = (
     NET
     + """
 model = sharded(2, "each")
-raised = []
-watch = watched(model, on_alert="raise" if sys.argv[1] == "raise" else None)
+watch = watched(model)
 def spoil(step):
     if step == 18 and rank == 1:  # of the other process; between two meetings
         with torch.no_grad():
             model.rnn.weight_hh_l0.to_local().fill_(float("nan"))
-try:
-    train(model, 40, 2, before=spoil)
-except gradwatch.TrainingAlert as alert:
-    raised.append(alert.alert.step)
-print(raised, [(a.kind, a.step) for a in watch.alerts if a.severity == "error"])
+train(model, 40, 2, before=spoil)
+print([(a.kind, a.step) for a in watch.alerts if a.severity == "error"])
 """
 )
 
 
-@pytest.mark.parametrize("way", ["raise", pytest.param("tell", marks=pytest.mark.slow)])
-def test_a_gradient_that_is_not_finite_is_told_by_all(way, tmp_path):
-    said = on_ranks(NAN, tmp_path, way)
-    if way == "raise":
-        assert [out.split()[0] for out, _ in said] == ["[18]", "[18]"]
-    else:
-        assert "('nonfinite', 18)" in said[0][0]
+def test_a_loss_that_is_not_finite_is_told_though_its_weights_are_freed(tmp_path):
+    said = on_ranks(NAN, tmp_path)
+    assert "('nonfinite', 18)" in said[0][0]
 
 
 ACCUMULATED = (
@@ -331,6 +325,7 @@ model = Net()
 fully_shard(model, mesh=mesh)
 refused("watch the whole", gradwatch.watch, model.rnn)
 refused("recorder= needs the whole", gradwatch.watch, model, recorder=5)
+refused("would raise in one of them", gradwatch.watch, model, on_alert="raise")
 batch = torch.ones(3, 2, 4)
 refused("a preflight needs the whole", gradwatch.preflight, model, [batch],
         lambda model, x: model(x).sum())

@@ -156,7 +156,7 @@ def inspected(
     """Return what :func:`preflight` does, and print nothing."""
     given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     _check(given, lag, steps)
-    refuse_parts(model, "a preflight")
+    refuse_parts(model, preflight=True)
     found: list[Check] = []
     with same_randomness(), flushed():
         several = _several(batches)

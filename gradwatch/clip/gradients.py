@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.numerics.norms import norms
-from gradwatch.numerics.shards import over_processes
 
 Name = str | int
 """Name of a parameter, or its position where it has none."""
@@ -106,18 +105,23 @@ def norms_on_host(grads: Sequence[Tensor]) -> list[float]:
 def _over_processes(
     grads: Sequence[Tensor], values: list[float], shards: Sequence[int]
 ) -> list[float]:
-    """Join the norms of shards."""
-    alike: list[int] = []
+    """Join the norms of shards; one collective for all that are laid out alike."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    alike: dict[Any, list[int]] = {}
     for i in shards:
         grad: Any = grads[i]
         if any(placement.is_partial() for placement in grad.placements):
             values[i] = norms_on_host([grad.full_tensor()])[0]
         else:
-            alike.append(i)
-    if alike:
-        own = [values[i] for i in alike]
-        [whole] = over_processes([grads[i] for i in alike], [own]).tolist()
-        for i, value in zip(alike, whole, strict=True):
+            alike.setdefault((grad.device_mesh, grad.placements), []).append(i)
+    for (mesh, placements), index in alike.items():
+        device = mesh.device_type
+        wide = torch.float32 if device == "mps" else torch.float64
+        own = torch.tensor([values[i] for i in index], dtype=wide, device=device)
+        summed = [Partial() if p.is_shard() else Replicate() for p in placements]
+        whole = DTensor.from_local(own.square(), mesh, summed).full_tensor().sqrt()
+        for i, value in zip(index, whole.tolist(), strict=True):
             values[i] = value
     return values
 

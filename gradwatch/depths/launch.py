@@ -285,6 +285,8 @@ class Launcher:
     def _after(self, sampled: Sampled) -> dict[str, Recurrent]:
         """Return the weights as they are now, by stream, where they are those used."""
         found: dict[str, Recurrent] = {}
+        if self._modules.shards.any:  # a whole weight is not the one that is trained
+            return found
         for recurrence in self._modules.alive():
             stream, suffix = recurrence.stream, recurrence.suffix
             weight = plain_weight(recurrence)

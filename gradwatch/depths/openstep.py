@@ -127,11 +127,11 @@ class OpenStep:
         """
         aside, self._aside = self._aside, None  # if it is not this one, it was none
         if closed.aside and aside is not None:
-            self._reader.complete(aside.gradients, ())
+            self._reader.complete(aside.gradients, (), closed.number)
             return aside
         sampled = self._complete(training)
         loss = self.take_loss(used=bool(closed.stepped))
-        gradients = self._reader.take(closed.stepped)
+        gradients = self._reader.take(closed.stepped, closed.number)
         return Parts(gradients, self._reader.layout, sampled, *loss)
 
     def take_loss(self, *, used: bool) -> tuple[Loss, bool]:

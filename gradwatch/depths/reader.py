@@ -72,6 +72,7 @@ class Reader:
         self._small: tuple[Held | None, int] = None, 0
         self._layout = (list[str](), Layout((), (), ()))
         self._begin_with_parameters()
+        modules.shards.listen()
 
     def _begin_with_parameters(self) -> None:
         """Start again with the parameters as they are now."""
@@ -80,7 +81,8 @@ class Reader:
         weights = {}
         for recurrence in self._modules.alive():
             weight = plain_weight(recurrence)
-            if weight is not None and weight.requires_grad:
+            known = weight is not None and self._parameters.index(weight) >= 0
+            if weight is not None and known and weight.requires_grad:
                 weights[recurrence.stream.name] = weight
         self._changes = Changes(weights)
         self._moving.clear()
@@ -170,7 +172,9 @@ class Reader:
         parameters.note(live, grads)
         before = norms(grads) if due else None
         scale = _torch.loss_scale(self.scaler) if due else None
-        order = [] if _known_finite(before) else parameters.arrivals()
+        # What is sharded arrives in the order in which it was sent.
+        unknown = self._sharded or _known_finite(before)
+        order = [] if unknown else parameters.arrivals()
         self.gradients.ended(parameters.names, live, before, scale, order)
         if isinstance(before, list) and not all_finite(before):
             weights = norms([p.detach() for p in parameters.params])
@@ -264,7 +268,7 @@ class Reader:
             params, read = self._parameters.params, self.gradients
             left = None
             if read.before is not None:
-                left = Left([params[i] for i in read.live], read.before)
+                left = Left([params[i] for i in read.live], read.before, step)
             self._modules.shards.meet(held.optimizer(), left)
 
     def updated(self) -> list[Updated]:
@@ -346,12 +350,12 @@ class Reader:
                     self._parameters.names, live, norms(grads), None, []
                 )
 
-    def take(self, stepped: tuple[int, ...]) -> Gradients:
+    def take(self, stepped: tuple[int, ...], number: int) -> Gradients:
         """Return what was read in a step that is over."""
         if not stepped:
             self._clearing.unused()
             self.gradients.idleness = self._idleness()
-        return self.complete(self.set_aside(), stepped)
+        return self.complete(self.set_aside(), stepped, number)
 
     def _idleness(self) -> Idleness | None:
         """Look at the weights of a step that no optimizer has used.
@@ -375,7 +379,9 @@ class Reader:
             return None
         return Idleness(self._passes - since, self._optimizers.hold_others_alike())
 
-    def complete(self, gradients: Gradients, stepped: tuple[int, ...]) -> Gradients:
+    def complete(
+        self, gradients: Gradients, stepped: tuple[int, ...], number: int
+    ) -> Gradients:
         """Add what is known once a step is over."""
         gradients.closed(
             self._parameters.names,
@@ -385,7 +391,8 @@ class Reader:
         )
         if self._sharded:
             shards = self._modules.shards
-            make_whole(gradients, self._parameters.params, shards.take(), shards.name)
+            found = shards.take(number)
+            make_whole(gradients, self._parameters.params, found, shards.name)
         return gradients
 
     def set_aside(self) -> Gradients:

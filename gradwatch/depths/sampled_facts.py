@@ -13,7 +13,7 @@ from gradwatch.hooks.chain import Chain
 from gradwatch.hooks.modules import ModuleHooks
 from gradwatch.hooks.optimizers import Training
 from gradwatch.record import CELL
-from gradwatch.recurrent import Recurrence, own_weight, sharded
+from gradwatch.recurrent import Recurrence, own_weight
 
 
 def of_calls(chain: Sequence[Capture]) -> ModuleFacts | None:
@@ -107,8 +107,8 @@ def notes_of(
     for own in modules.alive():
         name, path = own.stream.name, own.stream.module
         note = _note(own, seen.get(path, ModuleFacts()), left_out.get(path, 0), begun)
-        if note is None and sharded([own]):
-            note = modules.shards.note
+        if modules.shards.any or hasattr(own_weight(own), "to_local"):
+            note = "; ".join(filter(None, (note, modules.shards.note)))
         if note is not None:
             found[name] = note
         else:

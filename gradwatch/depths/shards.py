@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from gradwatch.depths.gradients import Gradients
 from gradwatch.depths.update import Moved
 from gradwatch.hooks.shards import Whole
-from gradwatch.numerics.norms import Norms
+from gradwatch.numerics.norms import Norms, joined
 from gradwatch.numerics.shards import is_sharded
 
 
@@ -29,61 +28,49 @@ def make_whole(
         name: Returns the stream of a recurrent weight.
     """
     places = {id(p): i for i, p in enumerate(params)}
-    left, used = dict[int, Tensor](), dict[int, Tensor]()
-    moved = dict[str, tuple[Tensor, Tensor]]()
+    left, used = dict[int, float](), dict[int, float]()
+    moved = dict[str, tuple[float, float]]()
     for one in found:
         for k, param in enumerate(one.params):
-            place = places.get(id(param))
-            if place is None:
-                continue
-            used[place] = one.used[k]
-            if one.left is not None:
-                left[place] = one.left[k]
+            if (place := places.get(id(param))) is not None:
+                left[place], used[place] = one.left[k], one.used[k]
             if (stream := name(param)) is not None:
                 moved[stream] = one.moved[k], one.weight[k]
-    same = [read is gradients.before for _, read in gradients.used]
     before = _whole(gradients.live, gradients.before, params, left)
-    each = [_whole(index, read, params, used) for index, read in gradients.used]
+    known: list[tuple[list[int], Norms]] = []
+    for index, read in gradients.used if before is not None else ():
+        same = read is gradients.before
+        whole = before if same else _whole(index, read, params, used)
+        if whole is None:
+            known = []
+            break
+        known.append((index, whole))
     gradients.partial = before is None
-    gradients.before = before
-    pairs = zip(gradients.used, each, same, strict=True)
-    known = [
-        (index, before if alike and before is not None else read)
-        for (index, _), read, alike in pairs
-        if read is not None
-    ]
-    gradients.used = known if len(known) == len(each) else []
-    gradients.moved = _moved(moved) if moved else gradients.moved
+    gradients.before, gradients.used = before, known
+    gradients.moved = _moved(moved, gradients.moved)
 
 
 def _whole(
     index: Sequence[int],
     read: Norms | None,
     params: Sequence[Tensor],
-    whole: dict[int, Tensor],
+    whole: Mapping[int, float],
 ) -> Norms | None:
     """Return norms with those of sharded parameters replaced; None: not all known."""
     sharded = [k for k, i in enumerate(index) if is_sharded(params[i])]
     if read is None or not all(index[k] in whole for k in sharded):
         return None
-    if not sharded:
-        return read
-    known = torch.stack([whole[index[k]] for k in sharded])
-    if isinstance(read, list):
-        values = list(read)
-        for k, value in zip(sharded, known.tolist(), strict=True):
-            values[k] = value
-        return values
-    mixed = read.clone()
-    mixed[sharded] = known.to(mixed)
-    return mixed
+    values = read if isinstance(read, list) else read.tolist()
+    return [whole.get(i, value) for i, value in zip(index, values, strict=True)]
 
 
-def _moved(found: dict[str, tuple[Tensor, Tensor]]) -> Moved:
-    """Return how far recurrent weights have moved; on the host, if they are there."""
-    change, weight = (
-        torch.stack(column) for column in zip(*found.values(), strict=True)
-    )
-    if change.is_cpu:
-        return Moved(list(found), change.tolist(), weight.tolist())
-    return Moved(list(found), change, weight)
+def _moved(found: Mapping[str, tuple[float, float]], own: Moved | None) -> Moved | None:
+    """Return how far recurrent weights have moved, those that are not sharded too."""
+    if not found:
+        return own
+    change = [by for by, _ in found.values()]
+    weight = [size for _, size in found.values()]
+    if own is None:
+        return Moved(list(found), change, weight)
+    names = [*found, *own.names]
+    return Moved(names, joined([change, own.change]), joined([weight, own.weight]))

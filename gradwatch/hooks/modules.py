@@ -55,7 +55,7 @@ class ModuleHooks:
         self.probes: list[Probe | Stepped] = []
         self.readout = Readout(model, health.guard("readout"))
         """Sees what the loss reads."""
-        self.shards = Shards(found, health)
+        self.shards = Shards(model, found, health)
         """Meets the other processes where weights are sharded."""
         self.wanted = NOTHING
         """What a forward now has to show."""

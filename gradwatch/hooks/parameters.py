@@ -68,7 +68,7 @@ class ParameterHooks:
         model = self.model
         if model is None:
             return False
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        named = [(n, p) for n, p in _torch.parameters(model) if p.requires_grad]
         params, names = [p for _, p in named], [clean_path(n) for n, _ in named]
         if names == self.names and all(
             a is b for a, b in zip(params, self.params, strict=True)

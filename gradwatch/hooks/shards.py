@@ -1,11 +1,15 @@
 """Gradients and weights of which each process holds a part: their norms of the whole.
 
 This is the one place where gradwatch talks to other processes while they train, and
-what may never happen is that one of them waits for another that does not come. So:
+what may never happen is that one of them waits for good for another that does not come.
+So:
 
 - all processes agree in ``watch()``, where each is or is not; if one does not come,
-  none of them ever waits for it again, and nothing is measured of what is sharded;
-- when they meet is decided by counting the steps of an optimizer, by nothing else;
+  nothing is exchanged in this run;
+- they then meet in a process group of their own, over the host, whose waiting has an
+  end; whoever has waited in vain meets nobody again;
+- when they meet is decided by counting the steps of an optimizer, by nothing else, and
+  the counts are compared at each meeting;
 - whoever has failed, or is closed, comes all the same, and says so.
 """
 
@@ -15,23 +19,25 @@ import weakref
 import zlib
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch import _torch
 from gradwatch.health import Health
 from gradwatch.hooks import every_step
 from gradwatch.numerics.norms import Norms, norms
-from gradwatch.numerics.shards import is_sharded, over_processes
-from gradwatch.recurrent import Recurrence, own_weight
+from gradwatch.numerics.shards import copies, is_sharded
+from gradwatch.recurrent import Recurrence
 
 _EACH_UNTIL: Final = 16
 _THEN_EVERY: Final = 8
 _PATIENCE: Final = timedelta(seconds=10)
-"""How long processes wait for each other in ``watch()``."""
+"""How long processes wait for each other, in ``watch()`` and at a meeting."""
 
 
 def meets(step: int) -> bool:
@@ -45,68 +51,92 @@ class Left(NamedTuple):
     Attributes:
         params: Those that have one.
         norms: Of each, over this process's part.
+        step: The number of the open step.
     """
 
     params: Sequence[Tensor]
     norms: Norms
+    step: int
 
 
 class Whole(NamedTuple):
     """Norms of whole tensors at one step of an optimizer.
 
     Attributes:
-        params: What the optimizer holds that is sharded, in the order of the columns.
-        left: Of the gradients as backward left them; None where a process had not seen
-            that.
-        used: As the optimizer was given them.
-        moved: Of the change of recurrent weights, 0 for others.
-        weight: Of recurrent weights before it, 0 for others.
+        params: What the optimizer holds that is sharded.
+        left: Of the gradient of each, as backward left it.
+        used: As the optimizer was given it.
+        moved: Of the change of a recurrent weight, 0 for others.
+        weight: Of a recurrent weight before it, 0 for others.
+        step: The number of the open step.
     """
 
     params: list[Any]
-    left: Tensor | None
-    used: Tensor
-    moved: Tensor
-    weight: Tensor
+    left: list[float]
+    used: list[float]
+    moved: list[float]
+    weight: list[float]
+    step: int
 
 
 class Shards:
     """Meets the other processes of a watch; knows nothing where nothing is sharded.
 
     Args:
-        recurrences: Of the model; not kept alive.
+        model: The watched model; not kept alive.
+        recurrences: Of it.
         health: Where failures are noted.
     """
 
-    def __init__(self, recurrences: Iterable[Recurrence], health: Health) -> None:
+    def __init__(
+        self, model: nn.Module, recurrences: Iterable[Recurrence], health: Health
+    ) -> None:
         self._guard = health.guard("shards")
+        sharded: dict[str, Any] = {
+            name: p for name, p in _torch.parameters(model) if is_sharded(p)
+        }
+        self._own = {id(p) for p in sharded.values()}
         self._names: dict[int, str] = {}
-        mesh: Any = None
-        for recurrence in recurrences:
-            weight: Any = own_weight(recurrence)
-            if is_sharded(weight):
-                self._names[id(weight)] = recurrence.stream.name
-                mesh = mesh or weight.device_mesh
+        for path, module in model.named_modules():
+            for one in recurrences:
+                name = f"{path}.weight_hh{one.suffix}".lstrip(".")
+                if one.module is module and name in sharded:
+                    self._names[id(sharded[name])] = one.stream.name
         self._steps: weakref.WeakKeyDictionary[Optimizer, int]
         self._steps = weakref.WeakKeyDictionary()
         self._stepping: weakref.ref[Optimizer] | None = None
         self._params: list[Any] = []
         self._before: dict[int, Tensor] = {}
         self._found: list[Whole] = []
+        self._groups: list[tuple[Any, Any]] = []
         self._closed = False
-        self.why_not = "not every process has called watch()"
+        self.why_not = "they were sharded after watch()"
         """Why processes do not meet; empty where they do."""
-        if mesh is not None and _agree(mesh):
-            self.why_not = ""
+        if sharded:
+            self.why_not = "not every process has called watch()"
+            meshes = list(dict.fromkeys(p.device_mesh for p in sharded.values()))
+            key = repr([(name, tuple(p.shape)) for name, p in sharded.items()])
+            if all([_agree(mesh, key) for mesh in meshes]):  # each of them is asked
+                self._groups = [(mesh, _group(mesh)) for mesh in meshes]
+                self.why_not = ""
+
+    def listen(self) -> None:
+        """Hear of optimizers' steps; after all others who hear of them."""
+        if not self.why_not:
             every_step.add(self)
+
+    @property
+    def any(self) -> bool:
+        """Whether any parameter of the model was sharded when it was watched."""
+        return bool(self._own)
 
     @property
     def note(self) -> str:
         """What is measured of sharded weights, and what is not."""
         if self.why_not:
-            return f"its weights are sharded: no gradient norms, as {self.why_not}"
-        each = f"every {_THEN_EVERY}th step"
-        return f"its weights are sharded: gradient norms at {each}, no rho_drift"
+            return f"weights are sharded: no gradient norms, as {self.why_not}"
+        each = f"every {_THEN_EVERY}th step of an optimizer"
+        return f"weights are sharded: gradient norms at {each}, no rho_drift"
 
     def close(self) -> None:
         """Meet the others once more, to tell them; let go of all else."""
@@ -120,6 +150,10 @@ class Shards:
         self._found.clear()
         every_step.remove(self)
         _LEAVING.discard(self)
+        groups, self._groups = self._groups, []
+        for _, group in groups:
+            with self._guard:
+                dist.destroy_process_group(group)
 
     # ---- the steps of optimizers, which every process counts alike
 
@@ -127,7 +161,7 @@ class Shards:
         """Remember recurrent weights, where processes meet after this step."""
         self._stepping = None
         params = [p for g in optimizer.param_groups for p in g["params"]]
-        params = [p for p in params if is_sharded(p)]
+        params = [p for p in params if id(p) in self._own]
         if not params:
             return
         step = self._steps.get(optimizer, 0)
@@ -154,35 +188,50 @@ class Shards:
         if self._stepping is None or self._stepping() is not optimizer:
             return
         params, self._params, self._stepping = self._params, [], None
-        nothing = [0.0] * len(params)
-        rows: list[Norms] = [nothing] * 4
-        failed, before = not self._closed, self._before
-        self._before = {}
-        if not self._closed:
+        before, self._before = self._before, {}
+        count = self._steps[optimizer] if optimizer is not None else 0
+        rows = [[0.0] * len(params)] * 4
+        told = False
+        if left is not None and not self._closed:
             with self._guard, torch.no_grad():
                 rows = _rows(params, left, before)
-                failed = False
-        unseen, going, bad = (
-            [float(flag)] * len(params) for flag in (left is None, self._closed, failed)
-        )
-        table: Tensor | None = None
-        with self._guard, torch.no_grad():
-            table = over_processes(params, [*rows, unseen, going, bad])
-        if table is None:
-            self._stop("another process did not answer")
-            return
-        *found, unseen_by, gone, failed_at = table
-        # What follows is the same on every process, as these numbers are.
-        if bool(gone[0] > 0):
-            self._stop("the watch of a process is closed")
-        elif not bool(failed_at[0] > 0):
-            seen = not bool(unseen_by[0] > 0)
-            self._found.append(Whole(params, found[0] if seen else None, *found[1:]))
+                told = True
+        whole: list[list[float]] = [[0.0] * len(params) for _ in rows]
+        all_told = True
+        for mesh, group in self._groups:
+            index = [i for i, p in enumerate(params) if p.device_mesh == mesh]
+            if not index:
+                continue
+            own = [[row[i] ** 2 / copies(params[i]) for i in index] for row in rows]
+            flags = [1.0, float(told), float(self._closed), count, count**2]
+            sums: list[float] = []
+            with self._guard:
+                sent = torch.tensor([*chain(*own), *flags], dtype=torch.float64)
+                dist.all_reduce(sent, group=group)
+                sums = sent.tolist()
+            if not sums:
+                self._stop("another process did not come")
+                return
+            *found, there, told_by, gone, counts, squares = sums
+            # What follows is the same on every process, as these numbers are.
+            if gone:
+                self._stop("the watch of a process is closed")
+                return
+            if there * squares != counts**2:
+                self._stop("the processes do not step alike")
+                return
+            all_told = all_told and told_by == there
+            for k, row in enumerate(whole):
+                for i, value in zip(index, found[k * len(index) :], strict=False):
+                    row[i] = value**0.5
+        if all_told and left is not None:
+            seen, used, moved, weight = whole
+            self._found.append(Whole(params, seen, used, moved, weight, left.step))
 
-    def take(self) -> list[Whole]:
-        """Return what was exchanged since the last time."""
+    def take(self, step: int) -> list[Whole]:
+        """Return what was exchanged in a step that is over; forget all else."""
         found, self._found = self._found, []
-        return found
+        return [one for one in found if one.step == step]
 
     def name(self, param: Tensor) -> str | None:
         """Return the stream whose recurrent weight this is; None for others."""
@@ -191,40 +240,45 @@ class Shards:
 
 _LEAVING: Final[set[Shards]] = set()
 """Closed ones, which the other processes will meet once more."""
-_AGREED: Final[dict[str, int]] = {}
-"""How often processes of a mesh were asked whether they all watch, by its ranks."""
+_ASKED: Final[dict[str, int]] = {}
+"""How often the processes of a mesh were asked whether they all watch a model."""
 
 
 def _rows(
-    params: Sequence[Any], left: Left | None, before: dict[int, Tensor]
-) -> list[Norms]:
+    params: Sequence[Any], left: Left, before: dict[int, Tensor]
+) -> list[list[float]]:
     """Return the norms of this process's parts, as :class:`Whole` has them."""
-    grads = [(i, p.grad) for i, p in enumerate(params) if p.grad is not None]
-    used = _spread(norms([g for _, g in grads]), [i for i, _ in grads], len(params))
-    seen: Norms = [0.0] * len(params)
-    if left is not None:
-        at = {id(p): k for k, p in enumerate(left.params)}
-        own = [(i, at[id(p)]) for i, p in enumerate(params) if id(p) in at]
-        read = torch.as_tensor(left.norms)[[k for _, k in own]]
-        seen = _spread(read, [i for i, _ in own], len(params))
+    size = len(params)
+    used = [(i, p.grad) for i, p in enumerate(params) if p.grad is not None]
+    at = dict(zip(map(id, left.params), _floats(left.norms), strict=True))
     index = [i for i, p in enumerate(params) if id(p) in before]
     old = [before[id(params[i])] for i in index]
-    new = [params[i].to_local() for i in index]
-    change = norms([a - b for a, b in zip(new, old, strict=True)])
-    moved = _spread(change, index, len(params))
-    return [seen, used, moved, _spread(norms(old), index, len(params))]
+    now = [params[i].to_local() for i in index]
+    change = [a - b for a, b in zip(now, old, strict=True)]
+    return [
+        [at.get(id(p), 0.0) for p in params],
+        _spread([g for _, g in used], [i for i, _ in used], size),
+        _spread(change, index, size),
+        _spread(old, index, size),
+    ]
 
 
-def _spread(values: Norms, index: Sequence[int], size: int) -> Tensor:
-    """Return values in their places among zeros."""
-    read = torch.as_tensor(values)
-    row = torch.zeros(size, dtype=torch.float64, device=read.device)
-    row[list(index)] = read.to(row.dtype)
+def _spread(tensors: list[Tensor], index: Sequence[int], size: int) -> list[float]:
+    """Return the norms of tensors in their places among zeros."""
+    row = [0.0] * size
+    if tensors:
+        for i, value in zip(index, _floats(norms(tensors)), strict=True):
+            row[i] = value
     return row
 
 
-def _agree(mesh: Any) -> bool:
-    """Ask whether all processes of a mesh call ``watch()`` now.
+def _floats(read: Norms) -> list[float]:
+    values: list[float] = read if isinstance(read, list) else read.tolist()
+    return values
+
+
+def _agree(mesh: Any, model: str) -> bool:
+    """Ask whether all processes of a mesh call ``watch()`` on this model now.
 
     The last one to come says yes for all; the first to lose patience says no for all.
     """
@@ -232,8 +286,8 @@ def _agree(mesh: Any) -> bool:
     if store is None:
         return False
     ranks = mesh.mesh.flatten().tolist()
-    group = f"gradwatch/{len(ranks)}-{zlib.crc32(repr(ranks).encode()):x}"
-    number = _AGREED[group] = _AGREED.get(group, 0) + 1
+    group = f"gradwatch/{zlib.crc32(repr((ranks, model)).encode()):x}-{len(ranks)}"
+    number = _ASKED[group] = _ASKED.get(group, 0) + 1
     answer = f"{group}/{number}/answer"
     if store.add(f"{group}/{number}/came", 1) == len(ranks):
         store.compare_set(answer, "", "yes")
@@ -242,3 +296,13 @@ def _agree(mesh: Any) -> bool:
     except RuntimeError:  # torch.distributed.DistStoreError: nobody has answered
         store.compare_set(answer, "", "no")
     return bool(store.get(answer) == b"yes")
+
+
+def _group(mesh: Any) -> Any:
+    """Return a group of the processes of a mesh, which none of their own work uses."""
+    return dist.new_group(
+        sorted(mesh.mesh.flatten().tolist()),
+        timeout=_PATIENCE,
+        backend="gloo",
+        use_local_synchronization=True,
+    )
