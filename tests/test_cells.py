@@ -534,7 +534,9 @@ class ToldGRU(GRU):
     def gradwatch_gates(self, x, state):
         [h] = state
         given, carried = self.w(x).chunk(3, -1), self.u(h).chunk(3, -1)
-        r, z = (torch.sigmoid(a + b) for a, b in zip(given[:2], carried[:2], strict=True))
+        r, z = (
+            torch.sigmoid(a + b) for a, b in zip(given[:2], carried[:2], strict=True)
+        )
         n = torch.tanh(given[2] + r * carried[2])
         u = self.u.weight.chunk(3)
         return {

@@ -287,6 +287,110 @@ def test_gradients_that_are_reduced_at_the_last_backward_alone(tmp_path):
     on_ranks(ACCUMULATED, tmp_path)
 
 
+WHOLE = (
+    NET
+    + """
+def begun(way):
+    model = sharded(2, way)
+    return model, torch.optim.Adam(model.parameters(), 0.01)
+
+def step(model, optimizer, x, between=lambda: None):
+    optimizer.zero_grad()
+    out = model(x[:, :-1]).flatten(0, 1)
+    between()
+    loss = nn.functional.cross_entropy(out, x[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+for way in "all", "each":
+    losses = []
+    for how in "plain", "watched":
+        model, optimizer = begun(way)
+        other, of_other = begun(way)
+        with torch.no_grad():  # which leaves the whole weights in their place
+            model(next(batches(1, 2)))
+        watch = watched(model) if how == "watched" else None
+        losses.append([])
+        for x in batches(20, 2):
+            # Another optimizer steps for the first time while they are whole.
+            between = lambda: step(other, of_other, x)
+            losses[-1].append(step(model, optimizer, x, between))
+    assert losses[0] == losses[1]
+    if rank == 0:
+        norms = [r.step for r in watch.records if "gradwatch/grad_norm" in r.metrics]
+        assert norms == [*range(17)], norms
+    watch.close()
+"""
+)
+
+
+def test_weights_that_are_whole_at_the_moment_are_known_by_their_shards(tmp_path):
+    on_ranks(WHOLE, tmp_path)
+
+
+UNLIKE = (
+    NET
+    + """
+import gc
+from datetime import timedelta
+from gradwatch.hooks import shards
+shards._PATIENCE = timedelta(seconds=3)
+
+# An optimizer's step that one process leaves out: no collective of FSDP is in it.
+model = sharded(2, "all")
+optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+watch = watched(model)
+for step, x in enumerate(batches(12, 2)):
+    optimizer.zero_grad()
+    model(x[:, :-1]).square().mean().backward()
+    if step != 5 or rank == 0:
+        optimizer.step()
+if rank == 0:
+    print(watch)
+watch.close()
+
+# Watches that are thrown away with their models, whenever each process comes to it.
+gc.disable()
+for trial in range(6):
+    model = sharded(2, "each")
+    watched(model)
+    train(model, 3, 2)
+    del model
+    if trial % 2 == rank:
+        gc.collect()
+"""
+)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_do_alike_wait_a_moment_and_go_on(tmp_path):
+    said = on_ranks(UNLIKE, tmp_path, GRADWATCH_STRICT="0")
+    assert "no gradient norms, as another process did not come" in said[0][0]
+
+
+ELSEWHERE = (
+    NET
+    + """
+half = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))["b"]
+model = whole()
+fully_shard(model, mesh=half)
+other = sharded(4, "all")
+watch = watched(model) if rank < 2 else None
+train(model, 20, 2)
+train(other, 20, 4)
+if rank == 0:
+    norms = [r.step for r in watch.records if "gradwatch/grad_norm" in r.metrics]
+    assert norms == [step for step in range(20) if step < 16 or step % 8 == 0], norms
+"""
+)
+
+
+@pytest.mark.slow
+def test_who_watches_meets_those_of_its_own_mesh_alone(tmp_path):
+    on_ranks(ELSEWHERE, tmp_path, ranks=4)
+
+
 REFUSED = """
 import re, warnings
 import gradwatch

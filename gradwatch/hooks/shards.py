@@ -95,7 +95,8 @@ class Shards:
         sharded: dict[str, Any] = {
             name: p for name, p in _torch.parameters(model) if is_sharded(p)
         }
-        self._own = {id(p) for p in sharded.values()}
+        # By reference: another model's may have the id of one that is gone.
+        self._own = {id(p): weakref.ref(p) for p in sharded.values()}
         self._names: dict[int, str] = {}
         for path, module in model.named_modules():
             for one in recurrences:
@@ -161,7 +162,7 @@ class Shards:
         """Remember recurrent weights, where processes meet after this step."""
         self._stepping = None
         params = [p for g in optimizer.param_groups for p in g["params"]]
-        params = [p for p in params if id(p) in self._own]
+        params = [p for p in params if id(p) in self._own and self._own[id(p)]() is p]
         if not params:
             return
         step = self._steps.get(optimizer, 0)
