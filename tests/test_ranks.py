@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import gradwatch
 from tests.support.ranks import ROOT, on_ranks
 
@@ -87,6 +89,7 @@ def test_gradients_accumulated_without_sync_are_those_of_one_process(tmp_path):
     on_ranks(DDP, tmp_path, "no_sync")
 
 
+@pytest.mark.slow
 def test_a_process_that_has_fewer_batches_than_the_others(tmp_path):
     on_ranks(DDP, tmp_path, "uneven")
 
@@ -128,6 +131,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_a_restart_by_torchrun_goes_on_with_the_steps(tmp_path):
     program = tmp_path / "train.py"
     program.write_text(ELASTIC, encoding="utf-8")

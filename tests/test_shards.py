@@ -111,7 +111,7 @@ if rank == 0:
     ("ranks", "way", "kind"),
     [
         (2, "each", "GRU"),
-        (4, "hybrid", "LSTM"),
+        pytest.param(4, "hybrid", "LSTM", marks=pytest.mark.slow),
         pytest.param(2, "all", "LSTM", marks=pytest.mark.slow),
         pytest.param(4, "all", "RNN", marks=pytest.mark.slow),
     ],
@@ -197,7 +197,8 @@ assert not shards._LEAVING
 )
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_closed_watch_tells_the_others_and_holds_none(rank, tmp_path):
     said = on_ranks(LEFT, tmp_path, rank)
     if rank == 1:  # the one that speaks has gone on
@@ -228,6 +229,7 @@ watch.close()
 )
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_still_comes(tmp_path):
     said = on_ranks(FAILS, tmp_path, GRADWATCH_STRICT="0")
     assert "of ours" in said[1][1] and said[0][1].count("failed") == 0
@@ -283,6 +285,7 @@ if rank == 0:
 )
 
 
+@pytest.mark.slow
 def test_gradients_that_are_reduced_at_the_last_backward_alone(tmp_path):
     on_ranks(ACCUMULATED, tmp_path)
 

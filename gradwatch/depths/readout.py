@@ -99,9 +99,11 @@ def launch(taken: Taken) -> Readout:
     kind, targets = found
     seen = taken.looks[0].share
     run.kind, run.positions = kind, len(outputs)
-    explained = targets.loss / seen / taken.loss.to(rms.device)
+    explained = nothing
+    if taken.loss.numel() == 1:
+        explained = targets.loss.sum() / seen / taken.loss.reshape(()).to(rms.device)
     values = [targets.weight / seen, targets.share, targets.misfit, rms, nothing]
-    values.append(explained.reshape(()))
+    values.append(explained)
     run.numbers["values"] = torch.stack([value.float() for value in values])
     run.numbers["sums"] = targets.sums
     return run
