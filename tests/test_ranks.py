@@ -85,6 +85,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_gradients_accumulated_without_sync_are_those_of_one_process(tmp_path):
     on_ranks(DDP, tmp_path, "no_sync")
 

@@ -141,6 +141,7 @@ with watched(model):
 )
 
 
+@pytest.mark.slow
 def test_losses_are_what_they_are_without(tmp_path):
     on_ranks(BITWISE, tmp_path)
 
@@ -250,6 +251,7 @@ print([(a.kind, a.step) for a in watch.alerts if a.severity == "error"])
 )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_told_though_its_weights_are_freed(tmp_path):
     said = on_ranks(NAN, tmp_path)
     assert "('nonfinite', 18)" in said[0][0]
@@ -328,6 +330,7 @@ for way in "all", "each":
 )
 
 
+@pytest.mark.slow
 def test_weights_that_are_whole_at_the_moment_are_known_by_their_shards(tmp_path):
     on_ranks(WHOLE, tmp_path)
 
