@@ -289,6 +289,11 @@ def parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, shards.get(id(p), p)) for name, p in model.named_parameters()]
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Tell whether a tensor is spread over processes."""
+    return hasattr(tensor, "to_local")
+
+
 def is_freed(tensor: Tensor) -> bool:
     """Tell whether a tensor's memory has been given back while the tensor lives.
 

@@ -34,7 +34,7 @@ def any_sharded(model: nn.Module) -> bool:
 
 def _sharded(model: nn.Module) -> list[tuple[str, Any]]:
     """Return the parameters that are spread over processes, with their names."""
-    return [(n, p) for n, p in _torch.parameters(model) if hasattr(p, "to_local")]
+    return [(n, p) for n, p in _torch.parameters(model) if _torch.is_sharded(p)]
 
 
 def refuse_parts(

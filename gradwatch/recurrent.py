@@ -235,7 +235,7 @@ def used_weights(module: nn.Module, *, recurrent_only: bool) -> dict[str, Tensor
         for name, value in zip(names, values, strict=False)
         if isinstance(value, Tensor)
         and name.startswith(wanted)
-        and not hasattr(value, "to_local")
+        and not _torch.is_sharded(value)
     }
 
 
@@ -329,7 +329,7 @@ def plain_weight(recurrence: Recurrence) -> nn.Parameter | None:
     None where it is parametrised or sharded.
     """
     weight = own_weight(recurrence)
-    return None if hasattr(weight, "to_local") else weight
+    return None if _torch.is_sharded(weight) else weight
 
 
 def own_weight(recurrence: Recurrence) -> nn.Parameter | None:

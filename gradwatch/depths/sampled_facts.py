@@ -107,7 +107,7 @@ def notes_of(
     for own in modules.alive():
         name, path = own.stream.name, own.stream.module
         note = _note(own, seen.get(path, ModuleFacts()), left_out.get(path, 0), begun)
-        if modules.shards.any or hasattr(own_weight(own), "to_local"):
+        if modules.shards.any or _torch.is_sharded(own_weight(own)):
             note = "; ".join(filter(None, (note, modules.shards.note)))
         if note is not None:
             found[name] = note

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from gradwatch._torch import is_sharded
 from gradwatch.depths.gradients import Gradients
 from gradwatch.depths.update import Moved
 from gradwatch.hooks.shards import Whole
 from gradwatch.numerics.norms import Norms, joined
-from gradwatch.numerics.shards import is_sharded
 
 
 def make_whole(

@@ -31,7 +31,7 @@ from gradwatch import _torch
 from gradwatch.health import Health
 from gradwatch.hooks import every_step
 from gradwatch.numerics.norms import Norms, norms
-from gradwatch.numerics.shards import copies, is_sharded
+from gradwatch.numerics.shards import copies
 from gradwatch.recurrent import Recurrence
 
 _EACH_UNTIL: Final = 16
@@ -93,7 +93,7 @@ class Shards:
     ) -> None:
         self._guard = health.guard("shards")
         sharded: dict[str, Any] = {
-            name: p for name, p in _torch.parameters(model) if is_sharded(p)
+            name: p for name, p in _torch.parameters(model) if _torch.is_sharded(p)
         }
         # By reference: another model's may have the id of one that is gone.
         self._own = {id(p): weakref.ref(p) for p in sharded.values()}
@@ -203,7 +203,8 @@ class Shards:
             index = [i for i, p in enumerate(params) if p.device_mesh == mesh]
             if not index:
                 continue
-            own = [[row[i] ** 2 / copies(params[i]) for i in index] for row in rows]
+            # Not by **, which raises where a square is too large for a float.
+            own = [[row[i] * row[i] / copies(params[i]) for i in index] for row in rows]
             flags = [1.0, float(told), float(self._closed), count, count**2]
             sums: list[float] = []
             with self._guard:

@@ -11,10 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-
-def is_sharded(tensor: Tensor | None) -> bool:
-    """Tell whether a tensor is spread over processes."""
-    return hasattr(tensor, "to_local")
+from gradwatch._torch import is_sharded
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
