@@ -1,12 +1,14 @@
 """Whether a start learns whose gradients arrive as far back as the task needs.
 
-Twelve tasks whose lag is known, fixed before any of them was run. Of each, and for each
-seed, every start that a preflight tries gets a horizon at step 0, and is then trained,
-on the same fresh batches. It is learned when the mean of the last 20 losses is below
-half of the loss of the best constant. N is how many steps the recommended start needs
-for that, at least 50, and the whole budget where it does not get there. One thread.
+Two sets of twelve tasks whose lag is known, each fixed before any of it was run: the
+rule by which a preflight tells was changed after the first, and judged by the second.
+Of each task, and for each seed, every start that a preflight tries gets a verdict, and
+is then trained, on the same fresh batches. It is learned when the mean of the last 20
+losses is below half of the loss of the best constant. N is how many steps the
+recommended start needs for that, at least 50, and the whole budget where it does not
+get there. One thread.
 
-Run: python -m benchmarks.reach [--seeds 0 1 2] [--keep]
+Run: python -m benchmarks.reach [--tasks first|second] [--seeds 0 1 2] [--keep]
 """
 
 import argparse
@@ -32,9 +34,10 @@ from gradwatch.before.trial import same_randomness, subject, tried
 
 BATCH, PROBES, BUDGET = 32, 4, 1200
 WINDOW, LEARNED, LEAST = 20, 0.5, 50
-RATES = {"LSTM": 3e-3, "GRU": 3e-3, "tanh": 1e-3, "ReLU": 1e-3}
+RATES = {"LSTM": 3e-3, "LSTM x 2": 3e-3, "GRU": 3e-3, "tanh": 1e-3, "ReLU": 1e-3}
 LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
     "LSTM": nn.LSTM,
+    "LSTM x 2": partial(nn.LSTM, num_layers=2),
     "GRU": nn.GRU,
     "tanh": nn.RNN,
     "ReLU": partial(nn.RNN, nonlinearity="relu"),
@@ -93,6 +96,44 @@ def either(lag: int, source: torch.Generator) -> Batch:
     return x, bits[0] ^ bits[1]
 
 
+def one_of_eight(lag: int, source: torch.Generator) -> Batch:
+    """Return a symbol of eight, then noise of all channels; which one was it?"""
+    symbols = torch.randint(8, (BATCH,), generator=source)
+    x = NOISE * torch.randn(lag + 1, BATCH, 8, generator=source)
+    x[0] = nn.functional.one_hot(symbols, 8).to(x)
+    return x, symbols
+
+
+def _two_numbers(lag: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return inputs with a number at step 0 and another five steps later, and both."""
+    values = 2 * torch.rand(2, BATCH, generator=source) - 1
+    x = NOISE * torch.randn(lag + 1, BATCH, 3, generator=source)
+    x[:, :, 0] = 0.0
+    x[0, :, 0], x[EARLY, :, 0] = values
+    return x, values
+
+
+def total(lag: int, source: torch.Generator) -> Batch:
+    """Return two early numbers from -1 to 1, then noise; their sum?"""
+    x, values = _two_numbers(lag, source)
+    return x, values.sum(0)
+
+
+def larger(lag: int, source: torch.Generator) -> Batch:
+    """Return two early numbers from -1 to 1, then noise; is the first one larger?"""
+    x, values = _two_numbers(lag, source)
+    return x, (values[0] > values[1]).long()
+
+
+def count(lag: int, source: torch.Generator) -> Batch:
+    """Return five signs, then noise of two other channels; their mean?"""
+    signs = 2.0 * torch.randint(2, (EARLY, BATCH), generator=source) - 1
+    x = NOISE * torch.randn(lag + 1, BATCH, 3, generator=source)
+    x[:, :, 0] = 0.0
+    x[:EARLY, :, 0] = signs
+    return x, signs.mean(0)
+
+
 # ---- the tasks, fixed
 
 
@@ -102,7 +143,7 @@ class Task:
 
     Attributes:
         name: As it is shown.
-        layer: ``LSTM``, ``GRU``, ``tanh`` or ``ReLU``.
+        layer: ``LSTM``, ``GRU``, ``tanh`` or ``ReLU``; ``LSTM x 2`` has two layers.
         hidden: Units.
         lag: How many steps before the answer the first thing lies that it needs.
         draw: Returns a fresh batch.
@@ -141,11 +182,18 @@ def _classes(
     return Task(name, layer, hidden, lag, draw, classes, math.log(classes))
 
 
-def _number(layer: str, hidden: int, lag: int) -> Task:
-    return Task("first number", layer, hidden, lag, number, 1, 1 / 3)
+def _number(
+    layer: str,
+    hidden: int,
+    lag: int,
+    name: str = "first number",
+    draw: Draw = number,
+    constant: float = 1 / 3,
+) -> Task:
+    return Task(name, layer, hidden, lag, draw, 1, constant)
 
 
-TASKS = (
+FIRST = (
     _classes("first symbol", "LSTM", 32, 20, first),
     _classes("first symbol", "LSTM", 48, 60, first),
     _classes("first symbol", "LSTM", 48, 100, first),
@@ -159,6 +207,23 @@ TASKS = (
     _number("ReLU", 48, 50),
     _classes("XOR of first and last", "GRU", 32, 20, either, 2),
 )
+
+SECOND = (
+    _classes("first of eight symbols", "LSTM", 48, 30, one_of_eight, 8),
+    _classes("first of eight symbols", "GRU", 48, 60, one_of_eight, 8),
+    _classes("first symbol", "LSTM x 2", 32, 40, first),
+    _classes("first symbol", "tanh", 48, 70, first),
+    _classes("marked symbol", "GRU", 48, 70, marked),
+    _classes("larger of two", "LSTM", 32, 20, larger, 2),
+    _classes("larger of two", "GRU", 32, 40, larger, 2),
+    _number("LSTM", 48, 50, "sum of two", total, 2 / 3),
+    _number("tanh", 48, 25, "sum of two", total, 2 / 3),
+    _number("ReLU", 48, 30, "sum of two", total, 2 / 3),
+    _number("GRU", 32, 30, "mean of five signs", count, 1 / EARLY),
+    _number("LSTM", 32, 80, "mean of five signs", count, 1 / EARLY),
+)
+
+SETS = {"first": FIRST, "second": SECOND}
 
 
 # ---- what is measured
@@ -266,31 +331,32 @@ def start_rows(runs: Sequence[Run]) -> Iterator[tuple[object, ...]]:
             f"{runs[0].task.name}, {runs[0].task.layer}, {runs[0].task.lag}",
             one.start.name,
             ", ".join(f"{seed.start.horizon:.0f}" for seed in seeds),
+            ", ".join(f"{seed.start.adjoint:.1f}" for seed in seeds),
             shown([seed.steps for seed in seeds]),
             chosen or "",
         )
 
 
-def confusion(runs: Sequence[Run], results: Results) -> None:
+WORDS = "WARN: too far", "WARN: arrives too small", "ok"
+
+
+def confusion(runs: Sequence[Run], results: Results, kept: str) -> None:
     """Report the table of reach against learning, and the same more widely."""
-    arms: dict[str, list[tuple[Run, Trained]]] = {
-        "horizon below the lag": [],
-        "at or above it": [],
-    }
-    below, above = arms.values()
+    arms: dict[str, list[tuple[Run, Trained]]] = {word: [] for word in WORDS}
     for one in runs:
         for trained in one.all:
-            reaches = trained.start.horizon >= one.task.lag
-            (above if reaches else below).append((one, trained))
-    head = ["start", "starts", "learned within N steps", "share"]
-    title = f"Starts of {len(TASKS)} tasks, by whether gradients arrive far enough."
-    results.table("confusion", head, title)
+            start, lag = trained.start, one.task.lag
+            word = WORDS[2 if start.arrives(lag) else 1 if start.is_faint(lag) else 0]
+            arms[word].append((one, trained))
+    head = ["preflight", "starts", "learned within N steps", "share"]
+    title = f"Starts of {len(runs)} nets, by what a preflight says of their reach."
+    results.table(f"confusion{kept}", head, title)
     for name, arm in arms.items():
         within = sum(trained.steps <= one.limit for one, trained in arm)
         results.row(name, len(arm), within, share(within, len(arm)))
     title = f"The same within 2 N and within all {BUDGET} steps."
     ends = ["within N", "within 2 N", f"within {BUDGET}"]
-    results.table("wider", ["start", "starts", *ends], title)
+    results.table(f"wider{kept}", ["preflight", "starts", *ends], title)
     limits: list[Callable[[Run], float]] = [
         lambda run: run.limit,
         lambda run: 2 * run.limit,
@@ -309,6 +375,7 @@ def confusion(runs: Sequence[Run], results: Results) -> None:
 def main() -> None:
     """Train all starts of all tasks."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", choices=SETS, default="second")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", action="store_true", help="keep the tables")
     given = parser.parse_args()
@@ -332,15 +399,17 @@ def main() -> None:
     ]
     began = time.perf_counter()
     runs, rows = list[Run](), list[tuple[object, ...]]()
-    results.table("tasks", head, title)
-    for task in TASKS:
+    kept = "" if given.tasks == "second" else f"_{given.tasks}"
+    results.table(f"tasks{kept}", head, title)
+    for task in SETS[given.tasks]:
         seeds = [run(task, seed) for seed in given.seeds]
         results.row(*task_row(seeds))
         rows += start_rows(seeds)
         runs += seeds
-    head = ["task", "start", "horizon", "steps it needed", "times recommended"]
-    results.table("starts", head, "Each start; each seed its horizon and steps.", rows)
-    confusion(runs, results)
+    head = ["task", "start", "horizon", "gradient there, log10", "steps it needed"]
+    head.append("times recommended")
+    results.table(f"starts{kept}", head, "Each start; each seed its own.", rows)
+    confusion(runs, results, kept)
     print(f"\n{time.perf_counter() - began:.0f} s.")
     results.save()
 

@@ -16,7 +16,8 @@ from torch import nn
 import gradwatch
 from gradwatch import init
 from gradwatch.before import inspected
-from gradwatch.before.trial import flushed
+from gradwatch.before.starts import reached
+from gradwatch.before.trial import flushed, same_randomness, subject, tried
 from gradwatch.cli import main
 from tests.support.ranks import ROOT, on_ranks
 
@@ -331,6 +332,45 @@ def test_a_lag_that_is_not_reached_is_a_warning_with_what_reaches_it():
     assert "the sequences have 24" in str(found) and not found.starts
 
 
+def test_a_gradient_that_arrives_too_small_is_a_warning():
+    torch.manual_seed(0)
+    init.forget_bias_(model := Net(), 0.7)  # 10^-2.3 is left after 20 steps
+    _, found = checks(model, lag=20)
+    assert [check.name for check in found.warned] == ["reach"]
+    assert "gradients arrive 24, but only 10^-2.3 of the largest" in str(found)
+    found = {start.name: start for start in found.starts}
+    faint, chosen = found["as it is"], found["forget_bias_(3)"]
+    assert faint.is_faint(20) and not faint.arrives(20) and faint.horizon >= 20
+    assert chosen.arrives(20) and not chosen.is_faint(20)
+    _, found = checks(model, lag=10)
+    assert found.warned == []
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("back", [1, 5, T - 1])
+def test_the_gradient_at_the_lag(kind, back):
+    """Against autograd: what each state gets, of all sequences together."""
+    torch.manual_seed(0)
+    model, (x, y) = Net(kind), labelled()
+    x, y = x[:, :4], y[:4]  # as many as are looked at
+    with same_randomness(), subject(model, ()) as given:
+        reached_there = reached(tried(given, [(x, y)], of_classes), back).adjoint
+    cell = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell, nn.RNN: nn.RNNCell}[kind](F, 12)
+    own = {f"{name}_l0": p for name, p in cell.named_parameters()}
+    cell.load_state_dict({n[:-3]: model.rnn.state_dict()[n] for n in own})
+    state, states = None, []
+    for step in x:
+        state = cell(step, state)
+        parts = state if isinstance(state, tuple) else (state,)
+        states.append(parts)
+        for part in parts:
+            part.retain_grad()
+    cross_entropy(model.head(states[-1][0]), y).backward()
+    sizes = [sum(p.grad.square().sum() for p in parts).sqrt() for parts in states]
+    expected = (sizes[-1 - back] / max(sizes)).log10()
+    assert reached_there == pytest.approx(float(expected), abs=1e-3)
+
+
 def large():
     return init.orthogonal_(model := Net(nn.RNN, nonlinearity="relu"), 3.0) and model
 
@@ -430,7 +470,9 @@ def test_a_read_out_behind_padding_is_a_warning():
     _, found = checks(Net(), batches=padded())
     [warning] = found.warned
     assert warning.name == "padding" and "pack_padded_sequence" in warning.do
-    assert "behind padding (50% of the" in warning.text
+    assert "behind the padding in 5 of 6 sequences (50% of the" in warning.text
+    _, found = checks(Net(), batches=2 * padded())
+    assert "in 10 of 12 sequences" in str(found)
     _, found = checks(Net(), batches=[labelled()])
     assert found.warned == []
 
@@ -440,6 +482,71 @@ def test_a_read_out_behind_padding_is_a_warning():
     assert checks(Net(), each, padded())[1].warned == []
     _, found = checks(Packed(), packed_loss, [with_lengths()])
     assert found.warned == []
+
+
+class Ends(Net):
+    """One number, and what the last layer is followed by."""
+
+    def __init__(self, end, *, bare=False, **options):
+        super().__init__(classes=1, **options)
+        self.end, self.bare = end, bare
+
+    def forward(self, x):
+        out = self.rnn(x)[0][-1]
+        return self.end(out[:, :1] if self.bare else self.head(out))
+
+
+def squares(model, batch):
+    return 3 * (model(batch[0]) - batch[1]).square().sum()
+
+
+def absolute(model, batch):
+    return (model(batch[0]) - batch[1]).abs().mean()
+
+
+def numbers(low, high):
+    return [(labelled()[0], torch.linspace(low, high, B)[:, None])]
+
+
+def plain(out):
+    return out
+
+
+def times_five(out):
+    return 5 * out.tanh()
+
+
+UNREACHED = {
+    "tanh": (torch.tanh, False, (-3, 3), "between -1 and 1", "67% of the targets"),
+    "sigmoid": (torch.sigmoid, False, (-2, 3), "between 0 and 1", "67% of"),
+    "one side": (torch.sigmoid, False, (0.5, 3), "below 1", "67% of"),
+    "softplus": (nn.functional.softplus, False, (-2, 3), "above 0", "33% of"),
+    "times five": (times_five, False, (0, 6), "below 5", "17% of"),
+    "a state": (plain, True, (-3, 3), "between -1 and 1", "67% of"),
+}
+
+
+@pytest.mark.parametrize("end", UNREACHED)
+def test_targets_that_no_output_can_be(end):
+    torch.manual_seed(0)
+    act, bare, span, stays, share = UNREACHED[end]
+    failed, _ = checks(Ends(act, bare=bare, kind=nn.GRU), squares, numbers(*span))
+    assert stays in failed["targets"].text and share in failed["targets"].text
+    assert "linear" in failed["targets"].do
+    _, found = checks(Ends(act, bare=bare, kind=nn.GRU), squares, numbers(0.2, 0.8))
+    assert "targets, 0.2 to 0.8, are what outputs can be" in str(found)
+
+
+def test_targets_that_can_be_or_are_not_told():
+    torch.manual_seed(0)
+    _, found = checks(Ends(plain), squares, numbers(-300, 300))
+    assert "targets, -300 to 300, are what outputs can be" in str(found)
+    for end in (torch.tanh, plain):
+        for span in ((-3, 3), (3, 9), (0.2, 0.8)):
+            _, found = checks(Ends(end), absolute, numbers(*span))
+            assert not [check for check in found.checks if check.name == "targets"]
+    _, found = checks(Net())
+    assert "targets" not in {check.name for check in found.checks}
 
 
 class Mixing(Net):
@@ -479,6 +586,16 @@ def test_steps_that_do_not_move_the_loss():
     moves = torch.optim.Adam(model.parameters(), 1e-2)
     _, found = checks(model, optimizers=moves, steps=60)
     assert found.warned == []
+
+
+def test_steps_of_an_optimizer_that_calls_for_the_loss_again():
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
+    before = state_of(model, optimizer)
+    _, found = checks(model, optimizers=optimizer, steps=5)
+    [moved] = [check for check in found.checks if check.name == "steps"]
+    assert moved.sign == "ok" and equal(before, state_of(model, optimizer))
 
 
 def test_small_numbers_are_told_of():

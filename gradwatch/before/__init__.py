@@ -15,6 +15,7 @@ from gradwatch.before import checks
 from gradwatch.before.axes import Apart, apart
 from gradwatch.before.checks import FAIL, NOTE, OK, WARN, Check
 from gradwatch.before.starts import Start, best, reached, starts
+from gradwatch.before.targets import reachable
 from gradwatch.before.trial import (
     LossFn,
     Seen,
@@ -87,6 +88,8 @@ class Preflight:
             full = min(round(_BAR * start.horizon / self.lag), _BAR)
             bar = "#" * full + "." * (_BAR - full)
             mark = f"   <- {start.line}" if start is chosen and start.line else ""
+            if start.is_faint(self.lag):
+                mark = f"   only 10^{start.adjoint:.1f} of the largest{mark}"
             share = f"{min(start.horizon, self.lag):.0f}/{self.lag}"
             yield f"  {start.name:{wide}}  {share:>9}  {bar}{mark}"
 
@@ -175,7 +178,13 @@ def inspected(
         found.insert(0, _reach(seen, lag))
         for check in checks.ALL:
             found += check(seen)
-        if not any(check.name == "axes" for check in found):
+        said = {check.name for check in found if check.sign == FAIL}
+        kind = seen.facts.run.loss_kind
+        if kind in (None, "mse") and not {"loss", "finite"} & said:
+            with same_randomness(), subject(model, given) as one:
+                targets = reachable(one, several[0], loss_fn)
+            found += [] if targets is None else [checks.targets(targets)]
+        if "axes" not in said:
             with same_randomness(), subject(model, given) as one:
                 found += _apart(apart(one, several[0], loss_fn, batch_axis), batch_axis)
         if steps:
@@ -221,24 +230,28 @@ def _ways(
     lag: int | None,
     seen: Seen,
 ) -> list[Start]:
-    horizon, length, _ = reached(seen)
-    if lag is None or horizon >= lag or length < lag:
+    if lag is None:
+        return []
+    found = reached(seen, lag)
+    if found.arrives(lag) or found.length < lag:
         return []
     return starts(model, optimizers, batches, loss_fn, lag=lag, seen=seen)
 
 
 def _reach(seen: Seen, lag: int | None) -> Check:
-    horizon, length, _ = reached(seen)
-    if not length:
+    found = reached(seen, lag)
+    if not found.length:
         return Check("reach", NOTE, "how far back gradients arrive was not measured")
     if lag is None:
-        text = f"gradients arrive {horizon:.0f} of {length} steps back"
+        text = f"gradients arrive {found.horizon:.0f} of {found.length} steps back"
         return Check("reach", NOTE, text)
-    if length < lag:
-        text = f"you need {lag} steps back; the sequences have {length}"
-        return Check("reach", WARN, text)
-    text = f"you need {lag} steps back; gradients arrive {horizon:.0f}"
-    return Check("reach", OK if horizon >= lag else WARN, text)
+    text = f"you need {lag} steps back; "
+    if found.length < lag:
+        return Check("reach", WARN, f"{text}the sequences have {found.length}")
+    text += f"gradients arrive {found.horizon:.0f}"
+    if found.is_faint(lag):
+        text += f", but only 10^{found.adjoint:.1f} of the largest"
+    return Check("reach", OK if found.arrives(lag) else WARN, text)
 
 
 def _apart(found: Apart | None, declared: int | None) -> Iterator[Check]:
@@ -265,8 +278,7 @@ def _moved(losses: tuple[float, float], steps: int) -> Check:
 
 
 def _denormal(seen: Seen) -> Iterator[Check]:
-    lowest = reached(seen)[2]
-    if lowest < _TINY:
+    if reached(seen).adjoint < _TINY:
         yield Check(
             "speed",
             NOTE,

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gradwatch.before.trial import LossFn, Subject
+from gradwatch.before.trial import LossFn, Subject, returned
 from gradwatch.trees import mapped, tensors_in
 
 
@@ -44,31 +44,22 @@ def apart(
     """
     given.model.eval()
     with torch.no_grad():
-        before = _output(given.model, batch, loss_fn)
-        again = _output(given.model, batch, loss_fn)
+        before = returned(given.model, batch, loss_fn)[1]
+        again = returned(given.model, batch, loss_fn)[1]
         if before is None or again is None or not _same(before, again):
             return None
         candidates, mixed = (0, 1) if axis is None else (axis,), 0
         for candidate in candidates:
             changed = _changed(batch, candidate)
-            after = None if changed is None else _output(given.model, changed, loss_fn)
+            after = None
+            if changed is not None:
+                after = returned(given.model, changed, loss_fn)[1]
             if after is None or after.shape != before.shape or _same(before, after):
                 continue
             if _one_entry(before, after):
                 return Apart(candidate)
             mixed += 1
     return Apart(None) if mixed == len(candidates) else None
-
-
-def _output(model: nn.Module, batch: Any, loss_fn: LossFn) -> Tensor | None:
-    """Return the tensor that the model returned; None where it is not one."""
-    seen: list[Any] = []
-    with model.register_forward_hook(lambda _module, _args, out: seen.append(out)):
-        loss_fn(model, batch)
-    out = seen[-1] if len(seen) == 1 else None
-    if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
-        out = out[0]
-    return out.detach() if isinstance(out, Tensor) else None
 
 
 def _same(one: Tensor, two: Tensor) -> bool:

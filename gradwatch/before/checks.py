@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
+from gradwatch.before.targets import Targets
 from gradwatch.before.trial import Seen
 from gradwatch.kinds.axes_mixed import AxesMixed
 from gradwatch.kinds.catalogue import CATALOGUE
@@ -36,6 +37,13 @@ _PADDED: Final = 0.25
 """Share of padding that is told, at least: images have blank ends, up to .2."""
 _SHORTEST: Final = 8
 """Time steps of a sequence whose ends are told apart, at least."""
+
+
+_OUTSIDE: Final = 0.05
+"""Share of targets that no output can be, from which on that is a fault."""
+_OPEN: Final = (
+    "end with a linear layer, nothing behind it; or scale the targets to that range"
+)
 
 
 class Check(NamedTuple):
@@ -146,11 +154,13 @@ def padding(seen: Seen) -> Iterator[Check]:
             and share >= _PADDED
             and min(read, default=0) > _END
         ):
+            behind, of = seen.padded.get(stream.module, (0, 0))
+            where = f"behind the padding in {behind} of {of} sequences"
             yield Check(
                 "padding",
                 WARN,
-                f"{stream.name} is read at the end, behind padding ({share:.0%} of the "
-                "steps looked at)",
+                f"{stream.name} is read at the end: {where if of else 'behind padding'}"
+                f" ({share:.0%} of the steps)",
                 "nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False), "
                 "and read h_n",
             )
@@ -205,6 +215,22 @@ def _is_recurrent(name: str, stream: Stream, end: str) -> bool:
     owner, _, weight = name.rpartition(".")
     within = owner == stream.module or (not owner and "." not in stream.module)
     return within and weight in (f"weight_hh_{end}", "weight_hh")
+
+
+def targets(found: Targets) -> Check:
+    """Return whether outputs can be what the targets are."""
+    least, most = found.least, found.most
+    size = max(abs(found.lowest), abs(found.highest))
+    low, high = (round(v / size, 4) * size for v in (found.lowest, found.highest))
+    span = f"{low:.3g} to {high:.3g}"
+    if found.outside < _OUTSIDE:
+        return Check("targets", OK, f"targets, {span}, are what outputs can be")
+    if least is None or most is None:
+        stay = f"below {most:.3g}" if least is None else f"above {least:.3g}"
+    else:
+        stay = f"between {least:.3g} and {most:.3g}"
+    text = f"outputs stay {stay}, whatever the weights; {found.outside:.0%} of the "
+    return Check("targets", FAIL, f"{text}targets, {span}, lie outside", _OPEN)
 
 
 def held(seen: Seen) -> Iterator[Check]:

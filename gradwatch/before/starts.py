@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 
 from gradwatch import init
 from gradwatch.before.trial import LossFn, Seen, same_randomness, subject, tried
+from gradwatch.metrics import stream_key
 from gradwatch.record import Stream
+
+FAINT: Final = -2.0
+"""log10 of a gradient beside the largest one, below which it arrives and is too small.
+
+Of six starts whose gradient was that small as far back as the task needed, none was
+learned in the time that the recommended one took; see ``docs/preflight.md``.
+"""
 
 
 class Start(NamedTuple):
@@ -23,7 +31,7 @@ class Start(NamedTuple):
         line: The line of Python that does it; empty for the model as it is.
         horizon: Time steps back that gradients arrive, in the stream where it is most.
         length: Time steps of the sequences.
-        adjoint: log10 of the gradient at the first time step beside the largest one.
+        adjoint: log10 of the gradient as far back as is needed beside the largest one.
     """
 
     name: str
@@ -32,19 +40,46 @@ class Start(NamedTuple):
     length: int
     adjoint: float
 
+    def arrives(self, lag: int) -> bool:
+        """Tell whether a gradient arrives so many steps back that can be learned by."""
+        return self.horizon >= lag and not self.is_faint(lag)
 
-def reached(seen: Seen) -> tuple[float, int, float]:
-    """Return the longest horizon, the length of its sequences, and its adjoint."""
+    def is_faint(self, lag: int) -> bool:
+        """Tell whether a gradient arrives so many steps back that is too small."""
+        return self.horizon >= lag and self.adjoint < FAINT
+
+
+def reached(seen: Seen, lag: int | None = None) -> Start:
+    """Return how far gradients arrive in the model as it is.
+
+    Args:
+        seen: What a trial has seen of it.
+        lag: How many steps back are needed; None: the first time step is.
+    """
     found = []
     for stream in seen.streams:
         horizons = seen.metric(stream, "horizon")
-        adjoints = seen.metric(stream, "adjoint_log10")
         facts = seen.facts.modules.get(stream.module)
         length = facts.T if facts is not None and facts.T else 0
-        if horizons:
-            found.append((min(horizons), length, min(adjoints, default=-math.inf)))
-    nothing = (0.0, 0, -math.inf)
-    return max(found, key=lambda one: (one[0], one[2]), default=nothing)
+        if horizons and length:
+            back = length - 1 if lag is None else min(lag, length - 1)
+            adjoint = min(_adjoints(seen, stream, length, back), default=-math.inf)
+            found.append(Start("as it is", "", min(horizons), length, adjoint))
+    nothing = Start("as it is", "", 0.0, 0, -math.inf)
+    return max(found, key=lambda one: (one.horizon, one.adjoint), default=nothing)
+
+
+def _adjoints(seen: Seen, stream: Stream, length: int, back: int) -> Iterator[float]:
+    """Yield log10 of the gradient so many steps before the last, in each batch."""
+    keys = [stream_key(stream, name) for name in ("adjoint", "adjoint_cell")]
+    for record in seen.records:
+        own = [record.profiles[key] for key in keys if key in record.profiles]
+        profile = [math.hypot(*values) for values in zip(*own, strict=True)]
+        if profile and max(profile) > 0:
+            # Of a long sequence a profile has the largest value of each bin.
+            at = ((length - back) * len(profile) - 1) // length
+            share = profile[at] / max(profile)
+            yield math.log10(share) if share > 0 else -math.inf
 
 
 def candidates(
@@ -103,12 +138,12 @@ def starts(
         lag: How many steps back are needed.
         seen: What a trial has seen of the model as it is.
     """
-    found = [Start("as it is", "", *reached(seen))]
+    found = [reached(seen, lag)]
     for name, line, act in candidates(seen.streams, lag):
         with same_randomness(), subject(model, optimizers) as given:
             act(given.model)
             trial = tried(given, batches[:1], loss_fn, whole=False)
-            found.append(Start(name, line, *reached(trial)))
+            found.append(reached(trial, lag)._replace(name=name, line=line))
     return found
 
 

@@ -11,18 +11,19 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from gradwatch.facts import NO_FACTS, Facts
 from gradwatch.metrics import stream_key
 from gradwatch.record import StepRecord, Stream
 from gradwatch.recorder.state import randomness, set_randomness
-from gradwatch.recurrent import recurrences
+from gradwatch.recurrent import Recurrence, recurrences
 from gradwatch.settings import Settings
 from gradwatch.watcher import Watch
 
@@ -58,6 +59,7 @@ class Seen:
         with_gradient: Names of the parameters that had a gradient in some batch.
         held: Names of the parameters that an optimizer holds; None without any.
         trainable: Names of the parameters that can learn.
+        padded: Of each module: sequences whose last input is all zeros, and all.
     """
 
     streams: Sequence[Stream]
@@ -66,6 +68,7 @@ class Seen:
     with_gradient: set[str] = field(default_factory=set)
     held: set[str] | None = None
     trainable: set[str] = field(default_factory=set)
+    padded: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def facts(self) -> Facts:
@@ -136,6 +139,10 @@ def subject(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Subje
         return
     for parameter in twin.parameters():
         parameter.grad = None
+    for optimizer in theirs:
+        if isinstance(optimizer, LBFGS):  # of which a copy lacks two attributes
+            own: Any = optimizer
+            own._params, own._numel_cache = own.param_groups[0]["params"], None
     yield Subject(twin, theirs)
 
 
@@ -195,6 +202,7 @@ def tried(
     watch = Watch(model, settings, found)
     with ExitStack() as stack:
         stack.callback(watch.close)
+        stack.enter_context(_counting_padded(found, seen))
         for batch in batches:
             model.zero_grad()
             loss = checked(loss_fn(model, batch))
@@ -208,6 +216,43 @@ def tried(
         seen.records = list(watch.records)
         model.zero_grad()
     return seen
+
+
+def returned(
+    model: nn.Module, batch: Any, loss_fn: LossFn
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss, and what the model returned; None where that is no one tensor.
+
+    Of a tuple, such as an output and a state, the first is taken; the model has to be
+    called once.
+    """
+    seen: list[Any] = []
+    with model.register_forward_hook(lambda _module, _args, out: seen.append(out)):
+        loss = loss_fn(model, batch)
+    out = seen[-1] if len(seen) == 1 else None
+    if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
+        out = out[0]
+    return loss, out if isinstance(out, Tensor) else None
+
+
+@contextmanager
+def _counting_padded(found: Sequence[Recurrence], seen: Seen) -> Iterator[None]:
+    """Count the sequences whose last input is all zeros, of modules given tensors."""
+
+    def look(module: nn.RNNBase, args: tuple[Any, ...], path: str) -> None:
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.dim() == 3:
+            last = x.detach()[:, -1] if module.batch_first else x.detach()[-1]
+            behind, of = seen.padded.get(path, (0, 0))
+            behind += int((last == 0).all(-1).sum())
+            seen.padded[path] = behind, of + len(last)
+
+    with ExitStack() as stack:
+        for path, module in {r.stream.module: r.module for r in found}.items():
+            if isinstance(module, nn.RNNBase):
+                hook = partial(look, path=path)
+                stack.enter_context(module.register_forward_pre_hook(hook))
+        yield
 
 
 def checked(loss: Any) -> Tensor:
@@ -244,12 +289,21 @@ def trained(
     """
     losses = []
     for step in range(steps):
+        back = partial(_back, given, batches[step % len(batches)], loss_fn)
+        losses.append(float(back()))
         for optimizer in given.optimizers:
-            optimizer.zero_grad()
-        loss = checked(loss_fn(given.model, batches[step % len(batches)]))
-        loss.backward()
-        for optimizer in given.optimizers:
-            optimizer.step()
-        losses.append(float(loss.detach()))
+            if isinstance(optimizer, LBFGS):
+                optimizer.step(back)
+            else:
+                optimizer.step()
     window = min(len(batches), steps)
     return float(np.mean(losses[:window])), float(np.mean(losses[-window:]))
+
+
+def _back(given: Subject, batch: Any, loss_fn: LossFn) -> Tensor:
+    """Take gradients of a batch; return its loss."""
+    for optimizer in given.optimizers:
+        optimizer.zero_grad()
+    loss = checked(loss_fn(given.model, batch))
+    loss.backward()
+    return loss.detach()
