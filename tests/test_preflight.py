@@ -549,6 +549,18 @@ def test_targets_that_can_be_or_are_not_told():
     assert "targets" not in {check.name for check in found.checks}
 
 
+def test_a_model_that_refuses_other_weights():
+    torch.manual_seed(0)
+
+    def refuses(out):
+        if out.abs().amax() > 5:
+            raise ValueError("out of range")
+        return out.tanh()
+
+    failed, found = checks(Ends(refuses), squares, numbers(-3, 3))
+    assert failed == {} and "targets" not in {check.name for check in found.checks}
+
+
 class Mixing(Net):
     def forward(self, x):
         out = super().forward(x)

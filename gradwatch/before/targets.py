@@ -56,12 +56,22 @@ def reachable(given: Subject, batch: Any, loss_fn: LossFn) -> Targets | None:
         loss_fn: Returns the loss of a model on it.
 
     Returns:
-        None where the loss is not of this kind, or the model's output not one tensor.
+        None where the loss is not of this kind, the model's output not one tensor, or
+        the model refuses other weights.
     """
-    model = given.model
-    first = _read(model, batch, loss_fn)
+    first = _read(given.model, batch, loss_fn)
     if first is None:
         return None
+    try:
+        return _beside(first, given.model, batch, loss_fn)
+    except Exception:  # user's own lines may refuse weights such as these
+        return None
+
+
+def _beside(
+    first: tuple[Tensor, Tensor], model: nn.Module, batch: Any, loss_fn: LossFn
+) -> Targets | None:
+    """Return targets beside bounds, once they were the same at other weights."""
     with _moved(model, _NEAR):
         second = _read(model, batch, loss_fn)
     if second is None or second[0].shape != first[0].shape:
@@ -75,14 +85,14 @@ def reachable(given: Subject, batch: Any, loss_fn: LossFn) -> Targets | None:
         return None
     found = first[1][known]
     lowest, highest = float(found.amin()), float(found.amax())
-    margin = _ALIKE * max(abs(lowest), abs(highest))
-    most = _bound(model, batch, loss_fn, 1, highest, margin)
-    low = _bound(model, batch, loss_fn, -1, -lowest, margin)
+    near = _ALIKE * max(abs(lowest), abs(highest))
+    most = _bound(model, batch, loss_fn, 1, highest, near)
+    low = _bound(model, batch, loss_fn, -1, -lowest, near)
     outside = torch.zeros_like(found, dtype=torch.bool)
     if most is not None:
-        outside |= found > most + margin
+        outside |= found > most + near
     if low is not None:
-        outside |= found < -low - margin
+        outside |= found < -low - near
     share = float(outside.float().mean())
     return Targets(lowest, highest, None if low is None else -low, most, share)
 
