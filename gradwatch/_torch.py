@@ -130,6 +130,14 @@ def fused_scale(optimizer: Any) -> Tensor | None:
     return factor if isinstance(factor, Tensor) else None
 
 
+def refuses_inf(optimizer: Any) -> bool:
+    """Tell whether a fused optimizer leaves the weights alone if a gradient is Inf.
+
+    A GradScaler puts what it has found on the optimizer for the time of its step.
+    """
+    return isinstance(getattr(optimizer, "found_inf", None), Tensor)
+
+
 def has_pre_hooks(optimizer: Any) -> bool:
     """Tell whether an optimizer has step pre-hooks of its own.
 

@@ -217,7 +217,7 @@ class Quiet:
         state, _ = clock.advance(state, BackwardBegins(self._task))
         self._step.found(self._loss)
         if self._full:
-            gradients.opened(self._cleared)
+            gradients.cleared = self._cleared
         if phase >= ENDED:
             self._step.has_ended = True
             if self._full:

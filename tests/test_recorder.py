@@ -443,6 +443,43 @@ def test_a_run_with_nan_ends_like_the_clean_one(tmp_path):
     assert {a.kind for a in watch.alerts if a.severity != "info"} == {"nonfinite"}
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_loss_scaler_is_put_back_whether_it_is_passed_or_found(passed):
+    torch.manual_seed(0)
+    model, scaler = Net(), torch.amp.GradScaler("cpu", 2.0**8, growth_interval=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    options = {"scaler": scaler} if passed else {}
+    with gradwatch.watch(model, dir=None, wandb=None, recorder=100, **options) as watch:
+        for x in data(8):
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**12
+        watch.rollback()
+        assert scaler.get_scale() == 2.0**8
+
+
+def test_an_overflow_that_a_loss_scaler_skips_is_no_incident(tmp_path):
+    """A fused optimizer steps all the same, and moves nothing."""
+    torch.manual_seed(0)
+    model, scaler = Net(), torch.amp.GradScaler("cpu", 2.0**8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, fused=True)
+    with gradwatch.watch(
+        model, dir=tmp_path, wandb=None, recorder=1, on_alert="rollback"
+    ) as watch:
+        for step, x in enumerate(data(8)):
+            optimizer.zero_grad()
+            loss = model(x).square().mean() * (1e38 if step == 4 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**7
+    events = [event for record in watch.records for event in record.events]
+    assert not [event for event in events if event.startswith("rollback")]
+    assert recordings(tmp_path) == [] and watch.alerts == []
+
+
 def test_all_of_the_training_is_put_back_in_place():
     torch.manual_seed(0)
     model = lstm()

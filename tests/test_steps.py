@@ -391,10 +391,14 @@ def test_passes_before_the_first_optimizer_may_count_as_steps(clipping):
 # ---- the handle, and what is out of the ordinary
 
 
-def test_the_skipped_steps_of_a_scaler_are_counted():
+@pytest.mark.parametrize("on_alert", [None, "raise"])
+@pytest.mark.parametrize("unscale", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_skipped_steps_of_a_scaler_are_counted(fused, unscale, on_alert):
+    """A fused optimizer is called in these steps, too, and leaves the weights alone."""
     model = lstm()
-    with gradwatch.watch(model, dir=None) as watch:
-        scaled(True, skip_at=3)(model, Truth(model))
+    with gradwatch.watch(model, dir=None, on_alert=on_alert) as watch:
+        scaled(unscale, fused=fused, skip_at=3)(model, Truth(model))
         watch.flush()
         skipped = [r.step for r in watch.records if "skipped_step" in r.events]
         assert skipped == [3]
@@ -409,9 +413,10 @@ def test_a_first_overflow_of_a_scaler_that_nobody_passed_is_no_alert():
         assert watch.alerts == []
 
 
-def test_a_scaler_that_halves_for_ever_is_an_alert():
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_scaler_that_halves_for_ever_is_an_alert(fused):
     model = lstm()
-    optimizer = sgd(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     model.head.bias.register_hook(lambda grad: grad * math.nan)
     with gradwatch.watch(model, dir=None, scaler=scaler) as watch:

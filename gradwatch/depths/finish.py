@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
+import numpy as np
 from torch import Tensor
 
 from gradwatch import saved
@@ -109,6 +110,9 @@ def finish(
     if names := reinitialised(step.events):
         memory.forget(names)
     parts = step.parts
+    if parts.gradients.guarded and not np.isfinite(host["gradients"]["used"]).all():
+        events = ("skipped_step", *step.events)
+        step = dataclasses.replace(step, skipped_by="scaler", events=events)
     scale = gradients.scale_of(host["gradients"])
     row, named = gradients.finish(
         parts.gradients,

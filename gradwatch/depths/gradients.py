@@ -119,6 +119,7 @@ class Gradients:
         broken: What was not finite in the graph of a loss that is not; may be empty.
         idleness: Of a step that no optimizer has used; None where nobody looked.
         partial: Whether a part was read of what this process does not know whole.
+        guarded: Whether a fused optimizer leaves them unused if they are not finite.
     """
 
     names: Sequence[str] = ()
@@ -136,6 +137,7 @@ class Gradients:
     broken: str = ""
     idleness: Idleness | None = None
     partial: bool = False
+    guarded: bool = False
 
     def ended(
         self,
@@ -177,10 +179,6 @@ class Gradients:
     def forget(self) -> None:
         """Forget what was read: the parameters are others now."""
         self.live, self.before, self.order, self.used = [], None, [], []
-
-    def opened(self, cleared: bool | None) -> None:
-        """Take note whether gradients had been cleared as the step opened."""
-        self.cleared = cleared
 
     def closed(
         self,

@@ -143,7 +143,7 @@ class Reader:
 
     def opened(self, param: Tensor) -> None:
         """Look at the first gradient of a step: had it been cleared, and how?"""
-        self.gradients.opened(self.cleared(param))
+        self.gradients.cleared = self.cleared(param)
         self.gradients.written_late = self._is_written_late()
 
     def suspects(self, param: Tensor) -> bool:
@@ -240,6 +240,7 @@ class Reader:
         read = norms(grads)
         if (factor := _torch.fused_scale(optimizer)) is not None:
             read = scaled_down(read, factor)
+        gradients.guarded |= _torch.refuses_inf(optimizer)
         gradients.about_to_be_used(live, read, untouched=untouched)
 
     def all_finite(self, held: Held) -> bool:
@@ -251,7 +252,7 @@ class Reader:
         if self._sharded:  # no process knows that of its own part
             return True
         if not self.gradients.used_finite:
-            return False
+            return self.gradients.guarded
         others = set(self._parameters.arrivals()).difference(held.params)
         if not others or self.scaler is not None:
             return True

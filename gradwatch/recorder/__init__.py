@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch import _torch
 from gradwatch.hooks import calls, every_step
 from gradwatch.recorder.state import (
     State,
@@ -73,7 +74,7 @@ class Recorder:
         rolls_back: Whether a gradient that is not finite is answered by
             :meth:`roll_back`.
         rolled_back: Told the step before which the state was kept that was put back.
-        scaler: The GradScaler, if there is one.
+        scaler: The GradScaler, where it cannot be found.
     """
 
     def __init__(
@@ -172,6 +173,8 @@ class Recorder:
             return
         if all(ref() is not optimizer for ref in self._optimizers):
             self._optimizers.append(weakref.ref(optimizer))
+        if self._scaler is None:
+            self._scaler = _torch.calling_scaler()
         step = self._number()
         if self._finite():
             self._good = True
@@ -179,6 +182,8 @@ class Recorder:
             if due and step != self._bad_step and (model := self._model()) is not None:
                 self._state = State.of(step, model, self._living(), self._scaler)
             return
+        if _torch.refuses_inf(optimizer):
+            return  # a loss scaler has overflown, and no weight will move
         if self._good:  # else it is the wreck of an earlier step
             self._good, self._bad_step = False, step
             self._write(step)
