@@ -11,6 +11,7 @@ from gradwatch.recurrent import recurrences
 from gradwatch.rules import replay
 from tests.causes import exploding, loop, outside, units, vanishing
 from tests.causes.run import trained
+from tests.support.seldom import seldom
 
 ROOMS = (exploding, vanishing, loop, outside, units)
 CASES = {name: case for room in ROOMS for name, case in room.CASES.items()}
@@ -24,6 +25,9 @@ NOTICES = {
     for cause in kind.causes
     if kind.severity == "info"
 }
+
+
+LONGEST = "a tanh cell of one's own that forgets"
 
 
 def built(case, sick):
@@ -62,7 +66,9 @@ def test_a_cause_is_told(name):
     assert f"(gradwatch explain {case.kind})" in rest[1]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", seldom(CASES, ["a tanh cell of one's own that forgets"])
+)
 def test_its_healthy_twin_gives_no_alarm(name):
     case = CASES[name]
     alerts = trained(built(case, sick=False)).alerts

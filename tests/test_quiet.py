@@ -30,6 +30,7 @@ from gradwatch.kinds.judge import ByBlock, Judge
 from gradwatch.quiet import Quiet
 from gradwatch.record import Stream, dump_line
 from testbed.models import Tagger, lstm
+from tests.support.seldom import seldom
 
 STEPS = 220
 
@@ -218,7 +219,21 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = {
+    "LBFGS",
+    "GRU",
+    "often",
+    "a closure, losses",
+    "a closure, clipped",
+    "a closure, read on the way",
+    "a closure, NaN",
+    "a closure, another optimizer",
+    "a closure, zeroed in place",
+    "a closure, thrown away",
+}
+
+
+@pytest.mark.parametrize("name", seldom(RUNS, SLOW))
 def test_what_is_found_is_what_is_found_without_it(name, monkeypatch):
     how, training = RUNS[name]
     followed, real = [], Quiet.stepped

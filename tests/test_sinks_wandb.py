@@ -27,6 +27,7 @@ from gradwatch.sinks.wandb_media import Media
 from gradwatch.sinks.wandb_rows import Item, Rows
 from testbed.models import batches, lstm
 from testbed.wandb_log import read_log
+from tests.support.seldom import seldom
 from tests.support.wandb_run import FakeRun
 from tests.support.wandb_server import WandbServer
 
@@ -589,7 +590,7 @@ def test_what_cannot_be_used_is_refused(arguments, error, names):
 # ---- when wandb is in trouble
 
 
-@pytest.mark.parametrize("fault", ["refused", "hang", "500"])
+@pytest.mark.parametrize("fault", seldom(["refused", "hang", "500"], ["500"]))
 def test_an_unreachable_server_costs_training_nothing(fault, server, lines):
     run, model = server.begin(), lstm()
     sink, took = Wandb(), []
@@ -629,7 +630,10 @@ def test_an_unreachable_server_costs_training_nothing(fault, server, lines):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the child through /proc")
 @pytest.mark.parametrize(
     ("fault", "line"),
-    [("kill", "W&B failed 3 times"), ("stop", "W&B is not accepting")],
+    [
+        pytest.param("kill", "W&B failed 3 times", marks=pytest.mark.slow),
+        ("stop", "W&B is not accepting"),
+    ],
 )
 def test_training_outlives_the_process_of_wandb(fault, line, tmp_path):
     ran = subprocess.run(
