@@ -1,5 +1,7 @@
 """Where a NaN comes from, and weights that no optimizer moves."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
+from gradwatch import _torch
 from gradwatch.hooks import breaks
 
 NAN = float("nan")
@@ -67,6 +70,26 @@ def test_what_is_the_first_not_to_be_finite(make, found):
         assert told.startswith("forward: ") and told.endswith(" nan")
     else:
         assert told == found
+
+
+def test_graphs_that_are_made_again_are_known_at_once(monkeypatch):
+    """Objects are gone through only where there is one, or it is not yet known."""
+    x = torch.randn(3, requires_grad=True)
+    gc.collect()
+    assert not _torch.recomputes()
+    scans, all_objects = [], gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: scans.append(1) or all_objects())
+    for count in (1, 3):
+        assert not _torch.recomputes() and scans == []
+        made = [checkpoint(torch.sin, x, use_reentrant=False) for _ in range(count)]
+        assert _torch.recomputes() and scans == [1]
+        sum(made).sum().backward()
+        made.clear()
+        gc.collect()
+        assert not _torch.recomputes()
+        scans.clear()
+    monkeypatch.setattr(_torch, "_GIL", lambda: False)  # counts may not be exact there
+    assert not _torch.recomputes() and scans == [1]
 
 
 def test_a_checkpointed_training_goes_on_from_a_nan_as_it_would_without_a_watch():
