@@ -17,6 +17,7 @@ from gradwatch.record import Incident
 from testbed import reference
 from testbed.models import Tagger
 from tests.support.ranks import on_ranks
+from tests.support.seldom import seldom
 
 CLIPPERS = {
     "NormClip": NormClip,
@@ -109,7 +110,7 @@ def test_agc_is_unit_wise():
 # ---- ten thousand steps with NaN and spikes
 
 
-@pytest.mark.parametrize("kind", CLIPPERS)
+@pytest.mark.parametrize("kind", seldom(CLIPPERS, list(CLIPPERS)[1:3]))
 def test_ten_thousand_steps_with_nan_and_spikes(kind):
     torch.manual_seed(0)
     held = params((8, 4), (8,))

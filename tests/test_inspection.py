@@ -941,6 +941,11 @@ def test_the_command_in_a_process_of_its_own(tmp_path):
     assert told["streams"][0]["gates"][1]["gate"] == "f"
     done = run("inspect", str(path), "--steps", "0")
     assert done.returncode == 2 and done.stderr.startswith("gradwatch: steps is 0")
+
+
+@pytest.mark.slow
+def test_the_command_where_it_cannot_write(tmp_path):
+    path = saved(tmp_path / "model.pt", state())
     with open("/dev/full", "w") as full:
         done = run("inspect", str(path), out=full)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -7,8 +7,7 @@ from tests.pins.families import reported
 from tests.pins.runs import QUICK, RUNS, run
 from tests.pins.stored import differences, read
 from tests.pins.surface import calls, surface
-
-REST = [pytest.param(n, marks=pytest.mark.slow) for n in RUNS if n not in QUICK]
+from tests.support.seldom import seldom
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,7 @@ def stored_runs():
     return read("runs")
 
 
-@pytest.mark.parametrize("name", [*QUICK, *REST])
+@pytest.mark.parametrize("name", seldom(RUNS, set(RUNS) - set(QUICK)))
 def test_a_run_is_as_it_was(name, stored_runs, tmp_path):
     assert list(differences(stored_runs[name], run(name, tmp_path))) == []
 
@@ -25,6 +24,7 @@ def test_what_a_user_meets_is_as_it_was():
     assert list(differences(read("surface"), surface())) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.__version__ < "2.13", reason="torch makes calls of its own inside ours"
 )

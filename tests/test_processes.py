@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import gradwatch
 from testbed.models import batches, lstm
 from tests.support.ranks import on_ranks
+from tests.support.seldom import seldom
 from tests.test_faults import ROOT
 from tests.test_watch import train
 
@@ -126,10 +127,10 @@ trained(lstm(), dir=sys.argv[1], on_alert=on_alert, steps=10**6)
 """
 
 
+@pytest.mark.parametrize("seed", seldom(range(5), range(1, 5)))
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 5))]
+    "how", seldom([signal.SIGKILL, signal.SIGTERM], [signal.SIGTERM])
 )
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_what_was_announced_is_on_disk_whenever_the_process_ends(how, seed, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", ENDLESS, str(tmp_path)],

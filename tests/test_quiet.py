@@ -223,6 +223,8 @@ SLOW = {
     "LBFGS",
     "GRU",
     "often",
+    "ReLU",
+    "a loss that is NaN",
     "a closure, losses",
     "a closure, clipped",
     "a closure, read on the way",

@@ -24,6 +24,7 @@ from gradwatch.report.drawing import DrawingError, Picture, svg
 from gradwatch.report.trust import trust
 from testbed.models import Tagger, batches
 from tests.support.runs import alert, record, run, stream
+from tests.support.seldom import seldom
 
 LIMIT = 1.5 * 2**20
 """Bytes of a report."""
@@ -142,10 +143,7 @@ def says(run, **more):
 # ---- nothing escapes
 
 
-SOME = [
-    name if n % 3 == 0 else pytest.param(name, marks=pytest.mark.slow)
-    for n, name in enumerate(HOSTILE)
-]
+SOME = seldom(HOSTILE, set(HOSTILE) - set(HOSTILE[::3]))
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -331,7 +329,7 @@ def full(length=128, flows=60):
     return dataclasses.replace(whole, records=records, incidents=many)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", seldom([1, 2], [2]))
 def test_whatever_there_is_to_draw_a_page_stays_below_the_limit(count):
     text = report([full()] * count, say=lambda line: None)
     assert len(text.encode()) < LIMIT

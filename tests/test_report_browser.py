@@ -13,6 +13,7 @@ from gradwatch.record import StepRecord
 from gradwatch.records import Records
 from gradwatch.report import save
 from tests.support.runs import record, run, stream
+from tests.support.seldom import seldom
 from tests.test_report import HOSTILE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -88,7 +89,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", seldom(["light", "dark"], ["dark"]))
 @pytest.mark.parametrize("name", RUNS)
 def test_a_report_is_shown_without_an_error_or_a_request(visit, name, scheme):
     seen = visit(RUNS[name](), color_scheme=scheme)

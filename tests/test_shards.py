@@ -12,6 +12,7 @@ import torch
 
 from gradwatch.hooks.shards import meets
 from tests.support.ranks import ROOT, on_ranks
+from tests.support.seldom import seldom
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < "2.7", reason="fully_shard of torch 2.6 fails on a CPU"
@@ -171,7 +172,7 @@ if rank == 0:
 )
 
 
-@pytest.mark.parametrize("way", ["alone", pytest.param("late", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", seldom(["alone", "late"], ["late"]))
 def test_who_watches_alone_waits_once_and_for_nobody_after(way, tmp_path):
     said = on_ranks(APART, tmp_path, way)
     assert "no gradient norms, as not every process has called watch()" in said[0][0]
@@ -499,9 +500,7 @@ def _killed(seed, folder):
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 50))]
-)
+@pytest.mark.parametrize("seed", seldom(range(50), range(1, 50)))
 def test_nobody_waits_for_a_process_that_was_killed(seed, tmp_path):
     """The others end with torch's own error; 30 s with all their imports."""
     assert _killed(seed, tmp_path) < 30
