@@ -534,19 +534,100 @@ def test_targets_that_no_output_can_be(end):
     assert stays in failed["targets"].text and share in failed["targets"].text
     assert "linear" in failed["targets"].do
     _, found = checks(Ends(act, bare=bare, kind=nn.GRU), squares, numbers(0.2, 0.8))
-    assert "targets, 0.2 to 0.8, are what outputs can be" in str(found)
+    assert "targets of the first batch, 0.2 to 0.8, are what outputs can be" in str(
+        found
+    )
 
 
 def test_targets_that_can_be_or_are_not_told():
     torch.manual_seed(0)
     _, found = checks(Ends(plain), squares, numbers(-300, 300))
-    assert "targets, -300 to 300, are what outputs can be" in str(found)
+    assert "batch, -300 to 300, are what outputs can be" in str(found)
     for end in (torch.tanh, plain):
         for span in ((-3, 3), (3, 9), (0.2, 0.8)):
             _, found = checks(Ends(end), absolute, numbers(*span))
             assert not [check for check in found.checks if check.name == "targets"]
     _, found = checks(Net())
     assert "targets" not in {check.name for check in found.checks}
+
+
+def said_of_targets(model, loss_fn, targets):
+    _, found = checks(model, loss_fn, [(labelled()[0], targets)])
+    return [check.sign for check in found.checks if check.name == "targets"]
+
+
+def penalised(model, batch):
+    return squares(model, batch) + 1e-3 * sum(
+        p.square().sum() for p in model.parameters()
+    )
+
+
+def weighted(model, batch):
+    weights = torch.linspace(1, 1.01, B)[:, None]
+    return (weights * (model(batch[0]) - batch[1]).square()).mean()
+
+
+def steep(model, batch):
+    return ((model(batch[0]) - batch[1]).square() + 100).sqrt().mean() - 10
+
+
+@pytest.mark.parametrize("end", [torch.sigmoid, nn.functional.softplus, torch.relu])
+@pytest.mark.parametrize("seed", range(3))
+def test_of_targets_that_cannot_be_read_nothing_is_said(end, seed):
+    torch.manual_seed(seed)
+    model, few = Ends(end), torch.zeros(B, 1)
+    assert said_of_targets(model, squares, few) == []  # they are rounding alone
+    few[2] = 0.05
+    for loss_fn in (penalised, weighted, steep):
+        assert "FAIL" not in said_of_targets(model, loss_fn, few)
+    nn.init.zeros_(model.head.weight), nn.init.zeros_(model.head.bias)
+    assert said_of_targets(model, squares, 0 * few) == []
+
+
+def test_what_outputs_can_be_is_not_told_where_the_looks_do_not_settle():
+    torch.manual_seed(0)
+    for end in (torch.exp, torch.square, torch.sin):
+        assert said_of_targets(Ends(end), squares, numbers(-9, 9)[0][1]) == []
+
+
+def test_a_bound_that_hardly_costs_anything_is_no_fault():
+    torch.manual_seed(0)
+    labels = torch.tensor([0.0, 1, 1, 0, 1, 0])[:, None]
+    nearly = Ends(lambda out: out.sigmoid().clamp(0.02, 0.98))
+    assert said_of_targets(nearly, squares, labels) == ["ok"]
+    half = Ends(lambda out: out.sigmoid().clamp(0.2, 0.8))
+    assert said_of_targets(half, squares, labels) == ["FAIL"]
+
+
+@pytest.mark.parametrize("seed", [3, 11, 19])
+def test_a_cell_that_adds_up_can_be_anything_from_its_start(seed):
+    """Most weights far off bring c to 1, and h to .76."""
+    torch.manual_seed(seed)
+    model = Ends(plain, bare=True)
+    assert "FAIL" not in said_of_targets(model, squares, numbers(-0.9, 0.9)[0][1])
+
+
+class Halts(nn.Module):
+    """Goes on until a gate has opened: with other weights for ever."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.gate = nn.GRUCell(F, 12), nn.Linear(12, 1)
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[1], 12)
+        for step in x:
+            opened = 0.0
+            while opened < 0.99:
+                h = self.cell(step, h)
+                opened += float(self.gate(h).sigmoid().mean())
+        return h
+
+
+def test_a_model_that_runs_on_and_on_with_other_weights_is_given_up():
+    torch.manual_seed(0)
+    said = said_of_targets(Halts(), squares, 3 * torch.randn(B, 12))
+    assert said in ([], ["FAIL"])
 
 
 def test_a_model_that_refuses_other_weights():
@@ -608,6 +689,22 @@ def test_steps_of_an_optimizer_that_calls_for_the_loss_again():
     _, found = checks(model, optimizers=optimizer, steps=5)
     [moved] = [check for check in found.checks if check.name == "steps"]
     assert moved.sign == "ok" and equal(before, state_of(model, optimizer))
+
+
+def test_steps_of_a_model_that_cannot_be_copied_leave_its_optimizer_alone():
+    torch.manual_seed(0)
+    model = Uncopied()
+    for make in (torch.optim.Adam, torch.optim.LBFGS):
+        optimizer = make(model.parameters(), 1e-2)
+        fresh = state_of(model, optimizer)
+        checks(model, optimizers=optimizer, steps=3)
+        assert equal(fresh, state_of(model, optimizer))
+    of_classes(model, labelled()).backward()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer.step()
+    before = state_of(model, optimizer)
+    checks(model, optimizers=optimizer, steps=3)
+    assert equal(before, state_of(model, optimizer))
 
 
 def test_small_numbers_are_told_of():

@@ -41,6 +41,8 @@ _SHORTEST: Final = 8
 
 _OUTSIDE: Final = 0.05
 """Share of targets that no output can be, from which on that is a fault."""
+_LEFT: Final = 0.01
+"""Share of their variance that cannot be learned then, from which on it is one."""
 _OPEN: Final = (
     "end with a linear layer, nothing behind it; or scale the targets to that range"
 )
@@ -219,16 +221,17 @@ def _is_recurrent(name: str, stream: Stream, end: str) -> bool:
 
 def targets(found: Targets) -> Check:
     """Return whether outputs can be what the targets are."""
-    least, most = found.least, found.most
     size = max(abs(found.lowest), abs(found.highest))
-    low, high = (round(v / size, 4) * size for v in (found.lowest, found.highest))
+    low, high = (round(v / size, 4) * size + 0.0 for v in found[:2])
     span = f"{low:.3g} to {high:.3g}"
-    if found.outside < _OUTSIDE:
-        return Check("targets", OK, f"targets, {span}, are what outputs can be")
-    if least is None or most is None:
-        stay = f"below {most:.3g}" if least is None else f"above {least:.3g}"
+    if found.outside < _OUTSIDE or found.left < _LEFT:
+        text = f"targets of the first batch, {span}, are what outputs can be"
+        return Check("targets", OK, text)
+    if math.isinf(found.least) or math.isinf(found.most):
+        stay = f"above {found.least:.3g}"
+        stay = stay if math.isinf(found.most) else f"below {found.most:.3g}"
     else:
-        stay = f"between {least:.3g} and {most:.3g}"
+        stay = f"between {found.least:.3g} and {found.most:.3g}"
     text = f"outputs stay {stay}, whatever the weights; {found.outside:.0%} of the "
     return Check("targets", FAIL, f"{text}targets, {span}, lie outside", _OPEN)
 

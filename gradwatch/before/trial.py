@@ -8,6 +8,7 @@ The states of all random number generators are put back in either case.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ def subject(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Subje
         twin, theirs = copy.deepcopy((model, list(optimizers)))
     except Exception as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        with _put_back(model):
+        with _put_back(model, optimizers):
             yield Subject(model, optimizers, copied=False, why=why)
         return
     for parameter in twin.parameters():
@@ -147,8 +148,14 @@ def subject(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[Subje
 
 
 @contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers, gradients and modes back as they are, bit for bit."""
+def _put_back(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Put all that a training changes back as it is, bit for bit.
+
+    Parameters, buffers, gradients and modes, and what the optimizers remember.
+    """
+    remembered = [
+        {p: copy.deepcopy(own) for p, own in o.state.items()} for o in optimizers
+    ]
     values = [*model.parameters(), *model.buffers()]
     kept = [value.detach().clone() for value in values]
     grads = [(p, p.grad, p.requires_grad) for p in model.parameters()]
@@ -167,6 +174,9 @@ def _put_back(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
         for module, training in modes:
             module.training = training
+        for optimizer, known in zip(optimizers, remembered, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(known)
 
 
 def tried(
@@ -202,12 +212,15 @@ def tried(
     watch = Watch(model, settings, found)
     with ExitStack() as stack:
         stack.callback(watch.close)
-        stack.enter_context(_counting_padded(found, seen))
+        counted = stack.enter_context(_counting_padded(found))
         for batch in batches:
             model.zero_grad()
             loss = checked(loss_fn(model, batch))
             loss.backward()
             watch.step()
+            for path, (behind, of) in counted.items():
+                before = seen.padded.get(path, (0, 0))
+                seen.padded[path] = before[0] + behind, before[1] + of
             seen.losses.append(float(loss.detach()))
             seen.with_gradient |= {
                 n for n, p in parameters.items() if p.grad is not None and p.grad.any()
@@ -236,23 +249,28 @@ def returned(
 
 
 @contextmanager
-def _counting_padded(found: Sequence[Recurrence], seen: Seen) -> Iterator[None]:
-    """Count the sequences whose last input is all zeros, of modules given tensors."""
+def _counting_padded(
+    found: Sequence[Recurrence],
+) -> Iterator[dict[str, tuple[int, int]]]:
+    """Count the sequences whose last input is all zeros, in each module's last call.
+
+    Yields:
+        Module -> how many these are, and all of its sequences; of those given tensors.
+    """
+    counted: dict[str, tuple[int, int]] = {}
 
     def look(module: nn.RNNBase, args: tuple[Any, ...], path: str) -> None:
         x = args[0] if args else None
         if isinstance(x, Tensor) and x.dim() == 3:
             last = x.detach()[:, -1] if module.batch_first else x.detach()[-1]
-            behind, of = seen.padded.get(path, (0, 0))
-            behind += int((last == 0).all(-1).sum())
-            seen.padded[path] = behind, of + len(last)
+            counted[path] = int((last == 0).all(-1).sum()), len(last)
 
     with ExitStack() as stack:
         for path, module in {r.stream.module: r.module for r in found}.items():
             if isinstance(module, nn.RNNBase):
                 hook = partial(look, path=path)
                 stack.enter_context(module.register_forward_pre_hook(hook))
-        yield
+        yield counted
 
 
 def checked(loss: Any) -> Tensor:
@@ -289,15 +307,22 @@ def trained(
     """
     losses = []
     for step in range(steps):
-        back = partial(_back, given, batches[step % len(batches)], loss_fn)
+        batch = batches[step % len(batches)]
+        back: Any = partial(_back, given, batch, loss_fn)
         losses.append(float(back()))
         for optimizer in given.optimizers:
-            if isinstance(optimizer, LBFGS):
+            if _needs_closure(optimizer):
                 optimizer.step(back)
             else:
                 optimizer.step()
     window = min(len(batches), steps)
     return float(np.mean(losses[:window])), float(np.mean(losses[-window:]))
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Tell whether a step asks for the loss again, as that of LBFGS does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _back(given: Subject, batch: Any, loss_fn: LossFn) -> Tensor:
