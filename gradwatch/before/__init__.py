@@ -171,7 +171,8 @@ def inspected(
                         "copy",
                         NOTE,
                         f"the model cannot be copied ({one.why}): it was used itself, "
-                        "and parameters, buffers, gradients and modes were put back",
+                        "and parameters, buffers, gradients, modes and the optimizers' "
+                        "states were put back",
                     )
                 )
         ways = _ways(model, given, several, loss_fn, lag, seen)
