@@ -1,11 +1,9 @@
 # Both commands set up one .venv by themselves; a second call starts at once.
-# pip's own environment variables (PIP_INDEX_URL, PIP_PROXY, ...) are honoured. What is
-# installed is compiled as it is imported: most of it never is, and that saves a minute.
+# pip's own environment variables (PIP_INDEX_URL, PIP_PROXY, ...) are honoured.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \
-	--constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow check site bench dist docs clean
