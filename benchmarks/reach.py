@@ -337,17 +337,24 @@ def start_rows(runs: Sequence[Run]) -> Iterator[tuple[object, ...]]:
         )
 
 
-WORDS = "WARN: too far", "WARN: arrives too small", "ok"
+TOO_FAR, TOO_SMALL, FAR_ENOUGH = "WARN: too far", "WARN: arrives too small", "ok"
+
+
+def verdict(start: Start, lag: int) -> str:
+    """Return what a preflight says of a start."""
+    if start.arrives(lag):
+        return FAR_ENOUGH
+    return TOO_SMALL if start.is_faint(lag) else TOO_FAR
 
 
 def confusion(runs: Sequence[Run], results: Results, kept: str) -> None:
     """Report the table of reach against learning, and the same more widely."""
-    arms: dict[str, list[tuple[Run, Trained]]] = {word: [] for word in WORDS}
+    arms: dict[str, list[tuple[Run, Trained]]] = {
+        word: [] for word in (TOO_FAR, TOO_SMALL, FAR_ENOUGH)
+    }
     for one in runs:
         for trained in one.all:
-            start, lag = trained.start, one.task.lag
-            word = WORDS[2 if start.arrives(lag) else 1 if start.is_faint(lag) else 0]
-            arms[word].append((one, trained))
+            arms[verdict(trained.start, one.task.lag)].append((one, trained))
     head = ["preflight", "starts", "learned within N steps", "share"]
     title = f"Starts of {len(runs)} nets, by what a preflight says of their reach."
     results.table(f"confusion{kept}", head, title)

@@ -484,6 +484,14 @@ def test_a_read_out_behind_padding_is_a_warning():
     assert found.warned == []
 
 
+def test_padding_is_counted_in_the_batches_that_call_a_module():
+    [(x, y)] = padded()
+    batches = [(sign * x.abs(), y) for sign in (1, -1, -1)]
+    with same_randomness(), subject(Turns(), ()) as given:
+        seen = tried(given, batches, of_classes)
+    assert seen.padded == {"one.rnn": (5, 6), "two.rnn": (10, 12)}
+
+
 class Ends(Net):
     """One number, and what the last layer is followed by."""
 

@@ -406,6 +406,24 @@ def test_the_skipped_steps_of_a_scaler_are_counted(fused, unscale, on_alert):
         assert watch.alerts == []
 
 
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_a_step_that_one_of_two_optimizers_refuses_is_not_skipped(fused_first):
+    """The other one has moved weights by what is not finite."""
+    model = lstm()
+    fused = torch.optim.SGD(model.rnn.parameters(), 0.1, fused=True)
+    plain = torch.optim.SGD(model.head.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    with gradwatch.watch(model, dir=None) as watch:
+        for i, x in enumerate(batches(6)):
+            fused.zero_grad(), plain.zero_grad()
+            scaler.scale(loss_of(model, x) * (math.inf if i == 3 else 1)).backward()
+            for mine in (fused_first, not fused_first):
+                scaler.step(fused) if mine else plain.step()
+            scaler.update()
+    assert "skipped_step" not in watch.records[3].events
+    assert [(a.kind, a.step) for a in watch.alerts] == [("nonfinite", 3)]
+
+
 def test_a_first_overflow_of_a_scaler_that_nobody_passed_is_no_alert():
     model = lstm()
     with gradwatch.watch(model, dir=None) as watch:

@@ -227,9 +227,10 @@ def targets(found: Targets) -> Check:
     if found.outside < _OUTSIDE or found.left < _LEFT:
         text = f"targets of the first batch, {span}, are what outputs can be"
         return Check("targets", OK, text)
-    if math.isinf(found.least) or math.isinf(found.most):
+    if math.isinf(found.least):
+        stay = f"below {found.most:.3g}"
+    elif math.isinf(found.most):
         stay = f"above {found.least:.3g}"
-        stay = stay if math.isinf(found.most) else f"below {found.most:.3g}"
     else:
         stay = f"between {found.least:.3g} and {found.most:.3g}"
     text = f"outputs stay {stay}, whatever the weights; {found.outside:.0%} of the "

@@ -221,6 +221,7 @@ def tried(
             for path, (behind, of) in counted.items():
                 before = seen.padded.get(path, (0, 0))
                 seen.padded[path] = before[0] + behind, before[1] + of
+            counted.clear()
             seen.losses.append(float(loss.detach()))
             seen.with_gradient |= {
                 n for n, p in parameters.items() if p.grad is not None and p.grad.any()

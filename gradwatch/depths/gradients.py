@@ -119,7 +119,7 @@ class Gradients:
         broken: What was not finite in the graph of a loss that is not; may be empty.
         idleness: Of a step that no optimizer has used; None where nobody looked.
         partial: Whether a part was read of what this process does not know whole.
-        guarded: Whether a fused optimizer leaves them unused if they are not finite.
+        guarded: Whether each optimizer leaves them unused if they are not finite.
     """
 
     names: Sequence[str] = ()

@@ -240,7 +240,8 @@ class Reader:
         read = norms(grads)
         if (factor := _torch.fused_scale(optimizer)) is not None:
             read = scaled_down(read, factor)
-        gradients.guarded |= _torch.refuses_inf(optimizer)
+        refuses = _torch.refuses_inf(optimizer)
+        gradients.guarded = refuses and (gradients.guarded or not gradients.used)
         gradients.about_to_be_used(live, read, untouched=untouched)
 
     def all_finite(self, held: Held) -> bool:
